@@ -1,0 +1,94 @@
+"""The dense definition in float64: every pair written out, derivatives by autograd.
+
+Slow and O(N^2 d) in memory on purpose. It is what the tests and the benchmark call the truth, and
+it is meant to be read beside Liu et al., "Learning towards minimum hyperspherical energy" (2018),
+and Lin et al., "Regularizing neural networks via minimizing hyperspherical energy" (2020).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Square root whose derivatives at 0 are 0: a coincident pair has no direction."""
+    # the inner where keeps sqrt'(0) = inf out of the graph
+    return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt())
+
+
+def _riesz(t: Tensor, s: float) -> Tensor:
+    return -t.log() if s == 0 else t**-s
+
+
+def _pair_function(t: Tensor, s: float, min_distance: float) -> Tensor:
+    """f(t) = t^-s, or log(1/t) for s = 0; below `min_distance` the tangent line of f there."""
+    if min_distance == 0:
+        return torch.where(t == 0, torch.inf, _riesz(torch.where(t == 0, 1.0, t), s))
+    m = torch.tensor(min_distance, dtype=t.dtype, device=t.device)
+    slope = -1 / m if s == 0 else -s * m ** -(s + 1)
+    below = t < m
+    return torch.where(below, _riesz(m, s) + slope * (t - m), _riesz(torch.where(below, m, t), s))
+
+
+def hyperspherical_energy(
+    weight: Tensor,
+    s: float = 2.0,
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    reduction: str = "mean",
+    eps: float = 0.0,
+    min_distance: float = 1e-3,
+) -> Tensor:
+    """Energy in float64 of the rows of `weight` [N, d] -> [], or of [B, N, d] -> [B]."""
+    if weight.dim() == 3:
+        sets = [
+            hyperspherical_energy(
+                w,
+                s,
+                half_space=half_space,
+                angular=angular,
+                reduction=reduction,
+                eps=eps,
+                min_distance=min_distance,
+            )
+            for w in weight
+        ]
+        return torch.stack(sets) if sets else weight.new_zeros(0, dtype=torch.float64)
+
+    p = weight.double()
+    squared_norm = p.square().sum(1, keepdim=True) + eps
+    alive = squared_norm > 0
+    squared_norm = torch.where(alive, squared_norm, 1.0)
+    v = torch.where(alive, p / squared_norm.sqrt(), 0.0)
+    deficit = torch.where(alive, eps / squared_norm, 1.0).squeeze(1)  # 1 - |v|^2
+    if half_space:  # the 2N points, antipodes included, as the papers draw them
+        v, deficit = torch.cat([v, -v]), torch.cat([deficit, deficit])
+
+    n = v.shape[0]
+    i, j = torch.triu_indices(n, n, offset=1, device=v.device)
+    # r^2 = 2 - 2c without its cancellation, and 4 - r^2 = 2 + 2c likewise
+    near = (v[i] - v[j]).square().sum(1) + deficit[i] + deficit[j]
+    far = (v[i] + v[j]).square().sum(1) + deficit[i] + deficit[j]
+    distance = 2 * torch.atan2(_sqrt(near), _sqrt(far)) if angular else _sqrt(near)
+    total = _pair_function(distance, s, min_distance).sum()
+    return 2 * total if reduction == "sum" else total / max(i.numel(), 1)
+
+
+def compressive_energy(
+    weight: Tensor, projection: Tensor, s: float = 2.0, **options: Any
+) -> Tensor:
+    """Mean over the matrices P_c of `projection` [C, k, d] of the energy of the rows P_c w_i."""
+    weight, projection = weight.double(), projection.double()
+    energies = [hyperspherical_energy(weight @ p.mT, s, **options) for p in projection]
+    return torch.stack(energies).mean(0)
+
+
+def group_energy(
+    weight: Tensor, groups: Sequence[Sequence[int]], s: float = 2.0, **options: Any
+) -> Tensor:
+    """Mean over the index lists of `groups` of the energy of the rows restricted to them."""
+    energies = [hyperspherical_energy(weight[..., list(g)], s, **options) for g in groups]
+    return torch.stack(energies).mean(0)
