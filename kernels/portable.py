@@ -1,0 +1,320 @@
+"""The pairwise sweep in plain torch: any device, any dtype, O(T k) memory.
+
+    v_i = p_i / nu_i,  nu_i = sqrt(|p_i|^2 + eps),  c_ij = <v_i, v_j>
+    S   = sum_{i<j} F(c_ij)                  (half space: 2 sum_{i<j} F(c_ij) + sum_i f(-|v_i|^2))
+    dS/dp_i = (G_i - v_i <v_i, G_i>) / nu_i,  G_i = sum_j F'(c_ij) v_j
+
+One matrix product gives a tile of r^2 = 2 - 2c, a few elementwise passes turn it into F and F',
+two more products add it to G. Where 2 - 2c has lost its digits, the pair is taken out of the tile
+and done again from the difference of the rows, in float64.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .work_table import Tile, equal_runs, spread_over_rows, symmetric_tiles
+
+# r^2 below which float32's 2 - 2c (absolute error about 2e-7) is not trusted; for half space and
+# angles the same holds of 4 - r^2
+CLOSE = 2.0**-6
+# float64 elements per array of differences when close pairs are done again
+CLOSE_CHUNK = 1 << 18
+
+
+class PairFunction(Protocol):
+    """What a sweep needs to know of the pair function."""
+
+    @property
+    def half_space(self) -> bool: ...
+    @property
+    def angular(self) -> bool: ...
+    def of_cosine(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def one_sided(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+    def clean_above(self, near: float) -> bool: ...
+    def has_closed_tile(self) -> bool: ...
+    def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float]: ...
+
+
+class Rows(NamedTuple):
+    """Normalized rows; a dead row (norm below the smallest normal number) has v = 0, 1/nu = 0."""
+
+    v: Tensor  # [T, k]
+    inv_nu: Tensor  # [T, 1]
+    deficit: Tensor  # [T, 1], 1 - |v|^2, exactly
+
+
+class ClosePairs(NamedTuple):
+    """Pairs done again in float64: `apart` = v_i - side v_j, side = -1 where almost antipodal."""
+
+    set: Tensor  # [P] number of the set
+    i: Tensor  # [P] rows of the packed array
+    j: Tensor
+    side: Tensor  # [P, 1]
+    apart: Tensor  # [P, k]
+    near: Tensor  # [P, 1]
+    far: Tensor  # [P, 1]
+
+
+def unavailable() -> str | None:
+    """This backend needs nothing but torch."""
+    return None
+
+
+def normalize(points: Tensor, eps: float) -> Rows:
+    """Rows of any magnitude, normalized in float32 (float64 for float64 input)."""
+    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+    v = points.to(dtype, copy=True)
+    # divided by its largest entry first, a row of 1e-30 or 1e30 neither vanishes nor overflows
+    largest = v.abs().amax(1, keepdim=True)
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    v.div_(largest)
+    norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    root = torch.full_like(norm, eps).sqrt_()
+    nu = torch.hypot(norm * largest, root)
+    dead = nu < torch.finfo(dtype).tiny  # NaN is not dead: it has to reach the result
+    v.div_(torch.hypot(norm, root / largest)).masked_fill_(dead, 0.0)
+    inv_nu = nu.reciprocal().masked_fill_(dead, 0.0)
+    deficit = (root * inv_nu).square().masked_fill_(dead, 1.0)
+    return Rows(v, inv_nu, deficit)
+
+
+def sweep(
+    points: Tensor,
+    sizes: Sequence[int],
+    scales: Sequence[float],
+    pair: PairFunction,
+    eps: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled sum over the pairs of each set, and its gradient in the rows.
+
+    Args:
+        points: [T, k], the raw rows of all sets one after another.
+        sizes: rows of each set, B numbers that add up to T.
+        scales: factor of each set's sum.
+        pair: the pair function.
+        eps: added to the squared norms.
+        with_gradient: without it the second and third product of each tile are left out.
+
+    Returns:
+        Energy [B] and gradient [T, k] (or None), float32, float64 for float64 points.
+    """
+    rows = normalize(points, eps)
+    v = rows.v
+    ones = v.new_ones(v.shape[0], 1)
+    # [-2v, 2] [v, 1]^T: the product itself gives 2 - 2c, which saves a pass over every tile
+    left, right = torch.cat([-2.0 * v, 2.0 * ones], 1), torch.cat([v, ones], 1)
+    energy = torch.zeros(len(sizes), dtype=torch.float64, device=points.device)
+    pull = torch.zeros_like(v) if with_gradient else None  # G
+    radial = torch.zeros_like(rows.deficit)  # sum of the F' that close pairs owe to v_i itself
+    closed = pair.has_closed_tile() and pair.clean_above(CLOSE)
+
+    for tile in symmetric_tiles(sizes, _block(points)):
+        near = torch.bmm(_rows(left, tile), _cols(right, tile).mT)
+        left_out, close = _take_out(near, tile, pair)
+        if closed:
+            value, slope, factor = pair.closed_tile(near)
+        else:
+            (value, slope, _), factor = pair.of_cosine(near, 4.0 - near), 1.0
+        if left_out is not None:
+            value.masked_fill_(left_out, 0.0)
+            slope.masked_fill_(left_out, 0.0)
+        energy[tile.run.sets] += value.sum((1, 2)).double() * (0.5 if tile.diagonal else 1.0)
+        if pull is not None:
+            _rows(pull, tile).baddbmm_(slope, _cols(v, tile), alpha=factor)
+            if not tile.diagonal:
+                _cols(pull, tile).baddbmm_(slope.mT, _rows(v, tile), alpha=factor)
+        if close is None:
+            continue
+        for pairs in _close_pairs(close, tile, points, eps):
+            exact_value, exact_slope, _ = pair.of_cosine(pairs.near, pairs.far)
+            energy.index_put_((pairs.set,), exact_value.squeeze(1), accumulate=True)
+            if pull is not None:
+                _push_apart(pull, pairs, exact_slope * pairs.apart)
+                _add_rows(radial, pairs, pairs.side * exact_slope)
+
+    radial.mul_(rows.deficit)
+    if pair.half_space:
+        energy.mul_(2.0)
+        value, slope, _ = _antipodes(rows, pair)
+        for run in equal_runs(sizes):
+            energy[run.sets] += run.view(value).sum((1, 2)).double()
+        # pairs count twice, the antipodal one once: half of its slope here, doubled with the rest
+        radial -= slope * rows.deficit
+    energy.mul_(energy.new_tensor(scales))
+    if pull is None:
+        return energy.to(v.dtype), None
+    # tangent projection in place: (G + (radial - <v, G>) v) / nu
+    pull.addcmul_(v, radial - (v * pull).sum(1, keepdim=True))
+    pull.mul_(rows.inv_nu * _scale_of_row(sizes, scales, pair, v))
+    return energy.to(v.dtype), pull
+
+
+def hessian_vector_product(
+    points: Tensor,
+    tangents: Tensor,
+    sizes: Sequence[int],
+    scales: Sequence[float],
+    pair: PairFunction,
+    eps: float,
+) -> Tensor:
+    """Derivative of `sweep`'s gradient along `tangents` [T, k], in closed form, by the same tiles.
+
+    With a dot for the derivative along the tangents t and tau_i = <v_i, t_i>:
+
+        v.  = (t - v tau) / nu        c.  = <v_i., v_j> + <v_i, v_j.>
+        G_i. = sum_j F''(c) c. v_j + F'(c) v_j.
+
+    Returns:
+        [T, k], float32, float64 for float64 points.
+    """
+    rows = normalize(points, eps)
+    v, inv_nu, deficit = rows
+    tangents = tangents.to(v.dtype)
+    tau = (v * tangents).sum(1, keepdim=True)
+    v_dot = (tangents - v * tau) * inv_nu
+    deficit_dot = -2.0 * deficit * tau * inv_nu
+    both, swapped = torch.cat([v_dot, v], 1), torch.cat([v, v_dot], 1)
+    pull, pull_dot = torch.zeros_like(v), torch.zeros_like(v)
+    radial, radial_dot = torch.zeros_like(deficit), torch.zeros_like(deficit)
+
+    for tile in symmetric_tiles(sizes, _block(points)):
+        near = torch.bmm(_rows(v, tile), _cols(v, tile).mT).mul_(-2.0).add_(2.0)
+        c_dot = torch.bmm(_rows(both, tile), _cols(swapped, tile).mT)
+        left_out, close = _take_out(near, tile, pair)
+        _, slope, curve = pair.of_cosine(near, 4.0 - near)
+        slope_dot = curve * c_dot
+        if left_out is not None:
+            slope.masked_fill_(left_out, 0.0)
+            slope_dot.masked_fill_(left_out, 0.0)
+        _rows(pull, tile).baddbmm_(slope, _cols(v, tile))
+        _rows(pull_dot, tile).baddbmm_(slope_dot, _cols(v, tile)).baddbmm_(
+            slope, _cols(v_dot, tile)
+        )
+        if not tile.diagonal:
+            slope, slope_dot = slope.mT, slope_dot.mT
+            _cols(pull, tile).baddbmm_(slope, _rows(v, tile))
+            _cols(pull_dot, tile).baddbmm_(slope_dot, _rows(v, tile))
+            _cols(pull_dot, tile).baddbmm_(slope, _rows(v_dot, tile))
+        if close is None:
+            continue
+        for pairs in _close_pairs(close, tile, points, eps):
+            dot_i, deficit_dot_i = _exact_dots(points, tangents, pairs.i, eps)
+            dot_j, deficit_dot_j = _exact_dots(points, tangents, pairs.j, eps)
+            apart_dot = dot_i - pairs.side * dot_j
+            stretch = (pairs.apart * apart_dot).sum(1, keepdim=True)
+            exact_c_dot = -pairs.side * (stretch + (deficit_dot_i + deficit_dot_j) / 2.0)
+            _, exact_slope, exact_curve = pair.of_cosine(pairs.near, pairs.far)
+            exact_slope_dot = exact_curve * exact_c_dot
+            _push_apart(pull, pairs, exact_slope * pairs.apart)
+            _push_apart(pull_dot, pairs, exact_slope_dot * pairs.apart + exact_slope * apart_dot)
+            _add_rows(radial, pairs, pairs.side * exact_slope)
+            _add_rows(radial_dot, pairs, pairs.side * exact_slope_dot)
+
+    along = (v * pull).sum(1, keepdim=True)
+    along_dot = (v_dot * pull).sum(1, keepdim=True) + (v * pull_dot).sum(1, keepdim=True)
+    outward = radial * deficit - along
+    outward_dot = radial_dot * deficit + radial * deficit_dot - along_dot
+    if pair.half_space:
+        # the antipodal pair's term, as in `sweep`: -slope deficit v, with c. = deficit.
+        _, slope, curve = _antipodes(rows, pair)
+        outward -= slope * deficit
+        outward_dot -= (curve * deficit + slope) * deficit_dot
+    gradient = pull + v * outward
+    product = pull_dot + v_dot * outward + v * outward_dot - gradient * tau * inv_nu
+    return product.mul_(inv_nu * _scale_of_row(sizes, scales, pair, v))
+
+
+def _block(points: Tensor) -> int:
+    """Rows of a tile: one that a processor's cache holds, or one that fills an accelerator."""
+    return 512 if points.device.type == "cpu" else 4096
+
+
+def _rows(x: Tensor, tile: Tile) -> Tensor:
+    return tile.run.view(x)[:, tile.rows]
+
+
+def _cols(x: Tensor, tile: Tile) -> Tensor:
+    return tile.run.view(x)[:, tile.cols]
+
+
+def _scale_of_row(
+    sizes: Sequence[int], scales: Sequence[float], pair: PairFunction, like: Tensor
+) -> Tensor:
+    """[T, 1]; the half space counts every pair of rows twice."""
+    return spread_over_rows(like.new_tensor(scales) * (2.0 if pair.half_space else 1.0), sizes)
+
+
+def _take_out(near: Tensor, tile: Tile, pair: PairFunction) -> tuple[Tensor | None, Tensor | None]:
+    """Mask of the tile's elements that do not count, and of those to be done again exactly.
+
+    Both are overwritten by a harmless r^2 = 2, so what follows stays finite.
+    """
+    left_out = None
+    if tile.diagonal:
+        near.diagonal(dim1=1, dim2=2).fill_(2.0)
+        left_out = torch.eye(near.shape[1], dtype=torch.bool, device=near.device).expand_as(near)
+    two_ended = pair.half_space or pair.angular
+    lowest, highest = torch.aminmax(near)
+    if not (bool(lowest < CLOSE) or (two_ended and bool(highest > 4.0 - CLOSE))):
+        return left_out, None
+    close = near < CLOSE
+    if two_ended:
+        close |= near > 4.0 - CLOSE
+    near.masked_fill_(close, 2.0)
+    left_out = close if left_out is None else close | left_out
+    return left_out, close.triu(1) if tile.diagonal else close
+
+
+def _close_pairs(close: Tensor, tile: Tile, points: Tensor, eps: float) -> Iterator[ClosePairs]:
+    """The pairs marked in a tile, a chunk at a time, from the raw rows in float64."""
+    run = tile.run
+    chunk = max(CLOSE_CHUNK // points.shape[1], 1)
+    for which, i, j in (part.unbind(1) for part in close.nonzero().split(chunk)):
+        first = run.first_row + which * run.size
+        i, j = first + tile.rows.start + i, first + tile.cols.start + j
+        rows_i, rows_j = _exact(points, i, eps), _exact(points, j, eps)
+        side = torch.where((rows_i.v * rows_j.v).sum(1, keepdim=True) < 0, -1.0, 1.0)
+        apart = rows_i.v - side * rows_j.v
+        short = apart.square().sum(1, keepdim=True) + rows_i.deficit + rows_j.deficit
+        near = torch.where(side > 0, short, 4.0 - short)
+        far = torch.where(side > 0, 4.0 - short, short)
+        yield ClosePairs(run.first_set + which, i, j, side, apart, near, far)
+
+
+def _exact(points: Tensor, index: Tensor, eps: float) -> Rows:
+    return normalize(points[index].double(), eps)
+
+
+def _exact_dots(
+    points: Tensor, tangents: Tensor, index: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """v. and deficit. of some rows, in float64."""
+    v, inv_nu, deficit = _exact(points, index, eps)
+    t = tangents[index].double()
+    tau = (v * t).sum(1, keepdim=True)
+    return (t - v * tau) * inv_nu, -2.0 * deficit * tau * inv_nu
+
+
+def _push_apart(pull: Tensor, pairs: ClosePairs, push: Tensor) -> None:
+    """Add F' v_j to G_i and F' v_i to G_j, but for their parts along v_i and v_j.
+
+    v_j = side (v_i - apart): the part along v_i is large, and falls out in the projection but for
+    its deficit, which `radial` keeps; what is left is the exact difference.
+    """
+    pull.index_put_((pairs.i,), (-pairs.side * push).to(pull.dtype), accumulate=True)
+    pull.index_put_((pairs.j,), push.to(pull.dtype), accumulate=True)
+
+
+def _add_rows(x: Tensor, pairs: ClosePairs, value: Tensor) -> None:
+    """Add a pair's value to both its rows; index_put_ adds in a fixed order on every device."""
+    x.index_put_((torch.cat([pairs.i, pairs.j]),), value.to(x.dtype).repeat(2, 1), accumulate=True)
+
+
+def _antipodes(rows: Rows, pair: PairFunction) -> tuple[Tensor, Tensor, Tensor]:
+    """f, f', f'' of every row with its own antipode: c = -|v|^2 = deficit - 1."""
+    far = 2.0 * rows.deficit
+    return pair.one_sided(4.0 - far, far)
