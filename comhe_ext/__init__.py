@@ -1,0 +1,15 @@
+"""Exact hyperspherical energy of sets of vectors and its gradient, without N x N matrices."""
+
+__version__ = "0.1.0"
+
+from comhe_ext.functional import compressive_energy, group_energy, hyperspherical_energy
+from comhe_ext.projections import random_projection
+from comhe_ext.regularizer import CoMHE
+
+__all__ = [
+    "CoMHE",
+    "compressive_energy",
+    "group_energy",
+    "hyperspherical_energy",
+    "random_projection",
+]

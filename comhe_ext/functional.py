@@ -1,0 +1,324 @@
+"""The public functions: checks, layout, and one call of the operator."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from comhe_ext import ops
+from comhe_ext.ops import Options
+
+Reduction = Literal["mean", "sum"]
+Backend = Literal["triton", "cpu", "torch"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def hyperspherical_energy(
+    weight: Tensor,
+    s: float = 2.0,
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    reduction: Reduction = "mean",
+    eps: float = 0.0,
+    min_distance: float = 1e-3,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Compute how closely the rows of `weight` crowd on the sphere: the hyperspherical energy.
+
+    Torch equivalent::
+
+        r = torch.nn.functional.pdist(torch.nn.functional.normalize(weight))
+        energy = (r**-s).mean()    # s = 0: -r.log().mean()
+
+    with O(N d) memory and no N x N matrix, differentiable once and twice.
+
+    Args:
+        weight: [N, d], N neurons of d weights, or [B, N, d], B independent sets; float16, bfloat16,
+            float32 or float64, any strides.
+        s: exponent of the pair function r^-s, any finite s >= 0; 0 means log(1/r).
+        half_space: energy of the 2N points {v_i} and {-v_i}, antipodal pairs included.
+        angular: measure a pair by its angle in radians instead of the chord r.
+        reduction: "mean" over the unordered pairs, or "sum" over the ordered ones (twice the
+            unordered sum), as the papers write it.
+        eps: added to the squared norms; the authors' code has 1e-4.
+        min_distance: below it (in the unit of the distance) a pair's function continues along its
+            tangent line, so near-duplicates are pushed apart with a finite force; 0 is the pure
+            definition. At least 0, less than 2.
+        backend: "triton", "cpu" or "torch"; None picks the best that works here.
+
+    Returns:
+        The energy, [] or [B], float32 (float64 for float64 weights). 0 where there is no pair.
+
+    Raises:
+        TypeError: `weight` is not a dense floating-point tensor, or an option has the wrong type.
+        ValueError: a shape or an option is out of range.
+        RuntimeError: the backend asked for cannot run here.
+
+    Note:
+        A row of zero norm is a dead neuron: orthogonal to all others, zero gradient (eps = 0).
+        Exact duplicates add a finite energy and no gradient, for they have no direction to part
+        in. The authors' s = 0 is -log r^2, twice this one; their angle is arccos(c)/pi + 1e-4.
+
+    Source: Liu et al. (2018), equation 1; half space and angular variants, sections 3.2 and 3.3.
+    """
+    _check_weight(weight)
+    options = make_options(weight, s, half_space, angular, reduction, eps, min_distance, backend)
+    (energy,) = mean_energies([weight.unsqueeze(-3)], options)
+    return energy
+
+
+def compressive_energy(
+    weight: Tensor,
+    projection: Tensor,
+    s: float = 2.0,
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    reduction: Reduction = "mean",
+    eps: float = 0.0,
+    min_distance: float = 1e-3,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Compute the mean energy of the rows of `weight` after each of several projections (CoMHE).
+
+    Torch equivalent::
+
+        energies = [hyperspherical_energy(weight @ p.T, s) for p in projection]
+        energy = torch.stack(energies).mean(0)
+
+    with one matrix product for all projections and one sweep over all projected rows.
+
+    Args:
+        weight: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`.
+        projection: [C, k, d], C matrices P_c on the device of `weight`; see `random_projection`.
+        s, half_space, angular, reduction, eps, min_distance, backend: see `hyperspherical_energy`.
+
+    Returns:
+        The energy, [] or [B], float32 (float64 if either argument is). Differentiable in both.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `hyperspherical_energy`.
+
+    Note:
+        The projection is computed in float32 (float64 if either argument is), autocast or not.
+
+    Source: Lin et al. (2020), equation 3.
+    """
+    _check_weight(weight)
+    _check_tensor("projection", projection)
+    if projection.dim() != 3:
+        raise ValueError(f"`projection` must be 3-D [C, k, d], got shape {tuple(projection.shape)}")
+    count, dim, features = projection.shape
+    if count == 0 or dim == 0:
+        raise ValueError(
+            "`projection` must hold at least one matrix of at least one row, "
+            f"got shape {tuple(projection.shape)}"
+        )
+    if features != weight.shape[-1]:
+        raise ValueError(
+            f"`projection` must have as many columns as `weight`, got {features} and "
+            f"{weight.shape[-1]}"
+        )
+    if projection.device != weight.device:
+        raise ValueError(
+            f"`projection` must be on the device of `weight`, got {projection.device} and "
+            f"{weight.device}"
+        )
+    options = make_options(weight, s, half_space, angular, reduction, eps, min_distance, backend)
+    (energy,) = mean_energies([project(weight, projection)], options)
+    return energy
+
+
+def group_energy(
+    weight: Tensor,
+    groups: int | Sequence[Sequence[int] | Tensor],
+    s: float = 2.0,
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    reduction: Reduction = "mean",
+    eps: float = 0.0,
+    min_distance: float = 1e-3,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Compute the mean over groups of coordinates of the energy of the sub-vectors (group CoMHE).
+
+    Torch equivalent::
+
+        energies = [hyperspherical_energy(part, s) for part in weight.chunk(groups, -1)]
+        energy = torch.stack(energies).mean(0)
+
+    Args:
+        weight: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`.
+        groups: how many groups of neighbouring coordinates, as even as they can be (those of
+            `torch.tensor_split`); or the coordinates of each group, which may overlap.
+        s, half_space, angular, reduction, eps, min_distance, backend: see `hyperspherical_energy`.
+
+    Returns:
+        The energy, [] or [B], float32 (float64 for float64 weights).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `hyperspherical_energy`.
+
+    Source: Lin et al. (2020), section 4.4: projections that select coordinates.
+    """
+    _check_weight(weight)
+    options = make_options(weight, s, half_space, angular, reduction, eps, min_distance, backend)
+    parts = [weight[..., index] for index in _group_indices(groups, weight.shape[-1])]
+    width = max(part.shape[-1] for part in parts)
+    (energy,) = mean_energies([torch.stack([pad(part, width) for part in parts], -3)], options)
+    return energy
+
+
+# --- pieces that the regularizer shares -----------------------------------------------------------
+
+
+def project(weight: Tensor, projection: Tensor) -> Tensor:
+    """Rows [..., N, d] under each of the matrices [C, k, d] -> [..., C, N, k], as one product."""
+    dtype = compute_dtype(weight, projection)
+    with _no_autocast(weight.device.type):
+        points = weight.to(dtype) @ projection.to(dtype).flatten(0, 1).mT
+    return points.unflatten(-1, projection.shape[:2]).movedim(-2, -3)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 if one of the tensors is."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def pad(weight: Tensor, width: int) -> Tensor:
+    """Rows of `width` columns; a coordinate of zeros changes no cosine."""
+    return torch.nn.functional.pad(weight, (0, width - weight.shape[-1]))
+
+
+def mean_energies(views: Sequence[Tensor], options: Options) -> list[Tensor]:
+    """For each of `views` [..., V, N, k] the mean energy over V -> [...]; one sweep for all.
+
+    All have the same k; N and the number of sets may differ from one to the next.
+    """
+    # [B, N, k]; B is written out because reshape cannot tell it where N is 0
+    sets = [view.reshape(math.prod(view.shape[:-2]), *view.shape[-2:]) for view in views]
+    sizes: list[int] = []
+    if len(sets) == 1:
+        points = sets[0].contiguous()
+    else:
+        points = torch.cat([rows.flatten(0, 1) for rows in sets])
+        sizes = [rows.shape[1] for rows in sets for _ in range(rows.shape[0])]
+    energies = ops.energy(points, sizes, options).split([rows.shape[0] for rows in sets])
+    return [e.view(v.shape[:-2]).mean(-1) for e, v in zip(energies, views, strict=True)]
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"`{name}` must be a plain tensor, got a DTensor, of which each rank holds a part: "
+            f"pass {name}.full_tensor()"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"`{name}` must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+        )
+
+
+def _check_weight(weight: Tensor) -> None:
+    _check_tensor("weight", weight)
+    if weight.dim() not in (2, 3):
+        raise ValueError(f"`weight` must be 2-D or 3-D, got shape {tuple(weight.shape)}")
+    if weight.shape[-1] == 0:
+        raise ValueError(f"`weight` must have at least one column, got shape {tuple(weight.shape)}")
+
+
+def check_count(name: str, value: int) -> int:
+    """A whole number of at least 1 (symbolic under torch.compile)."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, got {value}")
+    return value
+
+
+def check_number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def make_options(
+    weight: Tensor,
+    s: float,
+    half_space: bool,
+    angular: bool,
+    reduction: str,
+    eps: float,
+    min_distance: float,
+    backend: str | None,
+) -> Options:
+    """The options, checked, with the backend chosen."""
+    s = check_number("s", s)
+    if not 0 <= s < math.inf:
+        raise ValueError(f"`s` must be finite and at least 0, got {s}")
+    eps = check_number("eps", eps)
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"`eps` must be finite and at least 0, got {eps}")
+    min_distance = check_number("min_distance", min_distance)
+    if not 0 <= min_distance < 2:
+        raise ValueError(f"`min_distance` must be at least 0 and less than 2, got {min_distance}")
+    for name, flag in (("half_space", half_space), ("angular", angular)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}")
+    chosen = ops.choose_backend(backend, weight)
+    return Options(s, half_space, angular, reduction, eps, min_distance, chosen)
+
+
+def _group_indices(
+    groups: int | Sequence[Sequence[int] | Tensor], features: int
+) -> Iterator[slice | Tensor]:
+    """What to take of the last dimension for each group."""
+    if isinstance(groups, bool) or not isinstance(groups, int | Sequence):
+        raise TypeError(
+            f"`groups` must be an int or a sequence of index sequences, got {type(groups).__name__}"
+        )
+    if isinstance(groups, int):
+        if not 1 <= groups <= features:
+            raise ValueError(
+                f"`groups` must be between 1 and the {features} columns of `weight`, got {groups}"
+            )
+        bounds = [features * g // groups for g in range(groups + 1)]
+        return (slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+    if len(groups) == 0:
+        raise ValueError("`groups` must name at least one group, got none")
+    indices = []
+    for group in groups:
+        index = torch.as_tensor(group)
+        if index.dim() != 1 or index.numel() == 0 or index.is_floating_point():
+            raise ValueError(f"each of `groups` must be a non-empty list of columns, got {group!r}")
+        if index.dtype == torch.bool or int(index.min()) < 0 or int(index.max()) >= features:
+            raise ValueError(
+                f"`groups` must name columns from 0 to {features - 1} of `weight`, got {group!r}"
+            )
+        indices.append(index)
+    return iter(indices)
+
+
+@contextmanager
+def _no_autocast(device_type: str) -> Iterator[None]:
+    """Autocast would lower the projection to half precision, and the energy with it."""
+    if not torch.amp.is_autocast_available(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
