@@ -64,10 +64,10 @@ def hyperspherical_energy(
         Exact duplicates add a finite energy and no gradient, for they have no direction to part
         in. The authors' s = 0 is -log r^2, twice this one; their angle is arccos(c)/pi + 1e-4.
 
-    Source: Liu et al. (2018), equation 1; half space and angular variants, sections 3.2 and 3.3.
+    Source: Liu et al. (2018): MHE; half space is its HS-MHE, the angle its A-MHE.
     """
     _check_weight(weight)
-    options = make_options(weight, s, half_space, angular, reduction, eps, min_distance, backend)
+    options = make_options((weight,), s, half_space, angular, reduction, eps, min_distance, backend)
     (energy,) = mean_energies([weight.unsqueeze(-3)], options)
     return energy
 
@@ -107,7 +107,7 @@ def compressive_energy(
     Note:
         The projection is computed in float32 (float64 if either argument is), autocast or not.
 
-    Source: Lin et al. (2020), equation 3.
+    Source: Lin et al. (2020), RP-CoMHE.
     """
     _check_weight(weight)
     _check_tensor("projection", projection)
@@ -129,7 +129,9 @@ def compressive_energy(
             f"`projection` must be on the device of `weight`, got {projection.device} and "
             f"{weight.device}"
         )
-    options = make_options(weight, s, half_space, angular, reduction, eps, min_distance, backend)
+    options = make_options(
+        (weight, projection), s, half_space, angular, reduction, eps, min_distance, backend
+    )
     (energy,) = mean_energies([project(weight, projection)], options)
     return energy
 
@@ -150,13 +152,13 @@ def group_energy(
 
     Torch equivalent::
 
-        energies = [hyperspherical_energy(part, s) for part in weight.chunk(groups, -1)]
+        energies = [hyperspherical_energy(part, s) for part in weight.tensor_split(groups, -1)]
         energy = torch.stack(energies).mean(0)
 
     Args:
         weight: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`.
-        groups: how many groups of neighbouring coordinates, as even as they can be (those of
-            `torch.tensor_split`); or the coordinates of each group, which may overlap.
+        groups: how many groups of neighbouring coordinates, as even as they can be; or the
+            coordinates of each group, which may overlap.
         s, half_space, angular, reduction, eps, min_distance, backend: see `hyperspherical_energy`.
 
     Returns:
@@ -165,11 +167,11 @@ def group_energy(
     Raises:
         TypeError, ValueError, RuntimeError: see `hyperspherical_energy`.
 
-    Source: Lin et al. (2020), section 4.4: projections that select coordinates.
+    Source: Lin et al. (2020): projections that select coordinates.
     """
     _check_weight(weight)
-    options = make_options(weight, s, half_space, angular, reduction, eps, min_distance, backend)
-    parts = [weight[..., index] for index in _group_indices(groups, weight.shape[-1])]
+    options = make_options((weight,), s, half_space, angular, reduction, eps, min_distance, backend)
+    parts = _split_columns(weight, groups)
     width = max(part.shape[-1] for part in parts)
     (energy,) = mean_energies([torch.stack([pad(part, width) for part in parts], -3)], options)
     return energy
@@ -256,7 +258,7 @@ def check_number(name: str, value: float) -> float:
 
 
 def make_options(
-    weight: Tensor,
+    tensors: Sequence[Tensor],
     s: float,
     half_space: bool,
     angular: bool,
@@ -265,7 +267,7 @@ def make_options(
     min_distance: float,
     backend: str | None,
 ) -> Options:
-    """The options, checked, with the backend chosen."""
+    """The options, checked, with the backend chosen for what is computed from `tensors`."""
     s = check_number("s", s)
     if not 0 <= s < math.inf:
         raise ValueError(f"`s` must be finite and at least 0, got {s}")
@@ -280,14 +282,15 @@ def make_options(
             raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}")
-    chosen = ops.choose_backend(backend, weight)
+    chosen = ops.choose_backend(backend, tensors[0].device, compute_dtype(*tensors))
     return Options(s, half_space, angular, reduction, eps, min_distance, chosen)
 
 
-def _group_indices(
-    groups: int | Sequence[Sequence[int] | Tensor], features: int
-) -> Iterator[slice | Tensor]:
-    """What to take of the last dimension for each group."""
+def _split_columns(
+    weight: Tensor, groups: int | Sequence[Sequence[int] | Tensor]
+) -> Sequence[Tensor]:
+    """The columns of each group."""
+    features = weight.shape[-1]
     if isinstance(groups, bool) or not isinstance(groups, int | Sequence):
         raise TypeError(
             f"`groups` must be an int or a sequence of index sequences, got {type(groups).__name__}"
@@ -297,21 +300,21 @@ def _group_indices(
             raise ValueError(
                 f"`groups` must be between 1 and the {features} columns of `weight`, got {groups}"
             )
-        bounds = [features * g // groups for g in range(groups + 1)]
-        return (slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+        return weight.tensor_split(groups, -1)
     if len(groups) == 0:
         raise ValueError("`groups` must name at least one group, got none")
-    indices = []
+    parts = []
     for group in groups:
         index = torch.as_tensor(group)
-        if index.dim() != 1 or index.numel() == 0 or index.is_floating_point():
+        integral = index.dtype not in (torch.bool, *_DTYPES)
+        if index.dim() != 1 or index.numel() == 0 or not integral:
             raise ValueError(f"each of `groups` must be a non-empty list of columns, got {group!r}")
-        if index.dtype == torch.bool or int(index.min()) < 0 or int(index.max()) >= features:
+        if int(index.min()) < 0 or int(index.max()) >= features:
             raise ValueError(
                 f"`groups` must name columns from 0 to {features - 1} of `weight`, got {group!r}"
             )
-        indices.append(index)
-    return iter(indices)
+        parts.append(weight.index_select(-1, index.to(weight.device)))
+    return parts
 
 
 @contextmanager

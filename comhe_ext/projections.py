@@ -38,7 +38,7 @@ def random_projection(
         TypeError: a count is not an integer, or `dtype` is not floating-point.
         ValueError: a count is less than 1.
 
-    Source: Lin et al. (2020), section 4.1, with the distribution of the authors' code.
+    Source: Lin et al. (2020), with the distribution of the authors' code.
     """
     check_count("num_projections", num_projections)
     check_count("dim", dim)

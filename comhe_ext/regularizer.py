@@ -82,7 +82,7 @@ class CoMHE(nn.Module):
 
     Shape: no input; returns the weighted sum of the energies, [], float32 (float64 if a weight is).
 
-    Source: Lin et al. (2020), sections 4.1 and 5.
+    Source: Lin et al. (2020), RP-CoMHE; Liu et al. (2018), HS-MHE.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class CoMHE(nn.Module):
 
     def _options(self, weight: Tensor, half_space: bool) -> ops.Options:
         return functional.make_options(
-            weight,
+            (weight,),
             self.s,
             half_space,
             self.angular,
