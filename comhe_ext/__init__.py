@@ -2,6 +2,13 @@
 
 __version__ = "0.1.0"
 
+from importlib.util import find_spec
+
+if find_spec("comhe_ext.kernels") is None:
+    raise ImportError(
+        "comhe_ext.kernels is missing: a checkout has to be installed, with `pip install -e .`"
+    )
+
 from comhe_ext.functional import compressive_energy, group_energy, hyperspherical_energy
 from comhe_ext.projections import random_projection
 from comhe_ext.regularizer import CoMHE

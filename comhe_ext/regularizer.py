@@ -30,15 +30,16 @@ def neurons(module: nn.Module) -> Tensor:
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Layers with at least two neurons that can meet; a weight shared by several comes once."""
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # by id; kept alive, for a parametrized weight is a temporary
     for name, module in model.named_modules():
         if not isinstance(module, _LINEAR + _CONVOLUTION + _TRANSPOSED):
             continue
         if isinstance(module.weight, nn.parameter.UninitializedParameter):
             raise ValueError(f"layer {name!r} is not initialized: run the model once before")
-        if id(module.weight) in seen or neurons(module).shape[1] < 2:
+        weight = _weight(module)
+        if id(weight) in seen or neurons(module).shape[1] < 2:
             continue
-        seen.add(id(module.weight))
+        seen[id(weight)] = weight
         yield name, module
 
 

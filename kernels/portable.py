@@ -6,7 +6,8 @@
 
 One matrix product gives a tile of r^2 = 2 - 2c, a few elementwise passes turn it into F and F',
 two more products add it to G. Where 2 - 2c has lost its digits, the pair is taken out of the tile
-and done again from the difference of the rows, in float64.
+and done again from the difference of the rows, in float64. In few dimensions, where close pairs
+are common even among random rows, all of it is float64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from .work_table import Tile, equal_runs, spread_over_rows, symmetric_tiles
 
-# r^2 below which float32's 2 - 2c (absolute error about 2e-7) is not trusted; for half space and
-# angles the same holds of 4 - r^2
-CLOSE = 2.0**-6
+# r^2 below which 2 - 2c (absolute error about 2e-7, in float64 4e-16) is not trusted; for half
+# space and angles the same holds of 4 - r^2
+CLOSE = {torch.float32: 2.0**-6, torch.float64: 2.0**-20}
+# up to this k random rows come so close that float32 misses its 2e-6 in the gradient
+FLOAT64_UP_TO = 15
 # float64 elements per array of differences when close pairs are done again
 CLOSE_CHUNK = 1 << 18
 
@@ -63,9 +66,8 @@ def unavailable() -> str | None:
     return None
 
 
-def normalize(points: Tensor, eps: float) -> Rows:
-    """Rows of any magnitude, normalized in float32 (float64 for float64 input)."""
-    dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+def normalize(points: Tensor, eps: float, dtype: torch.dtype) -> Rows:
+    """Rows of any magnitude, normalized in `dtype`."""
     v = points.to(dtype, copy=True)
     # divided by its largest entry first, a row of 1e-30 or 1e30 neither vanishes nor overflows
     largest = v.abs().amax(1, keepdim=True)
@@ -102,15 +104,19 @@ def sweep(
     Returns:
         Energy [B] and gradient [T, k] (or None), float32, float64 for float64 points.
     """
-    rows = normalize(points, eps)
-    v = rows.v
-    ones = v.new_ones(v.shape[0], 1)
+    dtype = _working_dtype(points)
+    rows = normalize(points, eps, dtype)
     # [-2v, 2] [v, 1]^T: the product itself gives 2 - 2c, which saves a pass over every tile
-    left, right = torch.cat([-2.0 * v, 2.0 * ones], 1), torch.cat([v, ones], 1)
+    right = torch.nn.functional.pad(rows.v, (0, 1), value=1.0)
+    left = -2.0 * right
+    left[:, -1] = 2.0
+    v = right[:, :-1]
+    rows = rows._replace(v=v)
     energy = torch.zeros(len(sizes), dtype=torch.float64, device=points.device)
-    pull = torch.zeros_like(v) if with_gradient else None  # G
+    # G: a sum over all rows, of which the projection takes most away; hence float64 between tiles
+    pull = torch.zeros_like(v, dtype=torch.float64) if with_gradient else None
     radial = torch.zeros_like(rows.deficit)  # sum of the F' that close pairs owe to v_i itself
-    closed = pair.has_closed_tile() and pair.clean_above(CLOSE)
+    closed = pair.has_closed_tile() and pair.clean_above(CLOSE[dtype])
 
     for tile in symmetric_tiles(sizes, _block(points)):
         near = torch.bmm(_rows(left, tile), _cols(right, tile).mT)
@@ -124,9 +130,9 @@ def sweep(
             slope.masked_fill_(left_out, 0.0)
         energy[tile.run.sets] += value.sum((1, 2)).double() * (0.5 if tile.diagonal else 1.0)
         if pull is not None:
-            _rows(pull, tile).baddbmm_(slope, _cols(v, tile), alpha=factor)
+            _rows(pull, tile).add_(torch.bmm(slope, _cols(v, tile)), alpha=factor)
             if not tile.diagonal:
-                _cols(pull, tile).baddbmm_(slope.mT, _rows(v, tile), alpha=factor)
+                _cols(pull, tile).add_(torch.bmm(slope.mT, _rows(v, tile)), alpha=factor)
         if close is None:
             continue
         for pairs in _close_pairs(close, tile, points, eps):
@@ -145,12 +151,19 @@ def sweep(
         # pairs count twice, the antipodal one once: half of its slope here, doubled with the rest
         radial -= slope * rows.deficit
     energy.mul_(energy.new_tensor(scales))
+    energy = energy.to(_result_dtype(points))
     if pull is None:
-        return energy.to(v.dtype), None
-    # tangent projection in place: (G + (radial - <v, G>) v) / nu
-    pull.addcmul_(v, radial - (v * pull).sum(1, keepdim=True))
-    pull.mul_(rows.inv_nu * _scale_of_row(sizes, scales, pair, v))
-    return energy.to(v.dtype), pull
+        return energy, None
+    del left
+    gradient = torch.empty_like(pull, dtype=_result_dtype(points))
+    factor_of_row = rows.inv_nu * _scale_of_row(sizes, scales, pair, v)
+    for part in (slice(b, b + 1024) for b in range(0, v.shape[0], 1024)):
+        # tangent projection, (G + (radial - <v, G>) v) / nu, with v as long as it ought to be
+        g, u = pull[part], v[part].double()
+        length = (1.0 - rows.deficit[part]) / u.square().sum(1, keepdim=True).clamp_min_(1e-30)
+        outward = radial[part] - (g * u).sum(1, keepdim=True) * length
+        gradient[part] = (g + u * outward) * factor_of_row[part]
+    return energy, gradient
 
 
 def hessian_vector_product(
@@ -171,7 +184,7 @@ def hessian_vector_product(
     Returns:
         [T, k], float32, float64 for float64 points.
     """
-    rows = normalize(points, eps)
+    rows = normalize(points, eps, _working_dtype(points))
     v, inv_nu, deficit = rows
     tangents = tangents.to(v.dtype)
     tau = (v * tangents).sum(1, keepdim=True)
@@ -225,7 +238,17 @@ def hessian_vector_product(
         outward_dot -= (curve * deficit + slope) * deficit_dot
     gradient = pull + v * outward
     product = pull_dot + v_dot * outward + v * outward_dot - gradient * tau * inv_nu
-    return product.mul_(inv_nu * _scale_of_row(sizes, scales, pair, v))
+    product.mul_(inv_nu * _scale_of_row(sizes, scales, pair, v))
+    return product.to(_result_dtype(points))
+
+
+def _working_dtype(points: Tensor) -> torch.dtype:
+    few = points.shape[1] <= FLOAT64_UP_TO
+    return torch.float64 if few or points.dtype == torch.float64 else torch.float32
+
+
+def _result_dtype(points: Tensor) -> torch.dtype:
+    return torch.float64 if points.dtype == torch.float64 else torch.float32
 
 
 def _block(points: Tensor) -> int:
@@ -258,12 +281,13 @@ def _take_out(near: Tensor, tile: Tile, pair: PairFunction) -> tuple[Tensor | No
         near.diagonal(dim1=1, dim2=2).fill_(2.0)
         left_out = torch.eye(near.shape[1], dtype=torch.bool, device=near.device).expand_as(near)
     two_ended = pair.half_space or pair.angular
+    bound = CLOSE[near.dtype]
     lowest, highest = torch.aminmax(near)
-    if not (bool(lowest < CLOSE) or (two_ended and bool(highest > 4.0 - CLOSE))):
+    if not (bool(lowest < bound) or (two_ended and bool(highest > 4.0 - bound))):
         return left_out, None
-    close = near < CLOSE
+    close = near < bound
     if two_ended:
-        close |= near > 4.0 - CLOSE
+        close |= near > 4.0 - bound
     near.masked_fill_(close, 2.0)
     left_out = close if left_out is None else close | left_out
     return left_out, close.triu(1) if tile.diagonal else close
@@ -286,7 +310,7 @@ def _close_pairs(close: Tensor, tile: Tile, points: Tensor, eps: float) -> Itera
 
 
 def _exact(points: Tensor, index: Tensor, eps: float) -> Rows:
-    return normalize(points[index].double(), eps)
+    return normalize(points[index], eps, torch.float64)
 
 
 def _exact_dots(
