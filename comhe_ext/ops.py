@@ -62,12 +62,12 @@ def unavailable(name: str) -> str | None:
     try:
         module = _load(name)
     except ImportError as error:
-        return f"backend {name!r} is not part of this installation ({error})"
+        return f"backend {name!r} is not part of this installation ({error}): use backend='torch'"
     return module.unavailable()
 
 
-# a constant to torch.compile: tracing must not follow the search for libraries and GPUs. This is all
-# that torch.compiler.assume_constant_result does, but that imports Dynamo and Triton, 2.5 seconds
+# a constant to torch.compile: tracing must not follow the search for libraries and GPUs. This is
+# all that torch.compiler.assume_constant_result does, but that imports Dynamo and with it Triton
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -83,7 +83,7 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
     if name == "torch":
         return name
     if (reason := unavailable(name)) is not None:
-        raise RuntimeError(f"{reason}; or use backend='torch'")
+        raise RuntimeError(reason)
     if _BEST_ON.get(device.type) != name:
         raise ValueError(
             f"backend {name!r} needs tensors on {_DEVICE_OF[name]}, got {device}: "
@@ -118,6 +118,8 @@ def _define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _packed(points: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
     """Either form of points as rows [T, k], and the size of each set."""
     if points.dim() == 2:
+        if sum(sizes) != points.shape[0] or min(sizes, default=0) < 0:
+            raise ValueError(f"`sizes` must add up to {points.shape[0]} rows, got {list(sizes)}")
         return points.contiguous(), sizes
     return points.flatten(0, 1).contiguous(), [points.shape[1]] * points.shape[0]
 

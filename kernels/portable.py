@@ -76,7 +76,9 @@ def normalize(points: Tensor, eps: float, dtype: torch.dtype) -> Rows:
     norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     root = torch.full_like(norm, eps).sqrt_()
     nu = torch.hypot(norm * largest, root)
-    dead = nu < torch.finfo(dtype).tiny  # NaN is not dead: it has to reach the result
+    # the least normal number of the dtype asked for, whatever it is computed in; NaN is not dead:
+    # it has to reach the result
+    dead = nu < torch.finfo(_result_dtype(points)).tiny
     v.div_(torch.hypot(norm, root / largest)).masked_fill_(dead, 0.0)
     inv_nu = nu.reciprocal().masked_fill_(dead, 0.0)
     deficit = (root * inv_nu).square().masked_fill_(dead, 1.0)
