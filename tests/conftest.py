@@ -1,0 +1,59 @@
+"""Fixtures: a fixed seed, the backends that work here, and uninitialized memory made visible."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from comhe_ext import ops
+
+BACKENDS = [name for name in ("torch", "cpu") if ops.unavailable(name) is None]
+if torch.cuda.is_available() and ops.unavailable("triton") is None:
+    BACKENDS.append("triton")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    """Where the tensors of a test that takes `backend` have to live."""
+    return "cuda" if backend == "triton" else "cpu"
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that the package asks for uninitialized comes full of NaN, or of the largest integer.
+
+    A result that is not written to its last element then shows it.
+    """
+
+    def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = make(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.partition(".")[0] == "comhe_ext":
+                if tensor.is_floating_point():
+                    tensor.fill_(float("nan"))
+                elif tensor.dtype != torch.bool:
+                    tensor.fill_(torch.iinfo(tensor.dtype).max)
+            return tensor
+
+        return poisoned
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

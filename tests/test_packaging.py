@@ -1,0 +1,102 @@
+"""The wheel: what it holds, and that it works outside of the checkout."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import comhe_ext
+from comhe_ext import ops
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built from a copy of the sources, so that nothing is left behind in the checkout."""
+    sources, output = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    for name in ("comhe_ext", "kernels"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+        shutil.copytree(ROOT / name, sources / name, ignore=ignored)
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+        + ["--disable-pip-version-check", "--no-index", "--wheel-dir", str(output), str(sources)],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    (path,) = output.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_package_alone(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"comhe_ext-{comhe_ext.__version__}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {"comhe_ext", info}
+    assert "comhe_ext/py.typed" in names
+    assert f"{info}/licenses/LICENSE" in names
+    # every module of the checkout, kernels/ as comhe_ext/kernels/, and no other
+    expected = {f"comhe_ext/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "comhe_ext").rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == expected
+
+
+def test_wheel_runs_under_any_python(wheel):
+    tags = wheel.stem.split("-", 2)[2]
+    assert tags.startswith("py3-none-")
+
+
+PROGRAM = """
+import torch
+import comhe_ext
+from comhe_ext import ops, reference
+
+print(comhe_ext.__file__)
+weight = torch.randn(100, 20, requires_grad=True)
+for backend in ("cpu", "torch"):
+    if ops.unavailable(backend) is None:
+        energy = comhe_ext.hyperspherical_energy(weight, half_space=True, backend=backend)
+        energy.backward()
+        expected = reference.hyperspherical_energy(weight.detach(), half_space=True)
+        assert abs(energy.item() - expected.item()) <= 1e-6
+        print(backend)
+print(comhe_ext.CoMHE(torch.nn.Linear(50, 20))())
+"""
+
+
+def test_wheel_works_outside_of_the_checkout(wheel, tmp_path):
+    target = tmp_path / "installed"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+        + ["--disable-pip-version-check", "--target", str(target), str(wheel)],
+        check=True,
+    )
+    # the editable installation's finder comes after sys.path: the wheel has to be found first
+    program = f"import sys; sys.path.insert(0, {str(target)!r})\n{PROGRAM}"
+    result = subprocess.run(
+        [sys.executable, "-P" if sys.version_info >= (3, 11) else "-s", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert Path(lines[0]).is_relative_to(target)
+    assert "torch" in lines
+    if ops.unavailable("cpu") is None:  # what could be built here can be built again
+        assert "cpu" in lines
+
+
+def test_version_is_that_of_the_metadata():
+    assert metadata.version("comhe-ext") == comhe_ext.__version__
+
+
+def test_public_names_are_there():
+    for name in comhe_ext.__all__:
+        assert getattr(comhe_ext, name).__doc__
