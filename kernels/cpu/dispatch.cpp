@@ -1,0 +1,54 @@
+// The C interface of the library: checks, and the choice of instruction set.
+#include "pairwise.h"
+
+namespace {
+
+enum Isa { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
+
+bool supported(int isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (isa == AVX512)
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (isa == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    return isa == BASELINE;
+}
+
+bool valid(const Call &call) {
+    const Pair &pair = call.pair;
+    if (call.sets < 0 || call.k < 1 || call.k > (1 << 24) || call.dtype < FLOAT32 || call.dtype > BFLOAT16)
+        return false;
+    if (!(pair.s >= 0) || !(pair.min_distance >= 0 && pair.min_distance < 2) || !(call.eps >= 0))
+        return false;
+    if (call.sets && (!call.sizes || !call.scales || !call.energy)) return false;
+    if (call.rectangular && call.sets != 2) return false;
+    int64_t rows = 0;
+    for (int64_t s = 0; s < call.sets; s++) {
+        if (call.sizes[s] < 0) return false;
+        rows += call.sizes[s];
+    }
+    if (!call.rectangular) return call.points || !rows;
+    return (call.points || !call.sizes[0]) && (call.columns || !call.sizes[1]) && (call.ids || !rows);
+}
+
+}  // namespace
+
+extern "C" {
+
+// The best instruction set this processor has.
+__attribute__((visibility("default"))) int comhe_best_isa() {
+    return supported(AVX512) ? AVX512 : supported(AVX2) ? AVX2 : BASELINE;
+}
+
+__attribute__((visibility("default"))) int comhe_sweep(const Call *call, int isa) {
+    if (!call || !valid(*call)) return BAD_ARGUMENT;
+    if (!supported(isa)) return UNSUPPORTED;
+#if defined(__x86_64__)
+    if (isa == AVX512) return avx512::run(*call);
+    if (isa == AVX2) return avx2::run(*call);
+#endif
+    return baseline::run(*call);
+}
+}

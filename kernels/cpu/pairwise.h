@@ -1,0 +1,36 @@
+// What the dispatcher hands to the kernel of one instruction set.
+#pragma once
+#include <stdint.h>
+
+enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
+enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
+// f(t) = t^-s (s = 0: -log t), t the chord or the angle; below min_distance its tangent line.
+struct Pair {
+    double s;
+    double min_distance;
+    int32_t half_space;
+    int32_t angular;
+};
+
+struct Call {
+    const void *points;     // [sum(sizes), k] raw rows, sets one after another
+    const void *columns;    // rectangular form: `points` against these, sizes = {rows, columns}
+    const int32_t *ids;     // rectangular form: of the rows, then of the columns; equals do not meet
+    const int64_t *sizes;   // [sets]
+    const double *scales;   // [sets]; rectangular form: [1]
+    float *energy;          // [sets]; rectangular form: [1]
+    float *gradient;        // of `points`, or null for the energy alone
+    float *columns_gradient;
+    int64_t sets;
+    int64_t k;
+    double eps;
+    Pair pair;
+    int32_t dtype;
+    int32_t threads;
+    int32_t rectangular;
+};
+
+namespace avx512 { Status run(const Call &); }
+namespace avx2 { Status run(const Call &); }
+namespace baseline { Status run(const Call &); }
