@@ -8,7 +8,12 @@ INSTALLED := $(VENV)/installed
 # what the installation is made from; the Python files themselves are installed editable
 SOURCES := setup.py pyproject.toml $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc)
 
-.PHONY: demo test test-long lint wheel clean
+# the compiled kernel with AddressSanitizer and UndefinedBehaviorSanitizer, in builds of their own
+SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
+FUZZ_RUNS ?= 4000
+FUZZ_CXX ?= clang++
+
+.PHONY: sanitize fuzz demo test test-long lint wheel clean
 
 # how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save keeps the
 # numbers and puts them into README.md
@@ -29,6 +34,28 @@ lint: $(INSTALLED)
 wheel: $(INSTALLED)
 	rm -rf build dist
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+# the kernel's tests on a sanitized build
+sanitize: $(INSTALLED)
+	CFLAGS="$(SANITIZERS)" CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
+		$(BIN)/pytest -m "not long" $(ARGS) tests/test_cpu_kernel.py
+
+# random calls of its C interface, by libFuzzer
+fuzz:
+	mkdir -p build/fuzz
+	for unit in dispatch baseline "avx2 -mavx2 -mfma" \
+		"avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma"; do \
+		set -- $$unit; name=$$1; shift; \
+		$(FUZZ_CXX) -O1 -std=c++17 $(SANITIZERS) -fsanitize=fuzzer-no-link -fno-exceptions \
+			-fno-math-errno -fno-trapping-math -ffp-contract=fast "$$@" \
+			-c kernels/cpu/$$name.cpp -o build/fuzz/$$name.o || exit 1; \
+	done
+	$(FUZZ_CXX) -O1 -std=c++17 $(SANITIZERS) -fsanitize=fuzzer tests/fuzz_cpu.cpp build/fuzz/*.o \
+		-lm -o build/fuzz/fuzz
+	build/fuzz/fuzz -runs=$(FUZZ_RUNS) -max_len=64 -len_control=0 -seed=1
 
 # .venv stays: remove it by hand to install anew
 clean:
