@@ -33,8 +33,9 @@ _MODULES = {
     "torch": "comhe_ext.kernels.portable",
 }
 # torch calls ROCm devices "cuda" too
-_BEST_ON = {"cuda": "triton", "cpu": "cpu"}
-_DEVICE_OF = {backend: device for device, backend in _BEST_ON.items()}
+_DEVICE_OF = {"triton": "cuda", "cpu": "cpu"}
+# not yet "triton" on "cuda": what has only been interpreted and compiled is for those who ask for it
+_DEFAULT_ON = {"cpu": "cpu"}
 
 
 class Options(NamedTuple):
@@ -74,7 +75,7 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     """The backend to use: the one asked for, which must work here, or the best that does."""
     if name is None:
-        best = _BEST_ON.get(device.type, "torch")
+        best = _DEFAULT_ON.get(device.type, "torch")
         # the compiled backends compute in float32
         usable = dtype != torch.float64 and best != "torch" and unavailable(best) is None
         return best if usable else "torch"
@@ -84,7 +85,7 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
         return name
     if (reason := unavailable(name)) is not None:
         raise RuntimeError(reason)
-    if _BEST_ON.get(device.type) != name:
+    if _DEVICE_OF[name] != device.type:
         raise ValueError(
             f"backend {name!r} needs tensors on {_DEVICE_OF[name]}, got {device}: "
             "use backend='torch'"

@@ -1,0 +1,247 @@
+"""The pairwise sweep on tensor cores, for 8 < k <= 128.
+
+    c_ij = <v_i, v_j>,  E_i = sum_j F(c_ij),  G_i = sum_j F'(c_ij) v_j
+
+One program per work item: the rows of one tile against a range of column tiles, both products and
+the pair function between them in registers; no [N, N] array, no atomics. Operands are fp16 pairs
+hi + lo, and a product keeps the three terms hi hi + hi lo + lo hi: float32 accuracy at half of what
+tf32 in three terms costs, safe because |v| <= 1 and F' is bounded away from the near pairs.
+
+Tiles without the diagonal and without padding ("clean") run in a loop of their own that knows no
+masks. The largest cosine of each row goes out with the result: a row that met a close pair is done
+again by `near_pairs`, which is cheaper than a branch in this loop.
+"""
+
+import triton
+import triton.language as tl
+
+from .pair_function import LOG, PairConstants, fast_terms, log2
+from .plan import Plan, Slots, Tiles, load_item
+from .project_normalize import UnitRows
+
+# tiles summed before the running sums are added to the totals: bounds the error of long rows
+TILES_PER_SUM: tl.constexpr = tl.constexpr(32)
+
+
+@triton.jit
+def cosines(row_hi, row_lo, col_hi, col_lo, COSINE_TERMS: tl.constexpr):
+    """COSINE_SCALE * c of one tile, [BLOCK_M, BLOCK_N]."""
+    x = tl.dot(row_hi, tl.trans(col_hi))
+    if COSINE_TERMS == 3:
+        x = tl.dot(row_hi, tl.trans(col_lo), x)
+        x = tl.dot(row_lo, tl.trans(col_hi), x)
+    return x
+
+
+@triton.jit
+def add_force(force, coefficient, col_hi, col_lo, FORCE_TERMS: tl.constexpr):
+    """force + coefficient @ columns."""
+    hi = coefficient.to(tl.float16)
+    force = tl.dot(hi, col_hi, force)
+    if FORCE_TERMS == 3:
+        lo = (coefficient - hi.to(tl.float32)).to(tl.float16)
+        force = tl.dot(hi, col_lo, force)
+        force = tl.dot(lo, col_hi, force)
+    return force
+
+
+@triton.jit
+def log2_of_rows(arguments, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAST: tl.constexpr):
+    """Row sums of log2, one logarithm per product of eight.
+
+    The column bits 0, 3 and 4 that are multiplied together lie in one thread in the accumulator
+    layout of the tensor cores, so no data moves.
+    """
+    t = tl.reshape(arguments, (BLOCK_M, BLOCK_N // 32, 2, 2, 4, 2))
+    a, b = tl.split(t)
+    t = tl.permute(a * b, (0, 1, 4, 2, 3))
+    a, b = tl.split(t)
+    a, b = tl.split(a * b)
+    return tl.sum(tl.sum(log2(a * b, FAST), axis=2), axis=1)
+
+
+@triton.jit
+def add_energy(
+    energy,
+    terms,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """energy + row sums of a tile of raw energies."""
+    if KIND == LOG:
+        return energy + log2_of_rows(terms, BLOCK_M, BLOCK_N, FAST)
+    else:
+        return energy + tl.sum(terms, axis=1)
+
+
+@triton.jit
+def pairwise_kernel(
+    hi_ptr,
+    lo_ptr,
+    items_ptr,
+    force_ptr,
+    energy_ptr,
+    nearest_ptr,
+    axial_ptr,
+    s,
+    bits,
+    KIND: tl.constexpr,
+    HALF: tl.constexpr,
+    ANGLE: tl.constexpr,
+    WITH_FORCE: tl.constexpr,
+    UPPER: tl.constexpr,
+    COSINE_TERMS: tl.constexpr,
+    FORCE_TERMS: tl.constexpr,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Grid (items,). Per slot and row: raw force [K], raw energy, largest COSINE_SCALE * c."""
+    row0, tile_begin, tile_end, end_row, slot, _ = load_item(items_ptr, tl.program_id(0))
+    offs_m = row0 + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, WIDTH)
+    row_offs = offs_m[:, None].to(tl.int64) * WIDTH + offs_k[None, :]
+    col_offs = offs_n[:, None] * WIDTH + offs_k[None, :]
+    row_hi = tl.load(hi_ptr + row_offs)
+    row_lo = row_hi
+    if COSINE_TERMS == 3:
+        row_lo = tl.load(lo_ptr + row_offs)
+
+    # [tile_begin, tile_end) = clean | diagonal | clean | ragged
+    diagonal_begin = tl.minimum(tl.maximum(row0 // BLOCK_N, tile_begin), tile_end)
+    diagonal_end = tl.minimum(tl.maximum((row0 + BLOCK_M) // BLOCK_N, tile_begin), tile_end)
+    ragged_begin = tl.maximum(tl.minimum(end_row // BLOCK_N, tile_end), diagonal_end)
+    num_diagonal = diagonal_end - diagonal_begin
+    num_clean = diagonal_begin - tile_begin + ragged_begin - diagonal_end
+    num_dirty = num_diagonal + tile_end - ragged_begin
+
+    force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+    energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    nearest = tl.full((BLOCK_M,), -3.0e38, dtype=tl.float32)
+    for step in tl.range(0, num_dirty, num_stages=1):
+        tile = tl.where(
+            step < num_diagonal, diagonal_begin + step, ragged_begin + step - num_diagonal
+        )
+        base = tile.to(tl.int64) * (BLOCK_N * WIDTH)
+        col_hi = tl.load(hi_ptr + base + col_offs)
+        col_lo = col_hi
+        if (COSINE_TERMS == 3) or (WITH_FORCE and FORCE_TERMS == 3):
+            col_lo = tl.load(lo_ptr + base + col_offs)
+        cols = tile * BLOCK_N + offs_n
+        mask = cols[None, :] < end_row
+        if UPPER:
+            mask = mask & (cols[None, :] > offs_m[:, None])
+        else:
+            mask = mask & (cols[None, :] != offs_m[:, None])
+        x = tl.where(mask, cosines(row_hi, row_lo, col_hi, col_lo, COSINE_TERMS), 0.0)
+        if HALF or ANGLE:
+            nearest = tl.maximum(nearest, tl.max(tl.abs(x), axis=1))
+        else:
+            nearest = tl.maximum(nearest, tl.max(x, axis=1))
+        coefficient, terms = fast_terms(x, s, bits, KIND, HALF, ANGLE, FAST)
+        terms = tl.where(mask, terms, 1.0 if KIND == LOG else 0.0)
+        energy = add_energy(energy, terms, KIND, BLOCK_M, BLOCK_N, FAST)
+        if WITH_FORCE:
+            coefficient = tl.where(mask, coefficient, 0.0)
+            force = add_force(force, coefficient, col_hi, col_lo, FORCE_TERMS)
+
+    lane = tl.arange(0, BLOCK_M)
+    slot_ptr = force_ptr + slot.to(tl.int64) * (BLOCK_M * K)
+    if WITH_FORCE:
+        tl.store(slot_ptr + lane[:, None] * K + offs_k[None, :], force, mask=(offs_k < K)[None, :])
+    total_energy = energy
+    for begin in range(0, num_clean, TILES_PER_SUM):
+        force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+        energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for step in tl.range(
+            begin, tl.minimum(begin + TILES_PER_SUM, num_clean), num_stages=STAGES
+        ):
+            tile = tile_begin + step
+            tile = tl.where(tile >= diagonal_begin, tile + num_diagonal, tile)
+            base = tile.to(tl.int64) * (BLOCK_N * WIDTH)
+            col_hi = tl.load(hi_ptr + base + col_offs)
+            col_lo = col_hi
+            if (COSINE_TERMS == 3) or (WITH_FORCE and FORCE_TERMS == 3):
+                col_lo = tl.load(lo_ptr + base + col_offs)
+            x = cosines(row_hi, row_lo, col_hi, col_lo, COSINE_TERMS)
+            if HALF or ANGLE:
+                nearest = tl.maximum(nearest, tl.max(tl.abs(x), axis=1))
+            else:
+                nearest = tl.maximum(nearest, tl.max(x, axis=1))
+            coefficient, terms = fast_terms(x, s, bits, KIND, HALF, ANGLE, FAST)
+            energy = add_energy(energy, terms, KIND, BLOCK_M, BLOCK_N, FAST)
+            if WITH_FORCE:
+                force = add_force(force, coefficient, col_hi, col_lo, FORCE_TERMS)
+        if WITH_FORCE:
+            # the total waits in memory: in registers it would halve the programs on a processor.
+            # the barrier is for layouts in which another thread stored what this one loads
+            tl.debug_barrier()
+            slot_ptrs = slot_ptr + lane[:, None] * K + offs_k[None, :]
+            before = tl.load(slot_ptrs, mask=(offs_k < K)[None, :], other=0.0)
+            tl.store(slot_ptrs, before + force, mask=(offs_k < K)[None, :])
+        total_energy += energy
+
+    out = slot.to(tl.int64) * BLOCK_M + lane
+    tl.store(energy_ptr + out, total_energy)
+    tl.store(nearest_ptr + out, nearest)
+    if WITH_FORCE:
+        tl.store(axial_ptr + out, tl.zeros((BLOCK_M,), dtype=tl.float32))
+
+
+def pairwise(
+    rows: UnitRows,
+    k: int,
+    plan: Plan,
+    tiles: Tiles,
+    pair: PairConstants,
+    with_force: bool,
+    terms: tuple[int, int],
+    fast: bool,
+) -> Slots:
+    """Raw energies and forces of all work items.
+
+    Args:
+        rows: unit rows, [packed, width] fp16.
+        k: columns of the points.
+        plan: square tables with `with_force`, upper ones without.
+        tiles: launch shape, the one the plan was made for.
+        pair: the pair function.
+        with_force: the energies alone need only the upper triangle.
+        terms: products of the fp16 halves kept for the cosine and for the force, 1 or 3.
+        fast: approximate special functions of NVIDIA GPUs.
+    """
+    slots = Slots(plan.num_items, tiles.block_m, k, with_force, rows.hi.device)
+    options = {} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}
+    pairwise_kernel[(plan.num_items,)](
+        rows.hi,
+        rows.lo,
+        plan.items,
+        slots.force,
+        slots.energy,
+        slots.nearest,
+        slots.axial,
+        pair.s,
+        pair.coefficient_bits,
+        KIND=pair.kind,
+        HALF=pair.half_space,
+        ANGLE=pair.angular,
+        WITH_FORCE=with_force,
+        UPPER=not with_force,
+        COSINE_TERMS=terms[0],
+        FORCE_TERMS=terms[1],
+        K=k,
+        WIDTH=rows.hi.shape[1],
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        STAGES=tiles.num_stages,
+        FAST=fast,
+        num_warps=tiles.num_warps,
+        **options,
+    )
+    return slots

@@ -1,0 +1,259 @@
+"""From the shapes of a packed batch of sets to the tiles and work items of a launch.
+
+Sets lie one after another in the caller's [T, k] array. On the device every set starts at a
+multiple of BLOCK_M ("packed rows"), so a tile never holds rows of two sets. A work item is one row
+tile against a range of column tiles of its set and owns one slot of the results: nothing is shared,
+so nothing needs an atomic operation and the order of every sum is fixed by the shapes alone.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# rows and columns of a tile of the near-pair kernel
+NEAR_BLOCK = 32
+# work items that fill the largest machine in mind several times over
+ITEMS_WANTED = 1024
+# working memory: so many times the points (as float32), but a small problem may take SMALL_BYTES
+MEMORY_FACTOR = 7.5
+SMALL_BYTES = 4 << 20
+
+# fields of a work item
+ITEM_FIELDS: tl.constexpr = tl.constexpr(6)
+# fields of a row tile
+TILE_FIELDS: tl.constexpr = tl.constexpr(6)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch shape of a sweep."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 2
+    maxnreg: int | None = None
+
+
+# width of the packed rows -> tiles for small sets, for large ones (twice the rows halve the traffic
+# to the cache) and for angles, which need more registers; found by compiling every variant: the
+# fewest instructions a pair without a spill in the loop
+_AMPERE = {
+    16: (Tiles(64, 64, 4),) * 3,
+    32: (Tiles(64, 64, 4),) * 3,
+    64: (Tiles(64, 32, 4),) * 3,
+    128: (Tiles(32, 32, 4),) * 3,
+}
+_HOPPER = {
+    16: (Tiles(64, 64, 4),) * 3,
+    # 128 registers let two programs of eight warps share a processor
+    32: (Tiles(64, 64, 4), Tiles(128, 64, 8, maxnreg=128), Tiles(64, 64, 4)),
+    64: (Tiles(64, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
+    128: (Tiles(64, 32, 4), Tiles(128, 32, 8), Tiles(64, 32, 4)),
+}
+_BLACKWELL = {
+    16: (Tiles(64, 64, 4),) * 3,
+    32: (Tiles(64, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
+    # a second stage of loads would spill
+    64: (Tiles(64, 64, 4, 1), Tiles(128, 64, 8, 1), Tiles(64, 64, 4, 1)),
+    128: (Tiles(64, 32, 4, 1),) * 3,
+}
+_CDNA3 = {
+    16: (Tiles(64, 64, 4),) * 3,
+    32: (Tiles(64, 64, 4),) * 3,
+    64: (Tiles(64, 32, 4),) * 3,
+    128: (Tiles(64, 32, 4),) * 3,
+}
+TILE_TABLE = {
+    "sm_80": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _BLACKWELL,
+    "sm_103": _BLACKWELL,
+    "gfx942": _CDNA3,
+}
+LARGE_SET = 4096
+# the last widths keep fewer sums in flight, for their registers
+DIRECT_TILES = {k: Tiles(64, 16 if k <= 4 else 8, 4) for k in range(1, 9)}
+MAX_DIRECT = 8
+MAX_WIDTH = 128
+
+
+def tiles_for(target: str, k: int, largest: int, angular: bool) -> Tiles:
+    """Launch shape of a sweep; a target the table does not know gets the most conservative row.
+
+    Args:
+        target: "sm_80", "sm_90", "gfx942", ...
+        k: columns of the points.
+        largest: rows of the largest set.
+        angular: whether the pair function is one of angles.
+    """
+    if k <= MAX_DIRECT:
+        return DIRECT_TILES[k]
+    small, large, angle = TILE_TABLE.get(target, _AMPERE)[row_width(k)]
+    return angle if angular else large if largest >= LARGE_SET else small
+
+
+def row_width(k: int) -> int:
+    """Columns of the packed unit rows: k padded for the tensor cores."""
+    return max(16, triton.next_power_of_2(k)) if k <= MAX_WIDTH else -(-k // 16) * 16
+
+
+def splits_for(sizes: tuple[int, ...], block_m: int, k: int, width: int, with_force: bool) -> int:
+    """Work items a row tile: enough to fill the machine, within the bound on working memory."""
+    row_tiles = sum(-(-n // block_m) for n in sizes)
+    rows = row_tiles * block_m
+    # a row of unit rows and gradient, and of one slot: force, energy, nearest, axial
+    fixed, slot = 4 * width + 12 + 4 * k, 4 * k + 12
+    if not with_force:
+        fixed, slot = 4 * width + 12, 8
+    affordable = max(
+        int((MEMORY_FACTOR * 4 * k - fixed) // slot), SMALL_BYTES // max(rows * slot, 1), 1
+    )
+    return min(-(-ITEMS_WANTED // max(row_tiles, 1)), affordable)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tables of one batch of shapes, on the device; all int32.
+
+    items [I, 6]: first packed row, first and last+1 column tile, last+1 valid row of the set,
+        slot, distance from a packed row to the caller's row.
+    row_tiles [M, 6]: first packed row, its row in the caller's array, number of valid rows, first
+        slot, number of slots, set.
+    set_tiles [B + 1]: first row tile of each set.
+    """
+
+    items: Tensor
+    row_tiles: Tensor
+    set_tiles: Tensor
+    num_items: int
+    num_row_tiles: int
+    packed_rows: int
+    first_packed_row: tuple[int, ...]
+
+
+@lru_cache(maxsize=64)
+def make_plan(
+    sizes: tuple[int, ...],
+    block_m: int,
+    block_n: int,
+    splits: int,
+    upper: bool,
+    device: torch.device,
+) -> Plan:
+    """Tables for sets of these sizes.
+
+    Args:
+        sizes: rows of each set.
+        block_m, block_n: the tile; block_n divides block_m.
+        splits: the column tiles of a row tile go to about so many work items.
+        upper: only tiles on or above the diagonal, each unordered pair once.
+        device: where the tables live.
+    """
+    total_tiles = sum(-(-n // block_m) for n in sizes)
+    packed_rows = total_tiles * block_m
+    if packed_rows + block_m >= 2**31:
+        raise ValueError(f"the sets hold {sum(sizes)} rows together; at most 2^31 are possible")
+    items: list[tuple[int, ...]] = []
+    row_tiles: list[tuple[int, ...]] = []
+    set_tiles = [0]
+    first_packed_row = []
+    begin = row = slot = 0
+    for index, n in enumerate(sizes):
+        first_packed_row.append(begin)
+        first_tile, end_tile = begin // block_n, -(-(begin + n) // block_n)
+        for tile_row in range(begin, begin + n, block_m):
+            start = tile_row // block_n if upper else first_tile
+            length = max(-(-(end_tile - start) // splits), 1)
+            parts = range(start, end_tile, length)
+            row_tiles.append(
+                (
+                    tile_row,
+                    row + tile_row - begin,
+                    min(block_m, begin + n - tile_row),
+                    slot,
+                    len(parts),
+                    index,
+                )
+            )
+            for part in parts:
+                stop = min(part + length, end_tile)
+                items.append((tile_row, part, stop, begin + n, slot, begin - row))
+                slot += 1
+        set_tiles.append(len(row_tiles))
+        begin += -(-n // block_m) * block_m
+        row += n
+    # the long ones first: the hardware's scheduler then balances the rest
+    items.sort(key=lambda item: item[1] - item[2])
+
+    def table(rows: list[tuple[int, ...]] | list[int], fields: tuple[int, ...]) -> Tensor:
+        return torch.tensor(rows, dtype=torch.int32).reshape(-1, *fields).to(device)
+
+    return Plan(
+        items=table(items, (ITEM_FIELDS.value,)),
+        row_tiles=table(row_tiles, (TILE_FIELDS.value,)),
+        set_tiles=table(set_tiles, ()),
+        num_items=len(items),
+        num_row_tiles=len(row_tiles),
+        packed_rows=packed_rows,
+        first_packed_row=tuple(first_packed_row),
+    )
+
+
+class Slots:
+    """What the work items leave behind, one slot of BLOCK_M rows each, in raw units."""
+
+    def __init__(
+        self, num_slots: int, block_m: int, width: int, with_force: bool, device: torch.device
+    ) -> None:
+        rows = num_slots * block_m
+        force_rows = rows if with_force else 0
+        self.energy = torch.empty(rows, dtype=torch.float32, device=device)
+        # largest cosine (either sign where c = -1 matters too), times COSINE_SCALE
+        self.nearest = torch.empty(rows, dtype=torch.float32, device=device)
+        self.force = torch.empty(force_rows, width, dtype=torch.float32, device=device)
+        # sum of side F' over close pairs: what `finish` multiplies by deficit_i v_i
+        self.axial = torch.empty(force_rows, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=64)
+def set_constants(
+    sizes: tuple[int, ...], scales: tuple[float, ...], pair_offset: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Per set, float64: the factor of its energy, and what its pairs add to the scaled energy."""
+    pairs = [n * (n - 1) // 2 for n in sizes]
+    table = [scales, [c * pair_offset * n for c, n in zip(scales, pairs, strict=True)]]
+    factor, offset = torch.tensor(table, dtype=torch.float64).to(device).unbind(0)
+    return factor, offset
+
+
+@triton.jit
+def load_item(items_ptr, item):
+    """Fields of a work item: row0, tile_begin, tile_end, end_row, slot, shift."""
+    base = items_ptr + item * ITEM_FIELDS
+    return (
+        tl.load(base),
+        tl.load(base + 1),
+        tl.load(base + 2),
+        tl.load(base + 3),
+        tl.load(base + 4),
+        tl.load(base + 5),
+    )
+
+
+@triton.jit
+def load_row_tile(tiles_ptr, tile):
+    """Fields of a row tile: packed row, caller's row, valid rows, first slot, slots, set."""
+    base = tiles_ptr + tile * TILE_FIELDS
+    return (
+        tl.load(base),
+        tl.load(base + 1),
+        tl.load(base + 2),
+        tl.load(base + 3),
+        tl.load(base + 4),
+        tl.load(base + 5),
+    )
