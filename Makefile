@@ -13,7 +13,7 @@ SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 FUZZ_RUNS ?= 4000
 FUZZ_CXX ?= clang++
 
-.PHONY: sanitize fuzz demo test test-long lint wheel clean
+.PHONY: demo test test-long lint wheel sanitize fuzz compile-gpu clean
 
 # how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save keeps the
 # numbers and puts them into README.md
@@ -56,6 +56,10 @@ fuzz:
 	$(FUZZ_CXX) -O1 -std=c++17 $(SANITIZERS) -fsanitize=fuzzer tests/fuzz_cpu.cpp build/fuzz/*.o \
 		-lm -o build/fuzz/fuzz
 	build/fuzz/fuzz -runs=$(FUZZ_RUNS) -max_len=64 -len_control=0 -seed=1
+
+# every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; ARGS=--small for a part
+compile-gpu: $(INSTALLED)
+	$(BIN)/python bench/compile_gpu.py $(ARGS)
 
 # .venv stays: remove it by hand to install anew
 clean:
