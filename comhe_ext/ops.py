@@ -34,7 +34,7 @@ _MODULES = {
 }
 # torch calls ROCm devices "cuda" too
 _DEVICE_OF = {"triton": "cuda", "cpu": "cpu"}
-# not yet "triton" on "cuda": what has only been interpreted and compiled is for those who ask for it
+# not yet "triton" on "cuda": what has only been interpreted and compiled has to be asked for
 _DEFAULT_ON = {"cpu": "cpu"}
 
 
