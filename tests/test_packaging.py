@@ -100,3 +100,10 @@ def test_version_is_that_of_the_metadata():
 def test_public_names_are_there():
     for name in comhe_ext.__all__:
         assert getattr(comhe_ext, name).__doc__
+
+
+def test_compiled_kernel_is_there_where_a_compiler_is():
+    # the build goes on without it, so a kernel that does not compile would go unnoticed
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if sys.platform == "linux" and compiler:
+        assert ops.unavailable("cpu") is None
