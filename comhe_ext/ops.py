@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from comhe_ext.kernels import portable, work_table
 from comhe_ext.potentials import Potential
@@ -136,16 +135,18 @@ def _accumulation_dtype(points: Tensor) -> torch.dtype:
 def _sweep(
     points: Tensor, sizes: Sequence[int], options: Options, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    rows, sizes = _packed(points, sizes)
-    pair = _potential(options)
-    scales = [pair.scale(n, options.reduction) for n in sizes]
     module = _load(options.backend)
-    energy, gradient = module.sweep(rows, sizes, scales, pair, options.eps, with_gradient)
+    energy, gradient = module.sweep(*_sweep_arguments(points, sizes, options), with_gradient)
     return energy, gradient if gradient is None else gradient.view(points.shape)
 
 
-def _potential(options: Options) -> Potential:
-    return Potential(options.s, options.half_space, options.angular, options.min_distance)
+def _sweep_arguments(
+    points: Tensor, sizes: Sequence[int], options: Options
+) -> tuple[Tensor, Sequence[int], list[float], Potential, float]:
+    """What every sweep takes: packed rows, sizes, scales, the pair function and eps."""
+    rows, sizes = _packed(points, sizes)
+    pair = Potential(options.s, options.half_space, options.angular, options.min_distance)
+    return rows, sizes, [pair.scale(n, options.reduction) for n in sizes], pair, options.eps
 
 
 @_define(f"energy(Tensor points, {_SETTINGS}) -> Tensor")
@@ -164,14 +165,9 @@ def _energy_and_gradient(
 def _hessian_vector_product(
     points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any
 ) -> Tensor:
-    options = Options(*settings)
-    rows, sizes = _packed(points, sizes)
-    pair = _potential(options)
-    scales = [pair.scale(n, options.reduction) for n in sizes]
+    rows, *rest = _sweep_arguments(points, sizes, Options(*settings))
     # the portable tiles serve every device: second order is asked for rarely
-    product = portable.hessian_vector_product(
-        rows, tangents.reshape(rows.shape), sizes, scales, pair, options.eps
-    )
+    product = portable.hessian_vector_product(rows, tangents.reshape(rows.shape), *rest)
     return product.view(points.shape)
 
 
@@ -340,7 +336,7 @@ class _SecondOrder(torch.autograd.Function):
         return product, ops.dot_rows(tangents, gradient, sizes).to(grad_energy.dtype)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
 
     @staticmethod
