@@ -1,8 +1,7 @@
 """The public functions: checks, layout, and one call of the operator."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -132,8 +131,9 @@ def compressive_energy(
     options = make_options(
         (weight, projection), s, half_space, angular, reduction, eps, min_distance, backend
     )
-    (energy,) = mean_energies([project(weight, projection)], options)
-    return energy
+    sets = weight if weight.dim() == 3 else weight.unsqueeze(0)
+    energies = ops.projected_energy([sets], [projection], options)
+    return energies.view(*weight.shape[:-2], count).mean(-1)
 
 
 def group_energy(
@@ -173,29 +173,11 @@ def group_energy(
     options = make_options((weight,), s, half_space, angular, reduction, eps, min_distance, backend)
     parts = _split_columns(weight, groups)
     width = max(part.shape[-1] for part in parts)
-    (energy,) = mean_energies([torch.stack([pad(part, width) for part in parts], -3)], options)
+    (energy,) = mean_energies([torch.stack([ops.pad(part, width) for part in parts], -3)], options)
     return energy
 
 
 # --- pieces that the regularizer shares -----------------------------------------------------------
-
-
-def project(weight: Tensor, projection: Tensor) -> Tensor:
-    """Rows [..., N, d] under each of the matrices [C, k, d] -> [..., C, N, k], as one product."""
-    dtype = compute_dtype(weight, projection)
-    with _no_autocast(weight.device.type):
-        points = weight.to(dtype) @ projection.to(dtype).flatten(0, 1).mT
-    return points.unflatten(-1, projection.shape[:2]).movedim(-2, -3)
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 if one of the tensors is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def pad(weight: Tensor, width: int) -> Tensor:
-    """Rows of `width` columns; a coordinate of zeros changes no cosine."""
-    return torch.nn.functional.pad(weight, (0, width - weight.shape[-1]))
 
 
 def mean_energies(views: Sequence[Tensor], options: Options) -> list[Tensor]:
@@ -282,7 +264,7 @@ def make_options(
             raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}")
-    chosen = ops.choose_backend(backend, tensors[0].device, compute_dtype(*tensors))
+    chosen = ops.choose_backend(backend, tensors[0].device, ops.compute_dtype(*tensors))
     return Options(s, half_space, angular, reduction, eps, min_distance, chosen)
 
 
@@ -315,13 +297,3 @@ def _split_columns(
             )
         parts.append(weight.index_select(-1, index.to(weight.device)))
     return parts
-
-
-@contextmanager
-def _no_autocast(device_type: str) -> Iterator[None]:
-    """Autocast would lower the projection to half precision, and the energy with it."""
-    if not torch.amp.is_autocast_available(device_type):
-        yield
-        return
-    with torch.autocast(device_type, enabled=False):
-        yield

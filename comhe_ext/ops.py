@@ -1,13 +1,20 @@
 """The raw operators, their autograd, and the choice of backend.
 
-    comhe_ext::energy                  points -> energy [B]
-    comhe_ext::energy_and_gradient     points -> energy [B], gradient like points
-    comhe_ext::scale_rows              gradient, grad of energy [B] -> like points
-    comhe_ext::dot_rows                tangents, gradient -> [B]
-    comhe_ext::hessian_vector_product  points, tangents -> like points
+    comhe_ext::energy                         points -> energy [B]
+    comhe_ext::energy_and_gradient            points -> energy [B], gradient like points
+    comhe_ext::projected_energy               weights, projections -> energy [B]
+    comhe_ext::projected_energy_and_gradient  and the gradient in the projected rows, [T, k]
+    comhe_ext::scale_rows                     gradient, grad of energy [B] -> like points
+    comhe_ext::dot_rows                       tangents, gradient -> [B]
+    comhe_ext::hessian_vector_product         points, tangents -> like points
 
 Points are B sets of N rows, [B, N, k], with `sizes` empty; or sets of the B `sizes` one after
 another, [T, k]. The first form keeps a symbolic N out of the arguments under torch.compile.
+
+Weights are a list of [V, N, d], sets of any size and width; each has a projection [C, k, d], or
+None where its rows are taken as they are, filled up with zeros to k columns. Weight by weight, set
+by set, matrix by matrix they make the sets of one sweep, V C sets of N rows each. A backend may
+project and sweep in one go, and nothing keeps the projected rows for the backward.
 
 The energy of a set is one number, so the forward sweep makes the gradient along with it and the
 backward only scales. The gradient is a differentiable function too (closed-form Hessian-vector
@@ -15,7 +22,8 @@ product); a third derivative raises instead of being silently wrong.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -97,9 +105,11 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
 # --- raw operators --------------------------------------------------------------------------------
 
 _SETTINGS = (
-    "int[] sizes, float s, bool half_space, bool angular, str reduction, float eps, "
-    "float min_distance, str backend"
+    "float s, bool half_space, bool angular, str reduction, float eps, float min_distance, "
+    "str backend"
 )
+_PACKED = f"int[] sizes, {_SETTINGS}"
+_PROJECTED = f"Tensor[] weights, Tensor?[] projections, {_SETTINGS}"
 _LIBRARY = torch.library.Library("comhe_ext", "DEF")
 
 
@@ -128,8 +138,61 @@ def _num_sets(points: Tensor, sizes: Sequence[int]) -> int:
     return len(sizes) if points.dim() == 2 else points.shape[0]
 
 
-def _accumulation_dtype(points: Tensor) -> torch.dtype:
-    return torch.float64 if points.dtype == torch.float64 else torch.float32
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 if one of the tensors is."""
+    doubles = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if doubles else torch.float32
+
+
+@contextmanager
+def _no_autocast(device_type: str) -> Iterator[None]:
+    """Autocast would lower the projection to half precision, and the energy with it."""
+    if not torch.amp.is_autocast_available(device_type):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+def project(weight: Tensor, projection: Tensor) -> Tensor:
+    """Rows [V, N, d] under each of the matrices [C, k, d] -> [V, C, N, k], as one product."""
+    dtype = compute_dtype(weight, projection)
+    with _no_autocast(weight.device.type):
+        rows = weight.to(dtype) @ projection.to(dtype).flatten(0, 1).mT
+    return rows.unflatten(-1, projection.shape[:2]).transpose(1, 2)
+
+
+def pad(rows: Tensor, width: int) -> Tensor:
+    """Rows of `width` columns; a coordinate of zeros changes no cosine."""
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
+
+
+def _project_all(weights: Sequence[Tensor], projections: Sequence[Tensor | None]) -> Tensor:
+    """The rows of all weights under all their matrices, set after set, [T, k]."""
+    width, dtype = _width(projections), compute_dtype(*weights, *projections)
+    parts = [
+        (pad(weight, width) if matrices is None else project(weight, matrices)).to(dtype)
+        for weight, matrices in zip(weights, projections, strict=True)
+    ]
+    return torch.cat([part.reshape(-1, width) for part in parts])
+
+
+def _width(projections: Sequence[Tensor | None]) -> int:
+    """k, the one number of rows of all matrices."""
+    return next(matrices.shape[1] for matrices in projections if matrices is not None)
+
+
+def _set_sizes(weights: Sequence[Tensor], projections: Sequence[Tensor | None]) -> list[int]:
+    """N of each set that `_project_all` makes."""
+    return [
+        n
+        for weight, matrices in zip(weights, projections, strict=True)
+        for n in [weight.shape[1]] * (weight.shape[0] * _count(matrices))
+    ]
+
+
+def _count(matrices: Tensor | None) -> int:
+    return 1 if matrices is None else matrices.shape[0]
 
 
 def _sweep(
@@ -145,23 +208,64 @@ def _sweep_arguments(
 ) -> tuple[Tensor, Sequence[int], list[float], Potential, float]:
     """What every sweep takes: packed rows, sizes, scales, the pair function and eps."""
     rows, sizes = _packed(points, sizes)
-    pair = Potential(options.s, options.half_space, options.angular, options.min_distance)
+    pair = _pair_function(options)
     return rows, sizes, [pair.scale(n, options.reduction) for n in sizes], pair, options.eps
 
 
-@_define(f"energy(Tensor points, {_SETTINGS}) -> Tensor")
+def _pair_function(options: Options) -> Potential:
+    return Potential(options.s, options.half_space, options.angular, options.min_distance)
+
+
+@_define(f"energy(Tensor points, {_PACKED}) -> Tensor")
 def _energy(points: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
     return _sweep(points, sizes, Options(*settings), with_gradient=False)[0]
 
 
-@_define(f"energy_and_gradient(Tensor points, {_SETTINGS}) -> (Tensor, Tensor)")
+@_define(f"energy_and_gradient(Tensor points, {_PACKED}) -> (Tensor, Tensor)")
 def _energy_and_gradient(
     points: Tensor, sizes: Sequence[int], *settings: Any
 ) -> tuple[Tensor, Tensor | None]:
     return _sweep(points, sizes, Options(*settings), with_gradient=True)
 
 
-@_define(f"hessian_vector_product(Tensor points, Tensor tangents, {_SETTINGS}) -> Tensor")
+def _project_sweep(
+    weights: Sequence[Tensor],
+    projections: Sequence[Tensor | None],
+    options: Options,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    module = _load(options.backend)
+    sizes = _set_sizes(weights, projections)
+    if not hasattr(module, "project_sweep"):
+        return _sweep(_project_all(weights, projections), sizes, options, with_gradient)
+    sets: list[Tensor] = []
+    matrices: list[Tensor | None] = []
+    for weight, projection in zip(weights, projections, strict=True):
+        sets += weight.unbind()
+        matrices += [None if projection is None else projection.float()] * weight.shape[0]
+    pair = _pair_function(options)
+    scales = [pair.scale(n, options.reduction) for n in sizes]
+    energy, gradient = module.project_sweep(
+        sets, matrices, scales, pair, options.eps, with_gradient
+    )
+    return energy, gradient
+
+
+@_define(f"projected_energy({_PROJECTED}) -> Tensor")
+def _projected_energy(
+    weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any
+) -> Tensor:
+    return _project_sweep(weights, projections, Options(*settings), with_gradient=False)[0]
+
+
+@_define(f"projected_energy_and_gradient({_PROJECTED}) -> (Tensor, Tensor)")
+def _projected_energy_and_gradient(
+    weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    return _project_sweep(weights, projections, Options(*settings), with_gradient=True)
+
+
+@_define(f"hessian_vector_product(Tensor points, Tensor tangents, {_PACKED}) -> Tensor")
 def _hessian_vector_product(
     points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any
 ) -> Tensor:
@@ -191,19 +295,34 @@ def _dot_rows(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
 
 @torch.library.register_fake("comhe_ext::energy", lib=_LIBRARY)
 def _(points: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
-    return points.new_empty(_num_sets(points, sizes), dtype=_accumulation_dtype(points))
+    return points.new_empty(_num_sets(points, sizes), dtype=compute_dtype(points))
 
 
 @torch.library.register_fake("comhe_ext::energy_and_gradient", lib=_LIBRARY)
 def _(points: Tensor, sizes: Sequence[int], *settings: Any) -> tuple[Tensor, Tensor]:
-    dtype = _accumulation_dtype(points)
+    dtype = compute_dtype(points)
     energy = points.new_empty(_num_sets(points, sizes), dtype=dtype)
     return energy, points.new_empty(points.shape, dtype=dtype)
 
 
+@torch.library.register_fake("comhe_ext::projected_energy", lib=_LIBRARY)
+def _(weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any) -> Tensor:
+    count = len(_set_sizes(weights, projections))
+    return weights[0].new_empty(count, dtype=compute_dtype(*weights, *projections))
+
+
+@torch.library.register_fake("comhe_ext::projected_energy_and_gradient", lib=_LIBRARY)
+def _(
+    weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any
+) -> tuple[Tensor, Tensor]:
+    sizes, dtype = _set_sizes(weights, projections), compute_dtype(*weights, *projections)
+    gradient = weights[0].new_empty(sum(sizes), _width(projections), dtype=dtype)
+    return weights[0].new_empty(len(sizes), dtype=dtype), gradient
+
+
 @torch.library.register_fake("comhe_ext::hessian_vector_product", lib=_LIBRARY)
 def _(points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
-    return points.new_empty(points.shape, dtype=_accumulation_dtype(points))
+    return points.new_empty(points.shape, dtype=compute_dtype(points))
 
 
 @torch.library.register_fake("comhe_ext::scale_rows", lib=_LIBRARY)
@@ -230,6 +349,28 @@ def _split(x: Tensor, batch: int) -> Tensor:
     return x.view(batch, x.shape[0] // batch, *x.shape[1:])
 
 
+def _each(x: Tensor | None, dim: int | None, batch: int) -> list[Tensor | None]:
+    """A tensor for each element of the batch."""
+    return [x] * batch if x is None or dim is None else list(x.unbind(dim))
+
+
+def _register_vmap_of_lists(name: str) -> None:
+    """Batching rule of an operator on lists: the lists of every element, one after the other."""
+    op = getattr(torch.ops.comhe_ext, name).default
+
+    def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+        batch, lists = info.batch_size, []
+        for tensors, dims in zip(args[:2], in_dims[:2], strict=True):
+            by_tensor = [_each(x, d, batch) for x, d in zip(tensors, dims, strict=True)]
+            lists.append([x for element in zip(*by_tensor, strict=True) for x in element])
+        results = op(*lists, *args[2:])
+        if isinstance(results, Tensor):
+            return _split(results, batch), 0
+        return tuple(_split(r, batch) for r in results), (0, 0)
+
+    torch.library.register_vmap(f"comhe_ext::{name}", rule, lib=_LIBRARY)
+
+
 def _register_vmap(name: str, num_tensors: int, num_outputs: int = 1) -> None:
     """Batching rule of an operator whose arguments are some tensors, then `sizes`."""
     op = getattr(torch.ops.comhe_ext, name).default
@@ -248,6 +389,8 @@ def _register_vmap(name: str, num_tensors: int, num_outputs: int = 1) -> None:
 
 _register_vmap("energy", num_tensors=1)
 _register_vmap("energy_and_gradient", num_tensors=1, num_outputs=2)
+_register_vmap_of_lists("projected_energy")
+_register_vmap_of_lists("projected_energy_and_gradient")
 _register_vmap("hessian_vector_product", num_tensors=2)
 _register_vmap("scale_rows", num_tensors=2)
 _register_vmap("dot_rows", num_tensors=2)
@@ -284,6 +427,91 @@ class _Energy(torch.autograd.Function):
         # because Dynamo (2.13) cannot trace a setup_context Function inside a backward
         scale = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
         return scale(points, grad_energy, gradient, ctx.sizes, *ctx.settings), *nothing
+
+
+class _ProjectedEnergy(torch.autograd.Function):
+    """Weights and projections -> energy [B]; the gradient in the projected rows is kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(num_weights: int, settings: Sequence[Any], *tensors: Any) -> tuple[Tensor, Tensor]:
+        weights, projections = tensors[:num_weights], tensors[num_weights:]
+        energy, gradient = torch.ops.comhe_ext.projected_energy_and_gradient(
+            weights, projections, *settings
+        )
+        return energy, gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.num_weights, ctx.settings, *tensors = inputs
+        gradient = output[1]
+        ctx.mark_non_differentiable(gradient)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_energy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_energy is None:
+            return None, None, *[None] * (len(ctx.needs_input_grad) - 2)
+        gradient, *tensors = ctx.saved_tensors
+        weights, projections = tensors[: ctx.num_weights], tensors[ctx.num_weights :]
+        factors: Tensor | None = grad_energy
+        if torch.is_grad_enabled():
+            # to be differentiated again: as a function of the rows, and they of both tensors
+            points, sizes = _project_all(weights, projections), _set_sizes(weights, projections)
+            gradient = _Gradient.apply(points, grad_energy, gradient, sizes, *ctx.settings)
+            factors = None
+        needed = ctx.needs_input_grad[2:]
+        return None, None, *_pull_back(gradient, factors, weights, projections, needed)
+
+
+def _pull_back(
+    gradient: Tensor,
+    factors: Tensor | None,
+    weights: Sequence[Tensor],
+    projections: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """From the gradient in the projected rows [T, k] to those in the weights and the projections.
+
+    Two products a weight, of all its matrices at once: sum_c g_c P_c, and g_c^T W.
+
+    Args:
+        gradient: in the order of `_project_all`.
+        factors: what each set's part is to be multiplied with, [B], or None.
+        weights, projections: what was projected.
+        needed: whether each of them wants its gradient.
+    """
+    grad_weights: list[Tensor | None] = []
+    grad_projections: list[Tensor | None] = []
+    row = first = 0
+    for index, (weight, matrices) in enumerate(zip(weights, projections, strict=True)):
+        sets, n, d = weight.shape
+        count = _count(matrices)
+        part = gradient[row : row + sets * count * n].view(sets, count, n, gradient.shape[1])
+        if factors is not None:
+            part = part * factors[first : first + sets * count].view(sets, count, 1, 1)
+        row, first = row + sets * count * n, first + sets * count
+        grad_weight = grad_matrices = None
+        if matrices is None:
+            grad_weight = part[:, 0, :, :d]
+        else:
+            by_row = part.transpose(1, 2).reshape(sets * n, count * gradient.shape[1])
+            with _no_autocast(part.device.type):
+                if needed[index]:
+                    grad_weight = by_row @ matrices.to(part.dtype).flatten(0, 1)
+                if needed[len(weights) + index]:
+                    grad_matrices = by_row.mT @ weight.to(part.dtype).flatten(0, 1)
+        grad_weights.append(
+            grad_weight if grad_weight is None else grad_weight.view(weight.shape).to(weight.dtype)
+        )
+        grad_projections.append(
+            grad_matrices
+            if grad_matrices is None or matrices is None
+            else grad_matrices.view(matrices.shape).to(matrices.dtype)
+        )
+    return [*grad_weights, *grad_projections]
 
 
 class _Gradient(torch.autograd.Function):
@@ -351,3 +579,13 @@ def energy(points: Tensor, sizes: Sequence[int], options: Options) -> Tensor:
     if torch.is_grad_enabled() and points.requires_grad:
         return _Energy.apply(points, sizes, *options)[0]
     return torch.ops.comhe_ext.energy(points, sizes, *options)
+
+
+def projected_energy(
+    weights: Sequence[Tensor], projections: Sequence[Tensor | None], options: Options
+) -> Tensor:
+    """Energies [B] of the projected rows of weights [V, N, d], in one sweep; see the top."""
+    tensors = [*weights, *projections]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _ProjectedEnergy.apply(len(weights), options, *tensors)[0]
+    return torch.ops.comhe_ext.projected_energy(weights, projections, *options)

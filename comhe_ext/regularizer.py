@@ -146,7 +146,7 @@ class CoMHE(nn.Module):
             kind = (half_space, points.shape[-1], points.dtype, points.device)
             packs[kind].append((points, factor))
         first = _weight(self._layers[0][1])
-        total = first.new_zeros((), dtype=functional.compute_dtype(first))
+        total = first.new_zeros((), dtype=ops.compute_dtype(first))
         for (half_space, *_), pack in packs.items():
             views = [points for points, _ in pack]
             energies = functional.mean_energies(views, self._options(views[0], half_space))
@@ -163,16 +163,16 @@ class CoMHE(nn.Module):
             return rows, self.weight
         if rows.shape[-1] <= self.dim:
             # as wide as the projected layers, to share their sweep
-            return functional.pad(rows, self.dim).to(functional.compute_dtype(rows)), self.weight
+            return ops.pad(rows, self.dim).to(ops.compute_dtype(rows)), self.weight
         matrices = projections.random_projection(
             self.num_projections,
             self.dim,
             rows.shape[-1],
             generator=self.generator,
             device=rows.device,
-            dtype=functional.compute_dtype(rows),
+            dtype=ops.compute_dtype(rows),
         )
-        return functional.project(rows, matrices).flatten(0, 1), self.weight
+        return ops.project(rows, matrices).flatten(0, 1), self.weight
 
     def _options(self, weight: Tensor, half_space: bool) -> ops.Options:
         return functional.make_options(
