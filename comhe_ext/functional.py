@@ -1,17 +1,18 @@
 """The public functions: checks, layout, and one call of the operator."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from comhe_ext import ops
+from comhe_ext import angles, ops
 from comhe_ext.ops import Options
 
 Reduction = Literal["mean", "sum"]
 Backend = Literal["triton", "cpu", "torch"]
+AngleKind = Literal["cosine", "angle"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,9 +67,10 @@ def hyperspherical_energy(
     Source: Liu et al. (2018): MHE; half space is its HS-MHE, the angle its A-MHE.
     """
     _check_weight(weight)
-    options = make_options((weight,), s, half_space, angular, reduction, eps, min_distance, backend)
-    (energy,) = mean_energies([weight.unsqueeze(-3)], options)
-    return energy
+    settings = Settings(s, half_space, angular, reduction, eps, min_distance, backend)
+    options = settings.options((weight,))
+    energies = set_energies([weight if weight.dim() == 3 else weight.unsqueeze(0)], options)
+    return energies.view(weight.shape[:-2])
 
 
 def compressive_energy(
@@ -109,31 +111,12 @@ def compressive_energy(
     Source: Lin et al. (2020), RP-CoMHE.
     """
     _check_weight(weight)
-    _check_tensor("projection", projection)
-    if projection.dim() != 3:
-        raise ValueError(f"`projection` must be 3-D [C, k, d], got shape {tuple(projection.shape)}")
-    count, dim, features = projection.shape
-    if count == 0 or dim == 0:
-        raise ValueError(
-            "`projection` must hold at least one matrix of at least one row, "
-            f"got shape {tuple(projection.shape)}"
-        )
-    if features != weight.shape[-1]:
-        raise ValueError(
-            f"`projection` must have as many columns as `weight`, got {features} and "
-            f"{weight.shape[-1]}"
-        )
-    if projection.device != weight.device:
-        raise ValueError(
-            f"`projection` must be on the device of `weight`, got {projection.device} and "
-            f"{weight.device}"
-        )
-    options = make_options(
-        (weight, projection), s, half_space, angular, reduction, eps, min_distance, backend
-    )
+    _check_projection(weight, projection)
+    settings = Settings(s, half_space, angular, reduction, eps, min_distance, backend)
+    options = settings.options((weight, projection))
     sets = weight if weight.dim() == 3 else weight.unsqueeze(0)
     energies = ops.projected_energy([sets], [projection], options)
-    return energies.view(*weight.shape[:-2], count).mean(-1)
+    return energies.view(*weight.shape[:-2], projection.shape[0]).mean(-1)
 
 
 def group_energy(
@@ -170,37 +153,175 @@ def group_energy(
     Source: Lin et al. (2020): projections that select coordinates.
     """
     _check_weight(weight)
-    options = make_options((weight,), s, half_space, angular, reduction, eps, min_distance, backend)
-    parts = _split_columns(weight, groups)
-    width = max(part.shape[-1] for part in parts)
-    (energy,) = mean_energies([torch.stack([ops.pad(part, width) for part in parts], -3)], options)
-    return energy
+    settings = Settings(s, half_space, angular, reduction, eps, min_distance, backend)
+    options = settings.options((weight,))
+    parts = stack_parts(_split_columns(weight, groups))
+    sets = parts if parts.dim() == 3 else parts.flatten(0, 1)
+    return set_energies([sets], options).view(parts.shape[:-2]).mean(-1)
+
+
+def angle_preserving_loss(
+    weight: Tensor, projection: Tensor, *, kind: AngleKind = "cosine"
+) -> Tensor:
+    """Compute how far projections turn the rows of `weight` against each other.
+
+    Torch equivalent::
+
+        unit, projected = normalize(weight, dim=-1), normalize(weight @ p.T, dim=-1)
+        loss = torch.linalg.norm(projected @ projected.T - unit @ unit.T)    # mean over p
+
+    for kind "cosine", and the sum over i != j of (angle(w_i, w_j) - angle(P w_i, P w_j))^2, in
+    radians, for kind "angle"; by tiles, O(N (d + k)) memory, differentiable once and twice.
+
+    Args:
+        weight: [N, d], or [B, N, d] for B independent sets; float16, bfloat16, float32 or float64.
+        projection: [C, k, d], C matrices P_c on the device of `weight`.
+        kind: "cosine" as in the authors' code, "angle" as in the paper.
+
+    Returns:
+        The mean over the C matrices, [] or [B], float32 (float64 if either argument is).
+
+    Raises:
+        TypeError: an argument is not a dense floating-point tensor.
+        ValueError: a shape does not fit, or `kind` is unknown.
+
+    Note:
+        A dead row (zero norm) is orthogonal to all others in both spaces. Pairs that coincide or
+        oppose each other have no direction to turn in: their angle adds no gradient.
+
+    Source: Lin et al. (2020), AP-CoMHE.
+    """
+    _check_weight(weight)
+    _check_projection(weight, projection)
+    if kind not in ("cosine", "angle"):
+        raise ValueError(f"`kind` must be 'cosine' or 'angle', got {kind!r}")
+    sets = weight if weight.dim() == 3 else weight.unsqueeze(0)
+    total = angle_differences(sets, projection, kind)
+    if kind == "cosine":
+        total = safe_sqrt(total)
+    loss = total.mean(-1)
+    return loss if weight.dim() == 3 else loss.squeeze(0)
 
 
 # --- pieces that the regularizer shares -----------------------------------------------------------
 
 
-def mean_energies(views: Sequence[Tensor], options: Options) -> list[Tensor]:
-    """For each of `views` [..., V, N, k] the mean energy over V -> [...]; one sweep for all.
+class Settings(NamedTuple):
+    """The keywords that all energies share."""
 
-    All have the same k; N and the number of sets may differ from one to the next.
+    s: float = 2.0
+    half_space: bool = False
+    angular: bool = False
+    reduction: str = "mean"
+    eps: float = 0.0
+    min_distance: float = 1e-3
+    backend: str | None = None
+
+    def options(self, tensors: Sequence[Tensor]) -> Options:
+        """The same, checked, with the backend chosen for what is computed from `tensors`."""
+        s = check_number("s", self.s)
+        if not 0 <= s < math.inf:
+            raise ValueError(f"`s` must be finite and at least 0, got {s}")
+        eps = check_number("eps", self.eps)
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"`eps` must be finite and at least 0, got {eps}")
+        min_distance = check_number("min_distance", self.min_distance)
+        if not 0 <= min_distance < 2:
+            raise ValueError(
+                f"`min_distance` must be at least 0 and less than 2, got {min_distance}"
+            )
+        for name, flag in (("half_space", self.half_space), ("angular", self.angular)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"`reduction` must be 'mean' or 'sum', got {self.reduction!r}")
+        dtype = ops.compute_dtype(*tensors)
+        backend = ops.choose_backend(self.backend, tensors[0].device, dtype)
+        return Options(s, self.half_space, self.angular, self.reduction, eps, min_distance, backend)
+
+
+def angle_differences(sets: Tensor, projection: Tensor, kind: str) -> Tensor:
+    """Squared differences summed over ordered pairs, of sets [V, N, d] -> [V, C]."""
+    rows = sets.to(ops.compute_dtype(sets, projection))
+    projected = ops.project(sets, projection).unbind(1)
+    totals = [angles.angle_difference(rows, points, kind == "angle") for points in projected]
+    return torch.stack(totals, 1)
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root with zero derivatives at 0, where a distance has no direction."""
+    zero = x == 0
+    return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+
+
+def stack_parts(parts: Sequence[Tensor]) -> Tensor:
+    """Groups of columns [..., N, k_g] as [..., G, N, k], k the largest k_g."""
+    width = max(part.shape[-1] for part in parts)
+    return torch.stack([ops.pad(part, width) for part in parts], -3)
+
+
+def set_energies(views: Sequence[Tensor], options: Options) -> Tensor:
+    """Energy of each set of the `views` [V, N, k], of one k and any N, in one sweep -> [sum V]."""
+    if len(views) == 1:
+        return ops.energy(views[0].contiguous(), [], options)
+    sizes = [rows.shape[1] for rows in views for _ in range(rows.shape[0])]
+    return ops.energy(torch.cat([rows.flatten(0, 1) for rows in views]), sizes, options)
+
+
+def total_energy(
+    views: Sequence[Tensor],
+    matrices: Sequence[Tensor | None],
+    factors: Sequence[float],
+    options_for: Callable[[Sequence[Tensor]], Options],
+) -> Tensor:
+    """Sum over layers of a factor times the mean energy of its sets under its matrices -> [].
+
+    Layers of one k, dtype and device share a sweep; rows without a matrix join the one of projected
+    rows if they have no more columns.
+
+    Args:
+        views: [V, N, d] of each layer, at least one.
+        matrices: [C, k, d], or None for rows that are to be taken as they are.
+        factors: one a layer.
+        options_for: the options for the tensors of a sweep.
     """
-    # [B, N, k]; B is written out because reshape cannot tell it where N is 0
-    sets = [view.reshape(math.prod(view.shape[:-2]), *view.shape[-2:]) for view in views]
-    sizes: list[int] = []
-    if len(sets) == 1:
-        points = sets[0].contiguous()
-    else:
-        points = torch.cat([rows.flatten(0, 1) for rows in sets])
-        sizes = [rows.shape[1] for rows in sets for _ in range(rows.shape[0])]
-    energies = ops.energy(points, sizes, options).split([rows.shape[0] for rows in sets])
-    return [e.view(v.shape[:-2]).mean(-1) for e, v in zip(energies, views, strict=True)]
+    places = [(rows.dtype, rows.device) for rows in views]
+    projected = {p: m.shape[1] for p, m in zip(places, matrices, strict=True) if m is not None}
+    packs: dict[tuple[torch.dtype, torch.device, int], list[int]] = {}
+    for index, (place, rows, projection) in enumerate(zip(places, views, matrices, strict=True)):
+        width = rows.shape[-1] if projection is None else projection.shape[1]
+        if projection is None and width < projected.get(place, 0):
+            width = projected[place]
+        packs.setdefault((*place, width), []).append(index)
+
+    totals = []
+    for pack in packs.values():
+        weights, projections = [views[i] for i in pack], [matrices[i] for i in pack]
+        per_set: list[float] = []
+        for i, weight, projection in zip(pack, weights, projections, strict=True):
+            count = weight.shape[0] * (1 if projection is None else projection.shape[0])
+            per_set += [factors[i] / count] * count
+        options = options_for([*weights, *(p for p in projections if p is not None)])
+        options = options._replace(factors=per_set)
+        if any(projection is not None for projection in projections):
+            totals.append(ops.projected_energy(weights, projections, options).sum())
+        else:
+            totals.append(set_energies(weights, options).sum())
+    return add(totals)
+
+
+def add(totals: Sequence[Tensor]) -> Tensor:
+    """Sum of scalars, on the device of the first."""
+    total = totals[0]
+    for other in totals[1:]:
+        total = total + other.to(total.device)
+    return total
 
 
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):
@@ -217,19 +338,41 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def _check_weight(weight: Tensor) -> None:
-    _check_tensor("weight", weight)
+    check_tensor("weight", weight)
     if weight.dim() not in (2, 3):
         raise ValueError(f"`weight` must be 2-D or 3-D, got shape {tuple(weight.shape)}")
     if weight.shape[-1] == 0:
         raise ValueError(f"`weight` must have at least one column, got shape {tuple(weight.shape)}")
 
 
-def check_count(name: str, value: int) -> int:
-    """A whole number of at least 1 (symbolic under torch.compile)."""
+def _check_projection(weight: Tensor, projection: Tensor) -> None:
+    check_tensor("projection", projection)
+    if projection.dim() != 3:
+        raise ValueError(f"`projection` must be 3-D [C, k, d], got shape {tuple(projection.shape)}")
+    count, dim, features = projection.shape
+    if count == 0 or dim == 0:
+        raise ValueError(
+            "`projection` must hold at least one matrix of at least one row, "
+            f"got shape {tuple(projection.shape)}"
+        )
+    if features != weight.shape[-1]:
+        raise ValueError(
+            f"`projection` must have as many columns as `weight`, got {features} and "
+            f"{weight.shape[-1]}"
+        )
+    if projection.device != weight.device:
+        raise ValueError(
+            f"`projection` must be on the device of `weight`, got {projection.device} and "
+            f"{weight.device}"
+        )
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """A whole number of at least `least` (symbolic under torch.compile)."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}")
     return value
 
 
@@ -237,35 +380,6 @@ def check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     return float(value)
-
-
-def make_options(
-    tensors: Sequence[Tensor],
-    s: float,
-    half_space: bool,
-    angular: bool,
-    reduction: str,
-    eps: float,
-    min_distance: float,
-    backend: str | None,
-) -> Options:
-    """The options, checked, with the backend chosen for what is computed from `tensors`."""
-    s = check_number("s", s)
-    if not 0 <= s < math.inf:
-        raise ValueError(f"`s` must be finite and at least 0, got {s}")
-    eps = check_number("eps", eps)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"`eps` must be finite and at least 0, got {eps}")
-    min_distance = check_number("min_distance", min_distance)
-    if not 0 <= min_distance < 2:
-        raise ValueError(f"`min_distance` must be at least 0 and less than 2, got {min_distance}")
-    for name, flag in (("half_space", half_space), ("angular", angular)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}")
-    chosen = ops.choose_backend(backend, tensors[0].device, ops.compute_dtype(*tensors))
-    return Options(s, half_space, angular, reduction, eps, min_distance, chosen)
 
 
 def _split_columns(

@@ -24,6 +24,7 @@ product); a third derivative raises instead of being silently wrong.
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -55,6 +56,18 @@ class Options(NamedTuple):
     eps: float = 0.0
     min_distance: float = 1e-3
     backend: str = "torch"
+    factors: Sequence[float] = ()  # of the sets' energies, in turn, from the start again if fewer
+
+    def scales(self, sizes: Sequence[int]) -> list[float]:
+        """From each set's sum over unordered pairs to its energy, factor included."""
+        pair = self.pair_function()
+        scales = [pair.scale(n, self.reduction) for n in sizes]
+        if not self.factors:
+            return scales
+        return [scale * factor for scale, factor in zip(scales, cycle(self.factors), strict=False)]
+
+    def pair_function(self) -> Potential:
+        return Potential(self.s, self.half_space, self.angular, self.min_distance)
 
 
 # --- backends -------------------------------------------------------------------------------------
@@ -106,20 +119,37 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
 
 _SETTINGS = (
     "float s, bool half_space, bool angular, str reduction, float eps, float min_distance, "
-    "str backend"
+    "str backend, float[] factors"
 )
 _PACKED = f"int[] sizes, {_SETTINGS}"
 _PROJECTED = f"Tensor[] weights, Tensor?[] projections, {_SETTINGS}"
-_LIBRARY = torch.library.Library("comhe_ext", "DEF")
+LIBRARY = torch.library.Library("comhe_ext", "DEF")
 
 
-def _define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+@contextmanager
+def no_autocast(device_type: str) -> Iterator[None]:
+    """Autocast would lower the products to half precision, and the energy with them."""
+    if not (
+        torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    ):
+        yield
+        return
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+def define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the implementation of an operator on every device."""
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        def full_precision(*args: Any) -> Any:
+            first = args[0][0] if isinstance(args[0], Sequence) else args[0]
+            with no_autocast(first.device.type):
+                return implementation(*args)
+
+        LIBRARY.impl(name, full_precision, "CompositeExplicitAutograd")
         return implementation
 
     return register
@@ -144,20 +174,10 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if doubles else torch.float32
 
 
-@contextmanager
-def _no_autocast(device_type: str) -> Iterator[None]:
-    """Autocast would lower the projection to half precision, and the energy with it."""
-    if not torch.amp.is_autocast_available(device_type):
-        yield
-        return
-    with torch.autocast(device_type, enabled=False):
-        yield
-
-
 def project(weight: Tensor, projection: Tensor) -> Tensor:
     """Rows [V, N, d] under each of the matrices [C, k, d] -> [V, C, N, k], as one product."""
     dtype = compute_dtype(weight, projection)
-    with _no_autocast(weight.device.type):
+    with no_autocast(weight.device.type):
         rows = weight.to(dtype) @ projection.to(dtype).flatten(0, 1).mT
     return rows.unflatten(-1, projection.shape[:2]).transpose(1, 2)
 
@@ -208,20 +228,15 @@ def _sweep_arguments(
 ) -> tuple[Tensor, Sequence[int], list[float], Potential, float]:
     """What every sweep takes: packed rows, sizes, scales, the pair function and eps."""
     rows, sizes = _packed(points, sizes)
-    pair = _pair_function(options)
-    return rows, sizes, [pair.scale(n, options.reduction) for n in sizes], pair, options.eps
+    return rows, sizes, options.scales(sizes), options.pair_function(), options.eps
 
 
-def _pair_function(options: Options) -> Potential:
-    return Potential(options.s, options.half_space, options.angular, options.min_distance)
-
-
-@_define(f"energy(Tensor points, {_PACKED}) -> Tensor")
+@define(f"energy(Tensor points, {_PACKED}) -> Tensor")
 def _energy(points: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
     return _sweep(points, sizes, Options(*settings), with_gradient=False)[0]
 
 
-@_define(f"energy_and_gradient(Tensor points, {_PACKED}) -> (Tensor, Tensor)")
+@define(f"energy_and_gradient(Tensor points, {_PACKED}) -> (Tensor, Tensor)")
 def _energy_and_gradient(
     points: Tensor, sizes: Sequence[int], *settings: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -243,29 +258,32 @@ def _project_sweep(
     for weight, projection in zip(weights, projections, strict=True):
         sets += weight.unbind()
         matrices += [None if projection is None else projection.float()] * weight.shape[0]
-    pair = _pair_function(options)
-    scales = [pair.scale(n, options.reduction) for n in sizes]
     energy, gradient = module.project_sweep(
-        sets, matrices, scales, pair, options.eps, with_gradient
+        sets,
+        matrices,
+        options.scales(sizes),
+        options.pair_function(),
+        options.eps,
+        with_gradient,
     )
     return energy, gradient
 
 
-@_define(f"projected_energy({_PROJECTED}) -> Tensor")
+@define(f"projected_energy({_PROJECTED}) -> Tensor")
 def _projected_energy(
     weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any
 ) -> Tensor:
     return _project_sweep(weights, projections, Options(*settings), with_gradient=False)[0]
 
 
-@_define(f"projected_energy_and_gradient({_PROJECTED}) -> (Tensor, Tensor)")
+@define(f"projected_energy_and_gradient({_PROJECTED}) -> (Tensor, Tensor)")
 def _projected_energy_and_gradient(
     weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any
 ) -> tuple[Tensor, Tensor | None]:
     return _project_sweep(weights, projections, Options(*settings), with_gradient=True)
 
 
-@_define(f"hessian_vector_product(Tensor points, Tensor tangents, {_PACKED}) -> Tensor")
+@define(f"hessian_vector_product(Tensor points, Tensor tangents, {_PACKED}) -> Tensor")
 def _hessian_vector_product(
     points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any
 ) -> Tensor:
@@ -275,14 +293,14 @@ def _hessian_vector_product(
     return product.view(points.shape)
 
 
-@_define("scale_rows(Tensor rows, Tensor factors, int[] sizes) -> Tensor")
+@define("scale_rows(Tensor rows, Tensor factors, int[] sizes) -> Tensor")
 def _scale_rows(rows: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
     if rows.dim() == 3:
         return rows * factors[:, None, None]
     return rows * work_table.spread_over_rows(factors.contiguous(), sizes)
 
 
-@_define("dot_rows(Tensor left, Tensor right, int[] sizes) -> Tensor")
+@define("dot_rows(Tensor left, Tensor right, int[] sizes) -> Tensor")
 def _dot_rows(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
     if left.dim() == 3:
         return (left * right).sum((1, 2))
@@ -293,25 +311,25 @@ def _dot_rows(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
     return dots
 
 
-@torch.library.register_fake("comhe_ext::energy", lib=_LIBRARY)
+@torch.library.register_fake("comhe_ext::energy", lib=LIBRARY)
 def _(points: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
     return points.new_empty(_num_sets(points, sizes), dtype=compute_dtype(points))
 
 
-@torch.library.register_fake("comhe_ext::energy_and_gradient", lib=_LIBRARY)
+@torch.library.register_fake("comhe_ext::energy_and_gradient", lib=LIBRARY)
 def _(points: Tensor, sizes: Sequence[int], *settings: Any) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(points)
     energy = points.new_empty(_num_sets(points, sizes), dtype=dtype)
     return energy, points.new_empty(points.shape, dtype=dtype)
 
 
-@torch.library.register_fake("comhe_ext::projected_energy", lib=_LIBRARY)
+@torch.library.register_fake("comhe_ext::projected_energy", lib=LIBRARY)
 def _(weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any) -> Tensor:
     count = len(_set_sizes(weights, projections))
     return weights[0].new_empty(count, dtype=compute_dtype(*weights, *projections))
 
 
-@torch.library.register_fake("comhe_ext::projected_energy_and_gradient", lib=_LIBRARY)
+@torch.library.register_fake("comhe_ext::projected_energy_and_gradient", lib=LIBRARY)
 def _(
     weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any
 ) -> tuple[Tensor, Tensor]:
@@ -320,17 +338,17 @@ def _(
     return weights[0].new_empty(len(sizes), dtype=dtype), gradient
 
 
-@torch.library.register_fake("comhe_ext::hessian_vector_product", lib=_LIBRARY)
+@torch.library.register_fake("comhe_ext::hessian_vector_product", lib=LIBRARY)
 def _(points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
     return points.new_empty(points.shape, dtype=compute_dtype(points))
 
 
-@torch.library.register_fake("comhe_ext::scale_rows", lib=_LIBRARY)
+@torch.library.register_fake("comhe_ext::scale_rows", lib=LIBRARY)
 def _(rows: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
     return rows.new_empty(rows.shape, dtype=torch.promote_types(rows.dtype, factors.dtype))
 
 
-@torch.library.register_fake("comhe_ext::dot_rows", lib=_LIBRARY)
+@torch.library.register_fake("comhe_ext::dot_rows", lib=LIBRARY)
 def _(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
     dtype = torch.promote_types(left.dtype, right.dtype)
     return left.new_empty(_num_sets(left, sizes), dtype=dtype)
@@ -339,8 +357,10 @@ def _(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
 # --- vmap: the batch becomes more sets of the same launch -----------------------------------------
 
 
-def _flat(x: Tensor, dim: int | None, batch: int) -> Tensor:
+def _flat(x: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
     """The batch dimension in front, merged with the first one."""
+    if x is None:
+        return None
     x = x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
@@ -368,32 +388,34 @@ def _register_vmap_of_lists(name: str) -> None:
             return _split(results, batch), 0
         return tuple(_split(r, batch) for r in results), (0, 0)
 
-    torch.library.register_vmap(f"comhe_ext::{name}", rule, lib=_LIBRARY)
+    torch.library.register_vmap(f"comhe_ext::{name}", rule, lib=LIBRARY)
 
 
-def _register_vmap(name: str, num_tensors: int, num_outputs: int = 1) -> None:
-    """Batching rule of an operator whose arguments are some tensors, then `sizes`."""
+def register_vmap(name: str, num_tensors: int, num_outputs: int = 1, packed: bool = True) -> None:
+    """Batching rule of an operator on some tensors of many sets, then, if `packed`, their sizes."""
     op = getattr(torch.ops.comhe_ext, name).default
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         batch = info.batch_size
         tensors = [_flat(x, d, batch) for x, d in zip(args[:num_tensors], in_dims, strict=False)]
-        sizes = list(args[num_tensors]) * batch
-        results = op(*tensors, sizes, *args[num_tensors + 1 :])
+        rest = list(args[num_tensors:])
+        if packed:
+            rest[0] = list(rest[0]) * batch
+        results = op(*tensors, *rest)
         if num_outputs == 1:
             return _split(results, batch), 0
         return tuple(_split(r, batch) for r in results), (0,) * num_outputs
 
-    torch.library.register_vmap(f"comhe_ext::{name}", rule, lib=_LIBRARY)
+    torch.library.register_vmap(f"comhe_ext::{name}", rule, lib=LIBRARY)
 
 
-_register_vmap("energy", num_tensors=1)
-_register_vmap("energy_and_gradient", num_tensors=1, num_outputs=2)
+register_vmap("energy", num_tensors=1)
+register_vmap("energy_and_gradient", num_tensors=1, num_outputs=2)
 _register_vmap_of_lists("projected_energy")
 _register_vmap_of_lists("projected_energy_and_gradient")
-_register_vmap("hessian_vector_product", num_tensors=2)
-_register_vmap("scale_rows", num_tensors=2)
-_register_vmap("dot_rows", num_tensors=2)
+register_vmap("hessian_vector_product", num_tensors=2)
+register_vmap("scale_rows", num_tensors=2)
+register_vmap("dot_rows", num_tensors=2)
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -498,7 +520,7 @@ def _pull_back(
             grad_weight = part[:, 0, :, :d]
         else:
             by_row = part.transpose(1, 2).reshape(sets * n, count * gradient.shape[1])
-            with _no_autocast(part.device.type):
+            with no_autocast(part.device.type):
                 if needed[index]:
                     grad_weight = by_row @ matrices.to(part.dtype).flatten(0, 1)
                 if needed[len(weights) + index]:

@@ -92,3 +92,18 @@ def group_energy(
     """Mean over the index lists of `groups` of the energy of the rows restricted to them."""
     energies = [hyperspherical_energy(weight[..., list(g)], s, **options) for g in groups]
     return torch.stack(energies).mean(0)
+
+
+def angle_preserving_loss(weight: Tensor, projection: Tensor, kind: str = "cosine") -> Tensor:
+    """Mean over P_c of |cos(P_c W) - cos(W)|, or of the sum of squared differences of angles."""
+    weight, projection = weight.double(), projection.double()
+    i, j = torch.triu_indices(weight.shape[0], weight.shape[0], offset=1, device=weight.device)
+
+    def compare(rows: Tensor) -> Tensor:
+        norm = rows.norm(dim=1, keepdim=True)
+        v = torch.where(norm > 0, rows / torch.where(norm > 0, norm, 1.0), 0.0)
+        near, far = (v[i] - v[j]).square().sum(1), (v[i] + v[j]).square().sum(1)
+        return (far - near) / 4 if kind == "cosine" else 2 * torch.atan2(_sqrt(near), _sqrt(far))
+
+    sums = [2 * (compare(weight @ p.mT) - compare(weight)).square().sum() for p in projection]
+    return torch.stack([_sqrt(x) for x in sums] if kind == "cosine" else sums).mean()

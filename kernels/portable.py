@@ -120,8 +120,8 @@ def sweep(
     radial = torch.zeros_like(rows.deficit)  # sum of the F' that close pairs owe to v_i itself
     closed = pair.has_closed_tile() and pair.clean_above(CLOSE[dtype])
 
-    for tile in symmetric_tiles(sizes, _block(points)):
-        near = torch.bmm(_rows(left, tile), _cols(right, tile).mT)
+    for tile in symmetric_tiles(sizes, block_of(points)):
+        near = torch.bmm(rows_of(left, tile), cols_of(right, tile).mT)
         left_out, close = _take_out(near, tile, pair)
         if closed:
             value, slope, factor = pair.closed_tile(near)
@@ -132,16 +132,17 @@ def sweep(
             slope.masked_fill_(left_out, 0.0)
         energy[tile.run.sets] += value.sum((1, 2)).double() * (0.5 if tile.diagonal else 1.0)
         if pull is not None:
-            _rows(pull, tile).add_(torch.bmm(slope, _cols(v, tile)), alpha=factor)
+            rows_of(pull, tile).add_(torch.bmm(slope, cols_of(v, tile)), alpha=factor)
             if not tile.diagonal:
-                _cols(pull, tile).add_(torch.bmm(slope.mT, _rows(v, tile)), alpha=factor)
+                cols_of(pull, tile).add_(torch.bmm(slope.mT, rows_of(v, tile)), alpha=factor)
         if close is None:
             continue
-        for pairs in _close_pairs(close, tile, points, eps):
+        for index in close_indices(close, tile, points.shape[1]):
+            pairs = close_pairs(points, *index, eps)
             exact_value, exact_slope, _ = pair.of_cosine(pairs.near, pairs.far)
             energy.index_put_((pairs.set,), exact_value.squeeze(1), accumulate=True)
             if pull is not None:
-                _push_apart(pull, pairs, exact_slope * pairs.apart)
+                push_apart(pull, pairs, exact_slope * pairs.apart)
                 _add_rows(radial, pairs, pairs.side * exact_slope)
 
     radial.mul_(rows.deficit)
@@ -196,36 +197,37 @@ def hessian_vector_product(
     pull, pull_dot = torch.zeros_like(v), torch.zeros_like(v)
     radial, radial_dot = torch.zeros_like(deficit), torch.zeros_like(deficit)
 
-    for tile in symmetric_tiles(sizes, _block(points)):
-        near = torch.bmm(_rows(v, tile), _cols(v, tile).mT).mul_(-2.0).add_(2.0)
-        c_dot = torch.bmm(_rows(both, tile), _cols(swapped, tile).mT)
+    for tile in symmetric_tiles(sizes, block_of(points)):
+        near = torch.bmm(rows_of(v, tile), cols_of(v, tile).mT).mul_(-2.0).add_(2.0)
+        c_dot = torch.bmm(rows_of(both, tile), cols_of(swapped, tile).mT)
         left_out, close = _take_out(near, tile, pair)
         _, slope, curve = pair.of_cosine(near, 4.0 - near)
         slope_dot = curve * c_dot
         if left_out is not None:
             slope.masked_fill_(left_out, 0.0)
             slope_dot.masked_fill_(left_out, 0.0)
-        _rows(pull, tile).baddbmm_(slope, _cols(v, tile))
-        _rows(pull_dot, tile).baddbmm_(slope_dot, _cols(v, tile)).baddbmm_(
-            slope, _cols(v_dot, tile)
+        rows_of(pull, tile).baddbmm_(slope, cols_of(v, tile))
+        rows_of(pull_dot, tile).baddbmm_(slope_dot, cols_of(v, tile)).baddbmm_(
+            slope, cols_of(v_dot, tile)
         )
         if not tile.diagonal:
             slope, slope_dot = slope.mT, slope_dot.mT
-            _cols(pull, tile).baddbmm_(slope, _rows(v, tile))
-            _cols(pull_dot, tile).baddbmm_(slope_dot, _rows(v, tile))
-            _cols(pull_dot, tile).baddbmm_(slope, _rows(v_dot, tile))
+            cols_of(pull, tile).baddbmm_(slope, rows_of(v, tile))
+            cols_of(pull_dot, tile).baddbmm_(slope_dot, rows_of(v, tile))
+            cols_of(pull_dot, tile).baddbmm_(slope, rows_of(v_dot, tile))
         if close is None:
             continue
-        for pairs in _close_pairs(close, tile, points, eps):
-            dot_i, deficit_dot_i = _exact_dots(points, tangents, pairs.i, eps)
-            dot_j, deficit_dot_j = _exact_dots(points, tangents, pairs.j, eps)
+        for index in close_indices(close, tile, points.shape[1]):
+            pairs = close_pairs(points, *index, eps)
+            dot_i, deficit_dot_i = exact_dots(points, tangents, pairs.i, eps)
+            dot_j, deficit_dot_j = exact_dots(points, tangents, pairs.j, eps)
             apart_dot = dot_i - pairs.side * dot_j
             stretch = (pairs.apart * apart_dot).sum(1, keepdim=True)
             exact_c_dot = -pairs.side * (stretch + (deficit_dot_i + deficit_dot_j) / 2.0)
             _, exact_slope, exact_curve = pair.of_cosine(pairs.near, pairs.far)
             exact_slope_dot = exact_curve * exact_c_dot
-            _push_apart(pull, pairs, exact_slope * pairs.apart)
-            _push_apart(pull_dot, pairs, exact_slope_dot * pairs.apart + exact_slope * apart_dot)
+            push_apart(pull, pairs, exact_slope * pairs.apart)
+            push_apart(pull_dot, pairs, exact_slope_dot * pairs.apart + exact_slope * apart_dot)
             _add_rows(radial, pairs, pairs.side * exact_slope)
             _add_rows(radial_dot, pairs, pairs.side * exact_slope_dot)
 
@@ -253,16 +255,16 @@ def _result_dtype(points: Tensor) -> torch.dtype:
     return torch.float64 if points.dtype == torch.float64 else torch.float32
 
 
-def _block(points: Tensor) -> int:
+def block_of(points: Tensor) -> int:
     """Rows of a tile: one that a processor's cache holds, or one that fills an accelerator."""
     return 512 if points.device.type == "cpu" else 4096
 
 
-def _rows(x: Tensor, tile: Tile) -> Tensor:
+def rows_of(x: Tensor, tile: Tile) -> Tensor:
     return tile.run.view(x)[:, tile.rows]
 
 
-def _cols(x: Tensor, tile: Tile) -> Tensor:
+def cols_of(x: Tensor, tile: Tile) -> Tensor:
     return tile.run.view(x)[:, tile.cols]
 
 
@@ -295,27 +297,31 @@ def _take_out(near: Tensor, tile: Tile, pair: PairFunction) -> tuple[Tensor | No
     return left_out, close.triu(1) if tile.diagonal else close
 
 
-def _close_pairs(close: Tensor, tile: Tile, points: Tensor, eps: float) -> Iterator[ClosePairs]:
-    """The pairs marked in a tile, a chunk at a time, from the raw rows in float64."""
+def close_indices(close: Tensor, tile: Tile, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Set and the two packed rows of the pairs marked in a tile, a chunk of them at a time."""
     run = tile.run
-    chunk = max(CLOSE_CHUNK // points.shape[1], 1)
+    chunk = max(CLOSE_CHUNK // width, 1)
     for which, i, j in (part.unbind(1) for part in close.nonzero().split(chunk)):
         first = run.first_row + which * run.size
-        i, j = first + tile.rows.start + i, first + tile.cols.start + j
-        rows_i, rows_j = _exact(points, i, eps), _exact(points, j, eps)
-        side = torch.where((rows_i.v * rows_j.v).sum(1, keepdim=True) < 0, -1.0, 1.0)
-        apart = rows_i.v - side * rows_j.v
-        short = apart.square().sum(1, keepdim=True) + rows_i.deficit + rows_j.deficit
-        near = torch.where(side > 0, short, 4.0 - short)
-        far = torch.where(side > 0, 4.0 - short, short)
-        yield ClosePairs(run.first_set + which, i, j, side, apart, near, far)
+        yield run.first_set + which, first + tile.rows.start + i, first + tile.cols.start + j
+
+
+def close_pairs(points: Tensor, set: Tensor, i: Tensor, j: Tensor, eps: float) -> ClosePairs:
+    """Some pairs of packed rows, from the raw rows in float64."""
+    rows_i, rows_j = _exact(points, i, eps), _exact(points, j, eps)
+    side = torch.where((rows_i.v * rows_j.v).sum(1, keepdim=True) < 0, -1.0, 1.0)
+    apart = rows_i.v - side * rows_j.v
+    short = apart.square().sum(1, keepdim=True) + rows_i.deficit + rows_j.deficit
+    near = torch.where(side > 0, short, 4.0 - short)
+    far = torch.where(side > 0, 4.0 - short, short)
+    return ClosePairs(set, i, j, side, apart, near, far)
 
 
 def _exact(points: Tensor, index: Tensor, eps: float) -> Rows:
     return normalize(points[index], eps, torch.float64)
 
 
-def _exact_dots(
+def exact_dots(
     points: Tensor, tangents: Tensor, index: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """v. and deficit. of some rows, in float64."""
@@ -325,7 +331,7 @@ def _exact_dots(
     return (t - v * tau) * inv_nu, -2.0 * deficit * tau * inv_nu
 
 
-def _push_apart(pull: Tensor, pairs: ClosePairs, push: Tensor) -> None:
+def push_apart(pull: Tensor, pairs: ClosePairs, push: Tensor) -> None:
     """Add F' v_j to G_i and F' v_i to G_j, but for their parts along v_i and v_j.
 
     v_j = side (v_i - apart): the part along v_i is large, and falls out in the projection but for

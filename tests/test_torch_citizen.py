@@ -202,8 +202,9 @@ def test_vmap_over_projections_only(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_changes_nothing(dtype, backend, device):
-    weight = random_rows(30, 7, device=device).requires_grad_()
+@pytest.mark.parametrize("k", [7, 40])  # float64 tiles and float32 tiles of the portable backend
+def test_autocast_changes_nothing(k, dtype, backend, device):
+    weight = random_rows(30, k, device=device).requires_grad_()
     expected = comhe_ext.hyperspherical_energy(weight, backend=backend)
     (expected_gradient,) = torch.autograd.grad(expected, weight)
     with torch.autocast(device, dtype=dtype):
