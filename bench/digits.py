@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import comhe_ext
+from comhe_ext.projections import RandomProjection
 
 METHODS = {"none": "no regularizer", "MHE": "MHE", "RP-CoMHE": "RP-CoMHE"}
 IMAGES = 1797
@@ -96,8 +97,8 @@ def regularizer(method: str, model: nn.Module, seed: int) -> comhe_ext.CoMHE | N
         return None
     if method == "MHE":
         return comhe_ext.CoMHE(model, projection=None, weight=WEIGHT)
-    generator = torch.Generator().manual_seed(seed)
-    return comhe_ext.CoMHE(model, dim=DIM, weight=WEIGHT, generator=generator)
+    projection = RandomProjection(dim=DIM, seed=seed)
+    return comhe_ext.CoMHE(model, projection, weight=WEIGHT)
 
 
 def train(run: Run, steps: int, steps_between_energies: int) -> Iterator[None]:

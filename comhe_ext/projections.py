@@ -1,9 +1,22 @@
-"""Projection matrices of compressive energies."""
+"""Projections of compressive energies: single draws, and those of a whole model, step by step.
+
+A `Projection` belongs to one `CoMHE`, which binds it to its hidden layers:
+
+    projection.step()        once a training step
+    projection.matrices()    {layer: [C, k, d]} of this step
+
+Its state goes with the state_dict of the regularizer. On several ranks all draw the same numbers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from comhe_ext.functional import check_count
+from comhe_ext import functional, ops
+from comhe_ext.functional import AngleKind, check_count, check_number
+from comhe_ext.layers import Layer
 
 
 def random_projection(
@@ -48,3 +61,426 @@ def random_projection(
     return torch.randn(
         num_projections, dim, in_features, generator=generator, device=device, dtype=dtype
     )
+
+
+# --- draws that are a function of a seed and a step -----------------------------------------------
+
+
+@ops.define(
+    "gaussian(Tensor state, int every, int stream, SymInt[] shape, ScalarType dtype, Device device)"
+    " -> Tensor"
+)
+def _gaussian(
+    state: Tensor,
+    every: int,
+    stream: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Normal numbers of step state[1] under seed state[0], the same for `every` steps in a row."""
+    seed, steps = state.tolist()
+    draw = max(steps - 1, 0) // every
+    # three numbers into one seed, by the constants of the SplitMix64 generator
+    for number in (draw, stream):
+        seed = ((seed ^ number) * 0x9E3779B97F4A7C15 + 0xBF58476D1CE4E5B9) % 2**64
+        seed ^= seed >> 31
+    generator = Generator(device).manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
+
+
+@torch.library.register_fake("comhe_ext::gaussian", lib=ops.LIBRARY)
+def _(
+    state: Tensor,
+    every: int,
+    stream: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _common_seed(seed: int | None) -> int:
+    """The seed given, or torch's own; that of the first rank where there are several."""
+    if seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"`seed` must be an int or None, got {type(seed).__name__}")
+        return seed % 2**63
+    seeds = [torch.initial_seed() % 2**63]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seeds)
+    return seeds[0]
+
+
+# --- projections of a model -----------------------------------------------------------------------
+
+
+class Projection(nn.Module):
+    """What takes the neurons of each layer to few dimensions; the base of the four below.
+
+    Args:
+        seed: of all that is drawn; None takes torch's seed, of the first rank where there are
+            several, so make it after `torch.distributed.init_process_group`.
+    """
+
+    dim: int | None = None  # k; a layer of no more inputs is not projected. None: any layer is
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        self._layers: list[Layer] = []
+        # seed and steps; not a buffer: it stays on the host, where the draws are seeded
+        self._state = torch.tensor([_common_seed(seed), 0])
+
+    def bind(self, layers: Sequence[Layer], settings: functional.Settings) -> None:
+        """Take charge of these layers, for an energy of these settings."""
+        if self._layers:
+            raise ValueError("`projection` already belongs to a regularizer: make one for each")
+        self._layers = list(layers)
+
+    def step(self) -> None:
+        """Go on to the next training step."""
+        self._state[1] += 1
+
+    def matrices(self) -> dict[str, Tensor]:
+        """{layer: [C, k, d]} of this step, for the layers that learn."""
+        raise NotImplementedError
+
+    def views(self, rows: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The sets [V, N, d] of each layer of `rows`, and the matrices that project them."""
+        matrices = self.matrices()
+        return {name: (sets, matrices[name]) for name, sets in rows.items()}
+
+    def learning(self) -> list[Layer]:
+        """The layers whose weights are not frozen."""
+        return [layer for layer in self._layers if layer.learns()]
+
+    def get_extra_state(self) -> Tensor:
+        return self._state.clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._state = state.clone()
+
+    def _draw(self, layer: Layer, count: int, dim: int, every: int, stream: int) -> Tensor:
+        weight = layer.weight
+        width = layer.rows().shape[2]
+        dtype = ops.compute_dtype(weight)
+        shape = (count, dim, width)
+        drawn: Tensor = torch.ops.comhe_ext.gaussian(
+            self._state, every, stream, shape, dtype, weight.device
+        )
+        return drawn
+
+
+class RandomProjection(Projection):
+    """Gaussian matrices, drawn afresh every so many steps (RP-CoMHE).
+
+    Torch equivalent::
+
+        matrices = {name: torch.randn(C, k, d) for each layer}    # at each step
+
+    Layers of equal width d share their draw, as they do in the authors' code: so a model of a
+    hundred layers draws a few matrices a step. Each layer by itself sees independent entries.
+
+    Args:
+        num_projections: C; 20 if neither is given.
+        dim: k.
+        neurons_per_projection: makes C grow with the layer: one matrix for so many neurons.
+        every: steps from one draw to the next.
+        seed: see `Projection`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or less than 1.
+
+    Source: Lin et al. (2020); the defaults are those of the authors' code.
+    """
+
+    def __init__(
+        self,
+        num_projections: int | None = None,
+        dim: int = 40,
+        *,
+        neurons_per_projection: int | None = None,
+        every: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(seed)
+        if num_projections is not None and neurons_per_projection is not None:
+            raise ValueError("`num_projections` and `neurons_per_projection` exclude each other")
+        if neurons_per_projection is not None:
+            check_count("neurons_per_projection", neurons_per_projection)
+        else:
+            num_projections = 20 if num_projections is None else num_projections
+            check_count("num_projections", num_projections)
+        self.num_projections = num_projections
+        self.neurons_per_projection = neurons_per_projection
+        self.dim: int = check_count("dim", dim)
+        self.every = check_count("every", every)
+
+    def _count(self, layer: Layer) -> int:
+        if self.neurons_per_projection is not None:
+            return max(layer.rows().shape[1] // self.neurons_per_projection, 1)
+        return self.num_projections or 1
+
+    def matrices(self) -> dict[str, Tensor]:
+        by_kind: dict[Any, list[Layer]] = {}
+        for layer in self.learning():
+            width, weight = layer.rows().shape[2], layer.weight
+            kind = (width, ops.compute_dtype(weight), weight.device)
+            by_kind.setdefault(kind, []).append(layer)
+        drawn = {}
+        for (width, *_), layers in by_kind.items():
+            counts = [self._count(layer) for layer in layers]
+            matrices = self._draw(layers[0], max(counts), self.dim, self.every, width)
+            for layer, count in zip(layers, counts, strict=True):
+                drawn[layer.name] = matrices[:count]
+        return drawn
+
+    def extra_repr(self) -> str:
+        count = self.num_projections or f"N / {self.neurons_per_projection}"
+        return f"{count} projections to {self.dim} dimensions, drawn every {self.every} steps"
+
+
+class GroupProjection(Projection):
+    """The coordinates of each layer in groups, whose sub-vectors have an energy each (group CoMHE).
+
+    Torch equivalent::
+
+        energy = torch.stack([hyperspherical_energy(part) for part in parts_of(weight)]).mean()
+
+    Args:
+        groups: how many; a layer of fewer inputs has one input a group.
+        layout: "contiguous", neighbouring coordinates; "strided", every `groups`-th coordinate;
+            "channels", input channels of a convolution with all their kernel positions
+            (contiguous coordinates elsewhere).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: Lin et al. (2020): projections that select coordinates.
+    """
+
+    def __init__(
+        self,
+        groups: int = 4,
+        layout: Literal["contiguous", "strided", "channels"] = "contiguous",
+    ) -> None:
+        super().__init__(seed=0)
+        self.groups = check_count("groups", groups)
+        if layout not in ("contiguous", "strided", "channels"):
+            raise ValueError(
+                f"`layout` must be 'contiguous', 'strided' or 'channels', got {layout!r}"
+            )
+        self.layout = layout
+
+    def split(self, layer: Layer, rows: Tensor) -> list[Tensor]:
+        """The columns of each group of the rows of a layer."""
+        if self.layout == "strided":
+            return [rows[..., g :: self.groups] for g in range(min(self.groups, rows.shape[-1]))]
+        kernel = getattr(layer.module, "kernel_size", ()) if self.layout == "channels" else ()
+        channels = rows.unflatten(-1, (-1, torch.Size(kernel).numel()))
+        parts = channels.tensor_split(min(self.groups, channels.shape[-2]), -2)
+        return [part.flatten(-2) for part in parts]
+
+    def matrices(self) -> dict[str, Tensor]:
+        selected = {}
+        for layer in self.learning():
+            width, weight = layer.rows().shape[2], layer.weight
+            identity = torch.eye(width, dtype=ops.compute_dtype(weight), device=weight.device)
+            selected[layer.name] = functional.stack_parts(self.split(layer, identity)).mT
+        return selected
+
+    def views(self, rows: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The sub-vectors themselves: cheaper than a product with zeros and ones."""
+        views: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for layer in self._layers:
+            if layer.name in rows:
+                parts = self.split(layer, rows[layer.name])
+                views[layer.name] = (functional.stack_parts(parts).flatten(0, 1), None)
+        return views
+
+    def extra_repr(self) -> str:
+        return f"{self.groups} {self.layout} groups"
+
+
+class _LearnedProjection(Projection):
+    """Matrices that descend an objective of their own, beside the weights."""
+
+    dim: int
+
+    def __init__(
+        self,
+        num_projections: int,
+        dim: int,
+        lr: float,
+        iterations: int,
+        weight_decay: float,
+        mode: Literal["unrolled", "alternating"],
+        seed: int | None,
+    ) -> None:
+        super().__init__(seed)
+        self.num_projections = check_count("num_projections", num_projections)
+        self.dim = check_count("dim", dim)
+        self.iterations = check_count("iterations", iterations)
+        self.lr = check_number("lr", lr)
+        self.weight_decay = check_number("weight_decay", weight_decay)
+        if mode not in ("unrolled", "alternating"):
+            raise ValueError(f"`mode` must be 'unrolled' or 'alternating', got {mode!r}")
+        self.mode = mode
+
+    def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+        """What the matrices descend: a sum over layers, of which each sees its own term alone."""
+        raise NotImplementedError
+
+    def bind(self, layers: Sequence[Layer], settings: functional.Settings) -> None:
+        super().bind(layers, settings)
+        self._settings = settings._replace(half_space=False)
+        for stream, layer in enumerate(self._layers):
+            drawn = self._draw(layer, self.num_projections, self.dim, 1, stream)
+            self.register_buffer(_buffer(layer), drawn)
+
+    def step(self) -> None:
+        super().step()
+        layers = self.learning()
+        rows = [layer.rows().detach() for layer in layers]
+        for _ in range(self.iterations):
+            before = [self._matrices(layer) for layer in layers]
+            gradients = self._gradients(rows, before, create_graph=False)
+            for layer, matrices, gradient in zip(layers, before, gradients, strict=True):
+                after = matrices - self.lr * (gradient + self.weight_decay * matrices)
+                setattr(self, _buffer(layer), after)
+
+    def matrices(self) -> dict[str, Tensor]:
+        layers = self.learning()
+        matrices = [self._matrices(layer) for layer in layers]
+        if self.mode == "unrolled" and torch.is_grad_enabled():
+            # one more step that is not kept, as a function of the weights
+            rows = [layer.rows() for layer in layers]
+            gradients = self._gradients(rows, matrices, create_graph=True)
+            matrices = [m - self.lr * g for m, g in zip(matrices, gradients, strict=True)]
+        return {layer.name: m for layer, m in zip(layers, matrices, strict=True)}
+
+    def _matrices(self, layer: Layer) -> Tensor:
+        matrices: Tensor = getattr(self, _buffer(layer))
+        return matrices.to(layer.weight.device)
+
+    def _gradients(
+        self, rows: Sequence[Tensor], matrices: Sequence[Tensor], create_graph: bool
+    ) -> Sequence[Tensor]:
+        if not matrices:
+            return []
+        # autocast would reach into the backward of the projection
+        with torch.enable_grad(), ops.no_autocast(matrices[0].device.type):
+            leaves = [m.detach().requires_grad_() for m in matrices]
+            total = self.objective(rows, leaves)
+            return torch.autograd.grad(total, leaves, create_graph=create_graph)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_LearnedProjection":
+        # matrices follow a model to another device, not to a lower precision
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_projections} projections to {self.dim} dimensions, {self.mode}, "
+            f"lr={self.lr}, iterations={self.iterations}"
+        )
+
+
+def _buffer(layer: Layer) -> str:
+    """Name of the buffer of a layer's matrices: dots are not allowed in one."""
+    return layer.name.replace(".", "/") or "weight"
+
+
+class AngleProjection(_LearnedProjection):
+    """Matrices that learn to keep the angles between the neurons of their layer (AP-CoMHE).
+
+    Torch equivalent, of a step::
+
+        (gradient,) = torch.autograd.grad(angle_preserving_loss(weight, P), P)
+        P = P - lr * (gradient + weight_decay * P)    # `iterations` times
+
+    Args:
+        num_projections: C.
+        dim: k.
+        kind: what to keep, see `comhe_ext.angle_preserving_loss`; of angles the root of the sum
+            of squares is descended, so that one `lr` serves both.
+        lr: step size, in the authors' code that of the network; an attribute that may be set.
+        iterations: steps of the matrices for one of the weights.
+        weight_decay: of the matrices.
+        mode: "alternating", the weights see constant matrices; "unrolled", they see the matrices
+            one more step ahead, and their gradient goes through that step (second order; not
+            under torch.compile).
+        seed: see `Projection`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: Lin et al. (2020); the defaults are those of the authors' code.
+    """
+
+    def __init__(
+        self,
+        num_projections: int = 1,
+        dim: int = 30,
+        *,
+        kind: AngleKind = "cosine",
+        lr: float = 0.1,
+        iterations: int = 1,
+        weight_decay: float = 5e-7,
+        mode: Literal["unrolled", "alternating"] = "unrolled",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(num_projections, dim, lr, iterations, weight_decay, mode, seed)
+        if kind not in ("cosine", "angle"):
+            raise ValueError(f"`kind` must be 'cosine' or 'angle', got {kind!r}")
+        self.kind: AngleKind = kind
+
+    def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+        losses = [
+            functional.safe_sqrt(functional.angle_differences(sets, m, self.kind)).sum()
+            for sets, m in zip(rows, matrices, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+class AdversarialProjection(_LearnedProjection):
+    """Matrices that raise the energy which the weights lower (adversarial CoMHE).
+
+    Torch equivalent, of a step::
+
+        (gradient,) = torch.autograd.grad(-compressive_energy(weight, P), P)
+        P = P - lr * (gradient + weight_decay * P)    # `iterations` times
+
+    The energy they raise is that of full space, whatever that of the weights.
+
+    Args:
+        num_projections, dim, lr, weight_decay, mode, seed: see `AngleProjection`.
+        iterations: steps of the matrices for one of the weights.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: Lin et al. (2020); the defaults are those of the authors' code.
+    """
+
+    def __init__(
+        self,
+        num_projections: int = 1,
+        dim: int = 30,
+        *,
+        lr: float = 0.1,
+        iterations: int = 10,
+        weight_decay: float = 5e-7,
+        mode: Literal["unrolled", "alternating"] = "unrolled",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(num_projections, dim, lr, iterations, weight_decay, mode, seed)
+
+    def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+        return -functional.total_energy(rows, matrices, [1.0] * len(rows), self._settings.options)

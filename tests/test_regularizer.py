@@ -7,9 +7,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import comhe_ext
-from comhe_ext import CoMHE, reference
+from comhe_ext import CoMHE, bounds, reference
+from comhe_ext.projections import RandomProjection
 from comhe_ext.testing import relative_error
 
 # torch's own tracer makes an instance of every autograd Function that it meets
@@ -35,16 +37,17 @@ class Net(nn.Module):
 
 
 def names(comhe):
-    return [name for name, _ in comhe._layers]
+    return [layer.name for layer in comhe._layers]
 
 
 def test_finds_the_layers_that_have_pairs_of_neurons():
     comhe = CoMHE(Net())
     assert names(comhe) == ["conv", "grouped", "hidden", "out"]
-    assert comhe.output_layer == "out"
-    assert "4 layers" in repr(comhe) and "20 random projections to 40" in repr(comhe)
+    assert comhe.first_layer == "conv" and comhe.output_layer == "out"
+    assert "4 layers" in repr(comhe) and "20 projections to 40 dimensions" in repr(comhe)
     # the layers belong to the model, not to the regularizer
-    assert list(comhe.parameters()) == [] and comhe.state_dict() == {}
+    assert list(comhe.parameters()) == []
+    assert all("weight" not in name for name in comhe.state_dict())
 
 
 def test_energy_without_projection_is_the_sum_over_layers():
@@ -64,11 +67,10 @@ def test_energy_without_projection_is_the_sum_over_layers():
 
 def test_energy_with_projections_is_that_of_the_same_projections():
     net = nn.Sequential(nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 45), nn.Linear(45, 10))
-    comhe = CoMHE(net, num_projections=3, dim=35, generator=torch.Generator().manual_seed(7), s=1.0)
+    comhe = CoMHE(net, RandomProjection(3, 35), s=1.0)
     energy = comhe()
-    generator = torch.Generator().manual_seed(7)
     # wider than dim: projected; else the weights as they are; the last one plain
-    matrices = comhe_ext.random_projection(3, 35, 64, generator=generator)
+    (matrices,) = comhe.projection.matrices().values()
     exact = [w.detach().double().requires_grad_() for w in (net[0].weight, net[2].weight)]
     output = net[3].weight.detach().double().requires_grad_()
     expected = reference.compressive_energy(exact[0], matrices, 1.0, half_space=True)
@@ -79,18 +81,6 @@ def test_energy_with_projections_is_that_of_the_same_projections():
     truths = torch.autograd.grad(expected, [*exact, output])
     for gradient, truth in zip(gradients, truths, strict=True):
         assert relative_error(gradient, truth) <= 1e-5
-
-
-def test_projections_are_drawn_afresh_each_step():
-    net = nn.Sequential(nn.Linear(64, 30), nn.Linear(30, 10))
-    comhe = CoMHE(net)
-    assert float(comhe().detach()) != float(comhe().detach())
-    torch.manual_seed(4)
-    first = comhe()
-    torch.manual_seed(4)
-    assert torch.equal(comhe(), first)
-    plain = CoMHE(net, projection=None)
-    assert torch.equal(plain(), plain())
 
 
 def test_transposed_convolutions_have_their_neurons_in_columns():
@@ -214,61 +204,244 @@ def test_pickle_and_save():
     expected = comhe()
     again_net, again = pickle.loads(pickle.dumps((net, comhe)))
     assert torch.equal(again(), expected)
-    assert again._layers[0][1] is again_net[0]
+    assert again._layers[0].module is again_net[0]
     buffer = io.BytesIO()
     torch.save(comhe, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(), expected)
 
 
-@pytest.mark.parametrize("projection", ["random", None])
+@pytest.mark.parametrize("projection", ["random", "group", None])
 def test_compile_of_a_training_loss(projection):
     torch._dynamo.reset()
     net = nn.Sequential(nn.Linear(64, 30), nn.ReLU(), nn.Linear(30, 10))
-    comhe = CoMHE(net, projection)
+    comhe, again = CoMHE(net, projection), CoMHE(net, projection)
+    # both projections take the same seed, and the graph has to count the steps
 
     def loss(x, y):
         return nn.functional.cross_entropy(net(x), y) + comhe()
 
     x, y = torch.randn(16, 64), torch.arange(16) % 10
-    torch.manual_seed(1)
-    expected = loss(x, y)
-    gradients = torch.autograd.grad(expected, list(net.parameters()))
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.manual_seed(1)
-    actual = compiled(x, y)
-    assert relative_error(actual, expected) <= 1e-6
-    pairs = zip(torch.autograd.grad(actual, list(net.parameters())), gradients, strict=True)
-    for one, other in pairs:
-        assert relative_error(one, other) <= 1e-5
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            expected = nn.functional.cross_entropy(net(x), y) + again()
+            gradients = torch.autograd.grad(expected, list(net.parameters()))
+            actual = compiled(x, y)
+            assert relative_error(actual, expected) <= 1e-6
+            pairs = zip(torch.autograd.grad(actual, list(net.parameters())), gradients, strict=True)
+            for one, other in pairs:
+                assert relative_error(one, other) <= 1e-5
 
 
-def test_hidden_layers_share_one_sweep():
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Calls(TorchDispatchMode):
+    """Counts the operators of the package, and the matrix products outside of them."""
 
-    class Sweeps(TorchDispatchMode):
-        count = 0
+    def __init__(self):
+        super().__init__()
+        self.names = []
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += function is torch.ops.comhe_ext.energy_and_gradient.default
-            return function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "comhe_ext" or "mm" in function.__name__:
+            self.names.append(function.__name__.partition(".")[0])
+        return function(*args, **(kwargs or {}))
 
-    net = nn.Sequential(*[nn.Linear(60 + i, 61 + i) for i in range(6)])
+
+def test_the_hidden_layers_share_one_draw_a_width_and_one_sweep():
+    widths = [60, 60, 61, 61, 30, 60, 5]  # one too narrow to be projected
+    net = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)])
     comhe = CoMHE(net)
-    with Sweeps() as sweeps:
+    with Calls() as calls:
         comhe()
-    assert sweeps.count == 2  # the hidden layers, and the output layer
+    # the hidden layers of whatever width, and the output layer
+    assert calls.names == [
+        "gaussian",
+        "gaussian",
+        "projected_energy_and_gradient",
+        "energy_and_gradient",
+    ]
+
+
+def test_accumulate_gradients_is_backward():
+    def nets(wrap=lambda x: x):
+        torch.manual_seed(5)
+        net = nn.Sequential(wrap(nn.Linear(60, 20)), nn.ReLU(), nn.Linear(20, 5))
+        return net, CoMHE(net, RandomProjection(3, 8, seed=2), warm_up=4)
+
+    for wrap in (lambda x: x, nn.utils.parametrizations.weight_norm):
+        (net, comhe), (other, again) = nets(wrap), nets(wrap)
+        x, y = torch.randn(9, 60), torch.arange(9) % 5
+        for module in (net, other):
+            nn.functional.cross_entropy(module(x), y).backward()
+        expected = again()
+        (0.5 * expected).backward()
+        energy = comhe.accumulate_gradients(scale=0.5)
+        assert torch.equal(energy, expected.detach()) and not energy.requires_grad
+        for one, other_one in zip(net.parameters(), other.parameters(), strict=True):
+            assert relative_error(one.grad, other_one.grad) <= 1e-6
+
+
+def test_accumulate_gradients_without_gradients_before():
+    net = nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 5))
+    net[0].bias.requires_grad_(False)
+    comhe = CoMHE(net, None)
+    comhe.accumulate_gradients()
+    expected = torch.autograd.grad(comhe(), [net[0].weight, net[1].weight])
+    assert torch.equal(net[0].weight.grad, expected[0])
+    assert torch.equal(net[1].weight.grad, expected[1])
+    assert net[1].bias.grad is None
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    assert comhe.accumulate_gradients() == 0
+
+
+def test_accumulate_gradients_at_the_scale_of_a_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    net = nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 5))
+    comhe = CoMHE(net, None)
+    descent = torch.optim.SGD(net.parameters(), lr=0.1)
+    (expected,) = torch.autograd.grad(comhe(), net[0].weight)
+    scaler.scale(0.0 * net[0].weight.sum()).backward()
+    comhe.accumulate_gradients(scaler)
+    assert relative_error(net[0].weight.grad, 1024 * expected) <= 1e-6
+    before = net[0].weight.detach().clone()
+    scaler.step(descent)
+    assert relative_error(before - net[0].weight.detach(), 0.1 * expected) <= 1e-4
+
+
+def test_every_and_warm_up():
+    def energies(**options):
+        torch.manual_seed(5)
+        net = nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 5))
+        comhe = CoMHE(net, RandomProjection(3, 8, seed=2), **options)
+        return torch.stack([comhe().detach() for _ in range(6)])
+
+    plain = energies()
+    every = energies(every=3)
+    assert every[[0, 1, 3, 4]].tolist() == [0.0] * 4
+    # the draws go by the steps that count
+    torch.testing.assert_close(every[[2, 5]], 3 * plain[:2])
+    ramp = torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    torch.testing.assert_close(energies(warm_up=4), ramp * plain)
+
+
+def test_a_skipped_step_is_a_loss_like_any_other():
+    net = nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 5))
+    comhe = CoMHE(net, every=2)
+    x = torch.randn(4, 60)
+    for _ in range(4):
+        (net(x).square().mean() + comhe()).backward()
+        comhe.accumulate_gradients()
+    assert net[0].weight.grad.isfinite().all()
+
+
+def test_weights_by_pattern():
+    net = Net()
+    with torch.no_grad():
+        plain = CoMHE(net, None).energies()
+        comhe = CoMHE(net, None, weight={"conv": 3.0, "g*": 0.5, "out": 7.0}, output_weight=2.0)
+        expected = sum(
+            factor * plain[name].energy
+            for name, factor in dict(conv=3.0, grouped=0.5, hidden=1.0, out=2.0).items()
+        )
+        assert float(comhe()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_first_convolution_is_not_projected():
+    net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.Flatten(), nn.Linear(50, 9), nn.Linear(9, 4))
+
+    def projected(**options):
+        comhe = CoMHE(net, RandomProjection(2, 8), **options)
+        return list(comhe.projection.matrices())
+
+    assert projected() == ["2"]
+    assert projected(first_layer=None) == ["0", "2"]
+    assert projected(first_layer="2") == ["0"]
+    # a transformer's first Linear is as hidden as any
+    assert CoMHE(net[2:]).first_layer is None
+    # nor is a later convolution the first layer of the model
+    assert CoMHE(nn.Sequential(nn.Linear(3, 4), *net)).first_layer is None
+    assert CoMHE(net, exclude=["0"]).first_layer is None
+
+
+def test_the_model_names_its_output_layer():
+    class Classifier(nn.Module):
+        def __init__(self, tied=False):
+            super().__init__()
+            self.head = nn.Linear(8, 5)
+            self.embed = nn.Embedding(5, 8)
+            self.body = nn.Linear(8, 8)
+            if tied:
+                self.head.weight = self.embed.weight
+
+        def get_output_embeddings(self):
+            return self.head
+
+    assert CoMHE(Classifier()).output_layer == "head"
+    assert CoMHE(Classifier(), exclude=["head"]).output_layer is None
+    # a tied head is left out with its embedding, and comes back with it
+    assert CoMHE(Classifier(tied=True)).output_layer is None
+    both = CoMHE(Classifier(tied=True), include=[nn.Linear, nn.Embedding])
+    assert both.output_layer == "head" and "embed" not in names(both)
+
+
+def test_energies_beside_what_they_may_be():
+    net = Net()
+    comhe = CoMHE(net, s=1.0)
+    energies = comhe.energies()
+    assert list(energies) == names(comhe)
+    weight = net.hidden.weight.detach()
+    exact = reference.hyperspherical_energy(weight, 1.0, half_space=True)
+    hidden = energies["hidden"]
+    assert hidden.energy == pytest.approx(float(exact), rel=1e-6)
+    assert hidden.random == bounds.random_energy(50, 16, 1.0, half_space=True)
+    assert hidden.lowest == bounds.lowest_energy(50, 16, 1.0, half_space=True)
+    assert energies["out"].lowest == bounds.lowest_energy(10, 50, 1.0)
+    assert all(e.lowest < e.energy < 1.1 * e.random for e in energies.values())
+    net.hidden.weight.requires_grad_(False)
+    assert "hidden" in comhe.energies()
+    table = energies.table()
+    assert all(name in table for name in [*energies, "energy", "random", "lowest"])
+    assert f"{hidden.energy:.4f}" in table
+
+
+def test_parametrized_weights_count_without_gradients_too():
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(60, 20)), nn.Linear(20, 5))
+    comhe = CoMHE(net, None)
+    with torch.no_grad():
+        without = comhe()
+    assert torch.equal(without, comhe())
+
+
+def test_layers_of_several_dtypes():
+    net = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 45).bfloat16(), nn.Linear(45, 5).double())
+    comhe = CoMHE(net, RandomProjection(2, 8, seed=1))
+    matrices = comhe.projection.matrices()
+    expected = 10 * reference.hyperspherical_energy(net[2].weight.detach())
+    for name, projection in matrices.items():
+        weight = net[int(name)].weight.detach()
+        expected = expected + reference.compressive_energy(weight, projection, half_space=True)
+    energy = comhe()
+    assert relative_error(energy, expected) <= 1e-6
+    energy.backward()
+    assert all(layer.weight.grad.dtype == layer.weight.dtype for layer in net)
 
 
 @pytest.mark.parametrize(
     ("error", "message", "arguments", "options"),
     [
         (TypeError, "`model` must be a torch.nn.Module, got Tensor", (torch.ones(3, 3),), {}),
-        (ValueError, "`model` must have a Linear or convolution layer", (nn.ReLU(),), {}),
-        (ValueError, "two or more neurons, found none", (nn.Linear(5, 1),), {}),
-        (ValueError, "`projection` must be 'random' or None, got 'gaussian'", (), "gaussian"),
-        (ValueError, "`num_projections` must be at least 1, got 0", (), dict(num_projections=0)),
-        (TypeError, "`dim` must be an int, got float", (), dict(dim=40.0)),
+        (ValueError, "`model` must have a layer of two or more neurons", (nn.ReLU(),), {}),
+        (ValueError, "two or more neurons .* found none", (nn.Linear(5, 1),), {}),
+        (ValueError, "`projection` must be one of .*'group'.* got 'gaussian'", (), "gaussian"),
+        (ValueError, "`projection` must be one of .* got 40", (), dict(projection=40)),
+        (ValueError, "`first_layer` must be one of", (), dict(first_layer="conv")),
+        (ValueError, "pattern 'conv' matches no layer", (), dict(weight={"conv": 2.0})),
+        (TypeError, "`weight` must be a number, got str", (), dict(weight={"*": "2"})),
+        (ValueError, "pattern 'conv' matches no layer", (), dict(include=["conv"])),
+        (ValueError, "must have a layer of two or more neurons that", (), dict(exclude=["*"])),
+        (ValueError, "`every` must be at least 1", (), dict(every=0)),
+        (ValueError, "`warm_up` must be at least 0", (), dict(warm_up=-1)),
         (ValueError, r"`output_layer` must be one of \['0', '1'\]", (), dict(output_layer="head")),
         (TypeError, "`weight` must be a number, got str", (), dict(weight="1")),
         (TypeError, "`output_weight` must be a number", (), dict(output_weight=None)),
