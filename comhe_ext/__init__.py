@@ -9,14 +9,23 @@ if find_spec("comhe_ext.kernels") is None:
         "comhe_ext.kernels is missing: a checkout has to be installed, with `pip install -e .`"
     )
 
-from comhe_ext.functional import compressive_energy, group_energy, hyperspherical_energy
+from comhe_ext import init, projections
+from comhe_ext.functional import (
+    angle_preserving_loss,
+    compressive_energy,
+    group_energy,
+    hyperspherical_energy,
+)
 from comhe_ext.projections import random_projection
 from comhe_ext.regularizer import CoMHE
 
 __all__ = [
     "CoMHE",
+    "angle_preserving_loss",
     "compressive_energy",
     "group_energy",
     "hyperspherical_energy",
+    "init",
+    "projections",
     "random_projection",
 ]
