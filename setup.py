@@ -28,6 +28,15 @@ DEMO = [
     "scipy>=1.11",
 ]
 
+# other people's training loops; importing the package brings none of them
+INTEGRATIONS = {
+    "lightning": ["lightning>=2.4"],
+    "metric-learning": ["pytorch-metric-learning>=2.5"],
+    "progress": ["tqdm>=4.60"],
+    "table": ["tabulate>=0.9"],
+    "transformers": ["accelerate>=1.1", "transformers>=5.0"],
+}
+
 CPU = "kernels/cpu"
 # one unit per instruction set; the library picks at run time
 UNITS = {f"{CPU}/dispatch.cpp": [], f"{CPU}/baseline.cpp": []}
@@ -99,11 +108,20 @@ setup(
             "ruff==0.17.6",
             "scipy>=1.11",
             "setuptools>=77",
+            "tensorboard>=2.17",
+            *(package for packages in INTEGRATIONS.values() for package in packages),
         ],
         "demo": DEMO,
         "bench": [*DEMO, "pytest-benchmark>=5"],
+        **INTEGRATIONS,
     },
-    packages=["comhe_ext", "comhe_ext.kernels", "comhe_ext.kernels.cpu", "comhe_ext.kernels.gpu"],
+    packages=[
+        "comhe_ext",
+        "comhe_ext.integrations",
+        "comhe_ext.kernels",
+        "comhe_ext.kernels.cpu",
+        "comhe_ext.kernels.gpu",
+    ],
     # `kernels` alone is the import name of another well-known package: ours lives inside comhe_ext
     package_dir={"comhe_ext.kernels": "kernels"},
     package_data={"comhe_ext": ["py.typed"]},

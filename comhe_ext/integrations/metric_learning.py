@@ -1,0 +1,64 @@
+"""pytorch-metric-learning: `ArcFaceLoss(..., weight_regularizer=EnergyRegularizer())`."""
+
+from typing import Any
+
+from torch import Tensor
+
+try:
+    from pytorch_metric_learning.regularizers import BaseRegularizer
+except ImportError as error:
+    raise ImportError(
+        "this needs pytorch-metric-learning: pip install 'comhe-ext[metric-learning]'"
+    ) from error
+
+from comhe_ext import functional, projections
+
+
+class EnergyRegularizer(BaseRegularizer):
+    """The hyperspherical energy of a loss's class weights, or their compressive energy.
+
+    Torch equivalent::
+
+        hyperspherical_energy(weight, s)    # or compressive_energy under fresh projections
+
+    Args:
+        s, half_space, angular, eps, min_distance, backend: see `comhe_ext.hyperspherical_energy`.
+        num_projections: C, matrices drawn at each call; 0 takes the weights as they are, as the
+            paper does with classes.
+        dim: k, the dimension projected to.
+        others: of pytorch-metric-learning's own base class.
+
+    Source: Liu et al. (2018), where it makes SphereFace+ out of SphereFace.
+    """
+
+    def __init__(
+        self,
+        s: float = 2.0,
+        *,
+        half_space: bool = False,
+        angular: bool = False,
+        eps: float = 0.0,
+        min_distance: float = 1e-3,
+        num_projections: int = 0,
+        dim: int = 40,
+        backend: functional.Backend | None = None,
+        **others: Any,
+    ) -> None:
+        super().__init__(**others)
+        self.num_projections = functional.check_count("num_projections", num_projections, least=0)
+        self.dim = functional.check_count("dim", dim)
+        self.settings = functional.Settings(
+            s, half_space, angular, "mean", eps, min_distance, backend
+        )
+
+    def compute_loss(self, weights: Tensor) -> dict[str, dict[str, Any]]:
+        """The energy, in the form that the library's reducers take."""
+        matrices = None
+        if self.num_projections and weights.shape[1] > self.dim:
+            matrices = projections.random_projection(
+                self.num_projections, self.dim, weights.shape[1], device=weights.device
+            )
+        energy = functional.total_energy(
+            [weights.unsqueeze(0)], [matrices], [1.0], self.settings.options
+        )
+        return {"loss": {"losses": energy, "indices": None, "reduction_type": "already_reduced"}}
