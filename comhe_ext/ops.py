@@ -119,7 +119,7 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
 
 _SETTINGS = (
     "float s, bool half_space, bool angular, str reduction, float eps, float min_distance, "
-    "str backend, float[] factors"
+    "str backend, float[] factors=[]"
 )
 _PACKED = f"int[] sizes, {_SETTINGS}"
 _PROJECTED = f"Tensor[] weights, Tensor?[] projections, {_SETTINGS}"
