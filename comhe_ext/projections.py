@@ -79,6 +79,11 @@ def _gaussian(
     device: torch.device,
 ) -> Tensor:
     """Normal numbers of step state[1] under seed state[0], the same for `every` steps in a row."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "random matrices cannot be drawn while a CUDA graph is captured, which would repeat "
+            "one draw for ever: call the regularizer outside of the graph"
+        )
     seed, steps = state.tolist()
     draw = max(steps - 1, 0) // every
     # three numbers into one seed, by the constants of the SplitMix64 generator
