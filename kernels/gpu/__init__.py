@@ -42,3 +42,21 @@ def sweep(
     from . import backend
 
     return backend.sweep(points, sizes, scales, pair, eps, with_gradient)
+
+
+def project_sweep(
+    weights: Sequence[Tensor],
+    projections: Sequence[Tensor | None],
+    scales: Sequence[float],
+    pair: "Pair",
+    eps: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The sweep of the projected rows of several weights; see `kernels.gpu.backend.project_sweep`.
+
+    Returns:
+        Energy [B] and gradient in the projected rows [T, k] (or None), float32.
+    """
+    from . import backend
+
+    return backend.project_sweep(weights, projections, scales, pair, eps, with_gradient)

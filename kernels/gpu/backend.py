@@ -5,13 +5,14 @@
     k > 128     large_k     blocks of the cosine matrix through GEMMs
 
 All sets go through the same launches. Shapes alone decide tables and launch shapes: nothing is
-tuned at run time and nothing waits for the GPU, so a CUDA graph captures a call whose shapes were
-seen before.
+tuned at run time, and but for the upload of tables when shapes are new nothing waits for the GPU,
+so a CUDA graph captures a call whose shapes were seen before.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from .direct import direct
 from .finish import finish
-from .large_k import large_k
+from .large_k import ROW_TILE, large_k
 from .near_pairs import near_pairs
 from .pair_function import UNIT_SCALE, Pair, PairConstants, pair_constants
 from .pairwise import pairwise
 from .plan import (
     MAX_DIRECT,
     MAX_WIDTH,
+    MAX_WITH_REST,
     Plan,
     Tiles,
+    hold,
     make_plan,
     row_width,
     set_constants,
@@ -39,9 +42,6 @@ from .project_normalize import UnitRows, normalize, project_normalize
 # products of the fp16 halves kept (cosine, force), by torch.get_float32_matmul_precision():
 # relative gradient error on random rows 3e-7, 3e-4 and 6e-4
 TERMS = {"highest": (3, 3), "high": (3, 1), "medium": (1, 1)}
-LARGE_K_BLOCK_M = 64
-# tables that captured graphs read at every replay, so they may not leave with the cache
-_CAPTURED: list[object] = []
 
 
 def interpreted() -> bool:
@@ -60,11 +60,11 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def check(points: Tensor) -> None:
+def check(points: Tensor, name: str = "points") -> None:
     """Raise for what these kernels cannot take."""
     if points.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
-            "`points` must be float32, float16 or bfloat16 for backend 'triton', "
+            f"`{name}` must be float32, float16 or bfloat16 for backend 'triton', "
             f"got {points.dtype}"
         )
     if points.device.type == "cuda":
@@ -75,7 +75,7 @@ def check(points: Tensor) -> None:
             )
     elif not interpreted():
         raise ValueError(
-            f"`points` must be on a GPU for backend 'triton', got a {points.device.type} tensor: "
+            f"`{name}` must be on a GPU for backend 'triton', got a {points.device.type} tensor: "
             "move it there or use another backend"
         )
 
@@ -90,6 +90,7 @@ class Call:
     k: int
     with_gradient: bool
     device: torch.device
+    precision: str
 
     @property
     def fast(self) -> bool:
@@ -105,28 +106,67 @@ class Call:
         return self.k > MAX_WIDTH
 
     @property
+    def with_rest(self) -> bool:
+        return MAX_DIRECT < self.k <= MAX_WITH_REST and self.precision == "highest"
+
+    @property
+    def terms(self) -> tuple[int, int]:
+        cosine, force = TERMS[self.precision]
+        return cosine + self.with_rest, force
+
+    @property
     def width(self) -> int:
         return self.k if self.is_direct else row_width(self.k)
 
+    @cached_property
     def tiles(self) -> Tiles:
         """Launch shape, of which large k knows only the rows of a tile."""
         if self.is_large:
-            return Tiles(LARGE_K_BLOCK_M, LARGE_K_BLOCK_M, 4)
+            return Tiles(ROW_TILE, ROW_TILE, 4)
         target = target_of(self.device)
         return tiles_for(target, self.k, max(self.sizes), self.pair.angular)
 
-    def plan(self, tiles: Tiles) -> Plan:
+    @cached_property
+    def plan(self) -> Plan:
         """Tables; square with gradient, upper triangle without, one slot a row tile for large k."""
-        splits, upper = 1, False
+        block_m, splits, upper = self.tiles.block_m, 1, False
         if not self.is_large:
-            row_numbers = 2 * self.width if self.is_direct else self.width
-            splits = splits_for(self.sizes, tiles.block_m, self.k, row_numbers, self.with_gradient)
+            halves = 8 if self.is_direct else 6 if self.with_rest else 4
+            row_bytes = halves * self.width + 12
+            splits = splits_for(self.sizes, block_m, self.k, row_bytes, self.with_gradient)
             upper = not self.with_gradient
-        return make_plan(self.sizes, tiles.block_m, tiles.block_n, splits, upper, self.device)
+        return make_plan(self.sizes, block_m, self.tiles.block_n, splits, upper, self.device)
 
-    def on_device(self) -> AbstractContextManager[object]:
-        """Kernels go to the current device: make it the tensors' own."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+    def unit_rows(self) -> UnitRows:
+        """Room for the unit rows."""
+        return UnitRows(
+            self.plan.packed_rows, self.width, self.is_direct, self.with_rest, self.device
+        )
+
+
+def make_call(
+    sizes: Sequence[int],
+    scales: Sequence[float],
+    pair: Pair,
+    k: int,
+    with_gradient: bool,
+    device: torch.device,
+) -> Call:
+    """A call under the settings of now."""
+    precision = torch.get_float32_matmul_precision()
+    constants = pair_constants(pair)
+    return Call(tuple(sizes), tuple(scales), constants, k, with_gradient, device, precision)
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Kernels go to the current device: make it the tensors' own. Autocast is to lower no GEMM."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            yield
 
 
 def sweep(
@@ -160,17 +200,16 @@ def sweep(
         zeros = points.new_zeros(num_rows, 1)
         energy, of_zeros = sweep(zeros, sizes, scales, pair, eps, with_gradient)
         return energy, of_zeros[:, :0] if of_zeros is not None else None
-    call = Call(tuple(sizes), tuple(scales), pair_constants(pair), k, with_gradient, points.device)
-    with call.on_device():
-        tiles = call.tiles()
-        plan = call.plan(tiles)
-        rows = normalize(points, plan, tiles.block_m, call.width, eps, call.is_direct)
-        return _meet_pairs(call, points, rows, plan, tiles)
+    call = make_call(sizes, scales, pair, k, with_gradient, points.device)
+    with on_device(call.device):
+        rows = call.unit_rows()
+        normalize(points, rows, call.plan, call.tiles.block_m, eps)
+        return _meet_pairs(call, points, rows)
 
 
 def project_sweep(
     weights: Sequence[Tensor],
-    matrices: Sequence[Tensor],
+    projections: Sequence[Tensor | None],
     scales: Sequence[float],
     pair: Pair,
     eps: float,
@@ -178,83 +217,111 @@ def project_sweep(
 ) -> tuple[Tensor, Tensor | None]:
     """The sweep of the projected rows of several weights, projection included.
 
-    One launch projects and normalizes all of them, whatever their widths.
+    One launch projects and normalizes all of them (128 weights a launch), whatever their widths;
+    nothing is launched, copied or waited for by weight or by matrix. Above k = 128 the products are
+    GEMMs, one a weight.
 
     Args:
-        weights: [N_l, d_l] each, of one dtype.
-        matrices: [C_l, k, d_l] each, of that dtype, one k. Weight l makes C_l sets of N_l rows.
-        scales: factor of each set's sum.
+        weights: [N_l, d_l] each, all float32, float16 or bfloat16, any strides.
+        projections: [C_l, k, d_l] each, float32, one k; or None for the rows of the weight as they
+            are, one set of d_l <= k columns. Weight l makes C_l sets of N_l rows.
+        scales: factor of each set's sum, weight by weight, matrix by matrix.
         pair, eps, with_gradient: as for `sweep`.
 
     Returns:
-        Energy of each set and the gradient in the projected rows [sum C_l N_l, k] (or None),
-        float32; `projection_gradients` carries it on.
+        Energy of each set [B] and the gradient in the projected rows [T, k] (or None), float32.
+        Columns that a row does not have are zero.
     """
-    weights = [weight.contiguous() for weight in weights]
-    matrices = [matrix.contiguous() for matrix in matrices]
-    k = matrices[0].shape[1]
-    sizes = tuple(
-        n for w, m in zip(weights, matrices, strict=True) for n in [w.shape[0]] * m.shape[0]
-    )
-    check(weights[0])
+    k = next((p.shape[1] for p in projections if p is not None), None)
+    if k is None:
+        k = max((w.shape[1] for w in weights), default=0)
+    sizes = [
+        w.shape[0]
+        for w, p in zip(weights, projections, strict=True)
+        for _ in range(1 if p is None else p.shape[0])
+    ]
+    if not weights:
+        raise ValueError("`weights` must hold at least one tensor, got none")
+    for weight, projection in zip(weights, projections, strict=True):
+        check(weight, "weights")
+        _check_projected(weight, projection, weights[0], k)
+    device = weights[0].device
     if not 0 < k <= MAX_WIDTH or not sum(sizes):
-        projected = [
-            (w.float() @ m.float().mT).flatten(0, 1) for w, m in zip(weights, matrices, strict=True)
-        ]
-        return sweep(torch.cat(projected), sizes, scales, pair, eps, with_gradient)
-    call = Call(sizes, tuple(scales), pair_constants(pair), k, with_gradient, weights[0].device)
-    with call.on_device():
-        tiles = call.tiles()
-        plan = call.plan(tiles)
-        points, rows = project_normalize(
-            weights,
-            matrices,
-            plan,
-            tiles.block_m,
-            call.width,
+        with on_device(device):
+            parts = [_project(w, p, k) for w, p in zip(weights, projections, strict=True)]
+            points = torch.cat(parts)
+        return sweep(points, sizes, scales, pair, eps, with_gradient)
+    call = make_call(sizes, scales, pair, k, with_gradient, device)
+    with on_device(device):
+        points = torch.empty(sum(sizes), k, dtype=torch.float32, device=device)
+        rows = call.unit_rows()
+        sets = project_normalize(
+            [w if w.stride(1) == 1 else w.contiguous() for w in weights],
+            [p if p is None else p.contiguous() for p in projections],
+            points,
+            rows,
+            call.plan,
+            call.tiles.block_m,
             eps,
-            call.is_direct,
-            projection_precision(call.device),
+            projection_precision(device),
         )
-        return _meet_pairs(call, points, rows, plan, tiles)
+        hold([sets])
+        return _meet_pairs(call, points, rows)
+
+
+def _check_projected(weight: Tensor, projection: Tensor | None, first: Tensor, k: int) -> None:
+    """Raise where a weight and its projection do not fit together, or to the others."""
+    if weight.dtype != first.dtype:
+        raise TypeError(f"`weights` must be of one dtype, got {first.dtype} and {weight.dtype}")
+    if projection is None:
+        if weight.shape[1] > k:
+            raise ValueError(
+                f"a weight without projection must have at most {k} columns, got {weight.shape[1]}"
+            )
+        return
+    if projection.dtype != torch.float32:
+        raise TypeError(f"`projections` must be float32, got {projection.dtype}")
+    if projection.dim() != 3 or projection.shape[1:] != (k, weight.shape[1]):
+        raise ValueError(
+            f"a projection must be [C, {k}, {weight.shape[1]}], got shape {tuple(projection.shape)}"
+        )
+    if weight.device != first.device or projection.device != first.device:
+        raise ValueError(
+            f"`weights` and `projections` must be on one device, got {first.device}, "
+            f"{weight.device} and {projection.device}"
+        )
+
+
+def _project(weight: Tensor, projection: Tensor | None, k: int) -> Tensor:
+    """The projected rows of one weight, [C N, k] float32, by a GEMM."""
+    if projection is None:
+        return torch.nn.functional.pad(weight.float(), (0, k - weight.shape[1]))
+    return (weight.float() @ projection.mT).flatten(0, 1)
 
 
 def projection_precision(device: torch.device) -> str:
     """Triton's name of the float32 product that torch's setting asks for."""
+    exact = torch.get_float32_matmul_precision() == "highest"
     if device.type == "cuda" and torch.version.hip is not None:
-        return "bf16x6"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "bf16x6" if exact else "bf16x3"
+    return "tf32x3" if exact else "tf32"
 
 
-def projection_gradients(
-    gradient: Tensor, weight: Tensor, matrices: Tensor
-) -> tuple[Tensor, Tensor]:
-    """From the gradient in the projected rows [C, N, k] to those in the weight and the matrices.
-
-    Two products: dW = sum_c g_c P_c over the depth C k, and dP_c = g_c^T W.
-    """
-    num_matrices, k, d = matrices.shape
-    by_row = gradient.transpose(0, 1).reshape(weight.shape[0], num_matrices * k)
-    grad_weight = by_row @ matrices.reshape(num_matrices * k, d).to(gradient.dtype)
-    grad_matrices = by_row.mT @ weight.to(gradient.dtype)
-    return grad_weight, grad_matrices.view(num_matrices, k, d)
-
-
-def _meet_pairs(
-    call: Call, points: Tensor, rows: UnitRows, plan: Plan, tiles: Tiles
-) -> tuple[Tensor, Tensor | None]:
+def _meet_pairs(call: Call, points: Tensor, rows: UnitRows) -> tuple[Tensor, Tensor | None]:
     """From unit rows to energies and the gradient in `points`."""
-    pair, with_gradient, fast = call.pair, call.with_gradient, call.fast
-    terms = TERMS[torch.get_float32_matmul_precision()]
+    pair, plan, tiles = call.pair, call.plan, call.tiles
+    with_gradient, fast = call.with_gradient, call.fast
     if call.is_direct:
         slots = direct(rows, plan, tiles, pair, with_gradient, fast)
     elif call.is_large:
         slots = large_k(
-            points, rows, call.sizes, plan, tiles.block_m, pair, with_gradient, terms, fast
+            points, rows, call.sizes, plan, tiles.block_m, pair, with_gradient, call.terms, fast
         )
     else:
-        slots = pairwise(rows, call.k, plan, tiles, pair, with_gradient, terms, fast)
-        near_pairs(points, rows, slots, plan, tiles, pair, with_gradient, fast)
+        slots = pairwise(rows, call.k, plan, tiles, pair, with_gradient, call.terms, fast)
+        # the repair knows no cheaper product
+        cosine_terms = max(call.terms[0], 3)
+        near_pairs(points, rows, slots, plan, tiles, pair, with_gradient, cosine_terms, fast)
 
     # half space counts every pair twice; the square meets it twice, the upper triangle once
     twice = 2.0 if pair.half_space else 1.0
@@ -265,8 +332,7 @@ def _meet_pairs(
         force_unit = twice * pair.force_unit
         units = (once * pair.energy_unit, force_unit / UNIT_SCALE.value, force_unit)
     constants = set_constants(call.sizes, call.scales, offset, call.device)
-    if call.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append((plan, constants))
+    hold([plan.items, plan.row_tiles, plan.set_tiles, *constants])
     return finish(
         points, rows, slots, plan, tiles.block_m, pair, units, constants, with_gradient, fast
     )

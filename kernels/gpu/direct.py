@@ -6,14 +6,21 @@
 In few dimensions many pairs are close, and a difference of k <= 8 columns costs less than a product
 padded to 16. Unit rows are pairs of float32, v = head + tail, so a difference of close rows keeps
 its digits: head_i - head_j is exact there, and the tails supply the rest. Units are true ones.
+
+The sum of F' D points along v_i, sqrt(N) times longer than what the tangent projection leaves of
+it. So float32 sums are short, their totals float64, and a slot holds G without its part along v_i:
+that counts only by the deficit, like `axial`, to which it is added.
 """
 
 import triton
 import triton.language as tl
 
 from .pair_function import PairConstants, exact_terms
-from .plan import Plan, Slots, Tiles, load_item
+from .plan import Plan, Slots, Tiles, column_tile, load_item, split_tiles
 from .project_normalize import UnitRows
+
+# column tiles in a float32 sum
+TILES_PER_SUM: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
@@ -50,9 +57,9 @@ def add_tile(
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
     WITH_FORCE: tl.constexpr,
+    FAST: tl.constexpr,
     MASKED: tl.constexpr,
     K: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """Running sums of a row tile plus one column tile; all but `force` and `mask` as [M] or [N]."""
     if HALF or ANGLE:
@@ -94,6 +101,31 @@ def add_tile(
 
 
 @triton.jit
+def zero_sums(K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Energy, axial and force of no column tile."""
+    energy = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    axial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    force = ()
+    for _column in tl.static_range(K):
+        force = force + (tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),)
+    return energy, axial, force
+
+
+@triton.jit
+def add_sums(totals, energy, axial, force, WITH_FORCE: tl.constexpr, K: tl.constexpr):
+    """Totals of the rows, float64, plus running sums."""
+    total_energy, total_axial, total_force = totals
+    total_energy += tl.sum(energy, axis=1).to(tl.float64)
+    moved = total_force
+    if WITH_FORCE:
+        total_axial += tl.sum(axial, axis=1).to(tl.float64)
+        moved = ()
+        for column in tl.static_range(K):
+            moved = moved + (total_force[column] + tl.sum(force[column], axis=1).to(tl.float64),)
+    return total_energy, total_axial, moved
+
+
+@triton.jit
 def direct_kernel(
     hi_ptr,
     lo_ptr,
@@ -111,11 +143,10 @@ def direct_kernel(
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
     WITH_FORCE: tl.constexpr,
-    UPPER: tl.constexpr,
+    FAST: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """Grid (items,). hi, lo [K, packed]. Per slot and row: force [K], energy, axial."""
     row0, tile_begin, tile_end, end_row, slot, _ = load_item(items_ptr, tl.program_id(0))
@@ -123,32 +154,25 @@ def direct_kernel(
     heads, tails = load_columns(hi_ptr, lo_ptr, offs_m, packed_rows, K)
     deficit_m = tl.load(deficit_ptr + offs_m)
 
-    # sums stay [BLOCK_M, BLOCK_N] until the end: a reduction in the loop would cost shuffles
-    energy = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    axial = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    force = ()
+    no_force = ()
     for _column in tl.static_range(K):
-        force = force + (tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),)
-
-    # clean and dirty tiles as in `pairwise`
-    diagonal_begin = tl.minimum(tl.maximum(row0 // BLOCK_N, tile_begin), tile_end)
-    diagonal_end = tl.minimum(tl.maximum((row0 + BLOCK_M) // BLOCK_N, tile_begin), tile_end)
-    ragged_begin = tl.maximum(tl.minimum(end_row // BLOCK_N, tile_end), diagonal_end)
-    num_diagonal = diagonal_end - diagonal_begin
-    num_clean = diagonal_begin - tile_begin + ragged_begin - diagonal_end
-    num_dirty = num_diagonal + tile_end - ragged_begin
+        no_force = no_force + (tl.zeros((BLOCK_M,), dtype=tl.float64),)
+    nothing = tl.zeros((BLOCK_M,), dtype=tl.float64)
+    totals = (nothing, nothing, no_force)
+    # sums stay [BLOCK_M, BLOCK_N] in the loops: a reduction there would cost shuffles
+    energy, axial, force = zero_sums(K, BLOCK_M, BLOCK_N)
+    split = split_tiles(row0, tile_begin, tile_end, end_row, BLOCK_M, BLOCK_N)
+    num_clean, num_dirty = split[0], split[1]
     for step in tl.range(0, num_dirty):
-        tile = tl.where(
-            step < num_diagonal, diagonal_begin + step, ragged_begin + step - num_diagonal
-        )
+        tile = column_tile(split, step, True)
         offs_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         col_heads, col_tails = load_columns(hi_ptr, lo_ptr, offs_n, packed_rows, K)
         deficit_n = tl.load(deficit_ptr + offs_n)
         mask = offs_n[None, :] < end_row
-        if UPPER:
-            mask = mask & (offs_n[None, :] > offs_m[:, None])
-        else:
+        if WITH_FORCE:
             mask = mask & (offs_n[None, :] != offs_m[:, None])
+        else:
+            mask = mask & (offs_n[None, :] > offs_m[:, None])
         energy, axial, force = add_tile(
             energy,
             axial,
@@ -168,46 +192,54 @@ def direct_kernel(
             HALF,
             ANGLE,
             WITH_FORCE,
+            FAST,
             True,
             K,
-            FAST,
         )
-    for step in tl.range(0, num_clean):
-        tile = tile_begin + step
-        tile = tl.where(tile >= diagonal_begin, tile + num_diagonal, tile)
-        offs_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        col_heads, col_tails = load_columns(hi_ptr, lo_ptr, offs_n, packed_rows, K)
-        deficit_n = tl.load(deficit_ptr + offs_n)
-        energy, axial, force = add_tile(
-            energy,
-            axial,
-            force,
-            heads,
-            tails,
-            deficit_m,
-            col_heads,
-            col_tails,
-            deficit_n,
-            True,
-            s,
-            min_distance,
-            value_at_min,
-            slope_at_min,
-            KIND,
-            HALF,
-            ANGLE,
-            WITH_FORCE,
-            False,
-            K,
-            FAST,
-        )
+    totals = add_sums(totals, energy, axial, force, WITH_FORCE, K)
+    for begin in range(0, num_clean, TILES_PER_SUM):
+        energy, axial, force = zero_sums(K, BLOCK_M, BLOCK_N)
+        for step in tl.range(begin, tl.minimum(begin + TILES_PER_SUM, num_clean)):
+            tile = column_tile(split, step, False)
+            offs_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            col_heads, col_tails = load_columns(hi_ptr, lo_ptr, offs_n, packed_rows, K)
+            deficit_n = tl.load(deficit_ptr + offs_n)
+            energy, axial, force = add_tile(
+                energy,
+                axial,
+                force,
+                heads,
+                tails,
+                deficit_m,
+                col_heads,
+                col_tails,
+                deficit_n,
+                True,
+                s,
+                min_distance,
+                value_at_min,
+                slope_at_min,
+                KIND,
+                HALF,
+                ANGLE,
+                WITH_FORCE,
+                FAST,
+                False,
+                K,
+            )
+        totals = add_sums(totals, energy, axial, force, WITH_FORCE, K)
 
+    total_energy, total_axial, total_force = totals
     out = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(energy_ptr + out, tl.sum(energy, axis=1))
+    tl.store(energy_ptr + out, total_energy.to(tl.float32))
     if WITH_FORCE:
-        tl.store(axial_ptr + out, tl.sum(axial, axis=1))
+        along = nothing
         for column in tl.static_range(K):
-            tl.store(force_ptr + out * K + column, tl.sum(force[column], axis=1))
+            along += total_force[column] * heads[column].to(tl.float64)
+        tl.store(axial_ptr + out, (total_axial + along).to(tl.float32))
+        for column in tl.static_range(K):
+            tangent = total_force[column] - along * heads[column].to(tl.float64)
+            tl.store(force_ptr + out * K + column, tangent.to(tl.float32))
 
 
 def direct(
@@ -230,19 +262,11 @@ def direct(
         slots.energy,
         slots.axial,
         packed_rows,
-        pair.s,
-        pair.min_distance,
-        pair.value_at_min,
-        pair.slope_at_min,
-        KIND=pair.kind,
-        HALF=pair.half_space,
-        ANGLE=pair.angular,
-        WITH_FORCE=with_force,
-        UPPER=not with_force,
+        *pair.exact,
+        **pair.branches(with_force, fast),
         K=k,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        FAST=fast,
         num_warps=tiles.num_warps,
     )
     return slots

@@ -43,9 +43,9 @@ def finish_kernel(
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
     WITH_FORCE: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """Grid (row tiles,). Gradient [T, k] f32 and the unscaled energy of the tile's rows, f64."""
     tile = tl.program_id(0)
@@ -172,18 +172,11 @@ def finish(
         tile_energy,
         k,
         slots.force.shape[1],
-        pair.s,
-        pair.min_distance,
-        pair.value_at_min,
-        pair.slope_at_min,
+        *pair.exact,
         *units,
-        KIND=pair.kind,
-        HALF=pair.half_space,
-        ANGLE=pair.angular,
-        WITH_FORCE=with_force,
+        **pair.branches(with_force, fast),
         BLOCK_M=block_m,
         BLOCK_K=min(2048 // block_m, triton.next_power_of_2(k)),
-        FAST=fast,
     )
     total_kernel[(scale.numel(),)](
         tile_energy, plan.set_tiles, scale, offset, energy, BLOCK=TOTAL_BLOCK

@@ -2,10 +2,10 @@
 
     S = V_rows V_cols^T   (GEMM)    F(S), F'(S)   (one kernel)    G += F' V_cols   (GEMM)
 
-Blocks are as large as the memory bound allows, so the products run at the GEMM's speed and the
-elementwise kernel at the memory's. Operands are the same fp16 pairs as in `pairwise`. Close pairs
-are left out by the elementwise kernel and added by a second one, which returns at once for rows
-that have none.
+Blocks are as tall as the memory bound allows, so the products run at the GEMM's speed and the
+elementwise kernel at the memory's; they are no deeper than what the tensor cores, which truncate,
+sum without harm. Operands are the same fp16 pairs as in `pairwise`. Close pairs are left out by the
+elementwise kernel and added by a second one, which returns at once for rows that have none.
 """
 
 import torch
@@ -13,33 +13,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .near_pairs import load_unit, squared_difference
+from .near_pairs import close_terms, push_apart
 from .pair_function import (
     COSINE_SCALE,
     LOG,
-    UNIT_SCALE,
     PairConstants,
-    exact_terms,
     fast_terms,
     log2,
 )
 from .plan import NEAR_BLOCK, Plan, Slots
 from .project_normalize import UnitRows
 
+# rows of a tile of packed rows
+ROW_TILE = 64
 COEFFICIENT_ROWS = 16
 COEFFICIENT_COLS = 128
 # columns of G that one program of the near-pair kernel owns
 NEAR_COLUMNS = 128
 # elements of a block of S: at least the first number, at most the last, else those of the points
 BLOCK_ELEMENTS = (1 << 20, 1 << 25)
-BLOCK_COLS = 4096  # a multiple of the row tile
+# columns of a block, the depth of the second product: a multiple of the row tile
+BLOCK_COLS = 1024
+# coordinates in one product of unit rows
+BLOCK_DEPTH = 512
 
 
-@triton.jit
+# numbers that change with N: a variant for each that is 1 or a multiple of 16 would help nobody
+@triton.jit(do_not_specialize=["valid_cols", "diagonal"])
 def coefficient_kernel(
     x_ptr,
-    hi_ptr,
-    lo_ptr,
+    coefficient_ptr,
     energy_ptr,
     nearest_ptr,
     num_cols,
@@ -52,19 +55,21 @@ def coefficient_kernel(
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
     WITH_FORCE: tl.constexpr,
-    UPPER: tl.constexpr,
-    FORCE_TERMS: tl.constexpr,
+    FAST: tl.constexpr,
+    FORCE_HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FAST: tl.constexpr,
 ):
-    """Grid (row tiles of the block,). x [rows, cols] -> raw F' as fp16 hi + lo, row sums of raw F.
+    """Grid (row tiles of the block,). x [rows, cols] -> row sums of raw F, and raw F' in fp16.
+
+    coefficient [rows, 2, cols] takes its halves hi and lo, or [rows, 1, cols] the first.
 
     Both sides are padded to multiples of 64 by rows that are zero. Row i and column i + diagonal
     of the block are the same point.
     """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_offs = offs_m.to(tl.int64) * num_cols
+    halves = coefficient_ptr + row_offs[:, None] * FORCE_HALVES
     energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
     nearest = tl.full((BLOCK_M,), -3.0e38, dtype=tl.float32)
     for begin in range(0, num_cols, BLOCK_N):
@@ -72,10 +77,10 @@ def coefficient_kernel(
         inside = (offs_n < num_cols)[None, :]
         offs = row_offs[:, None] + offs_n[None, :]
         mask = (offs_n < valid_cols)[None, :]
-        if UPPER:
-            mask = mask & (offs_n[None, :] > offs_m[:, None] + diagonal)
-        else:
+        if WITH_FORCE:
             mask = mask & (offs_n[None, :] != offs_m[:, None] + diagonal)
+        else:
+            mask = mask & (offs_n[None, :] > offs_m[:, None] + diagonal)
         x = tl.where(mask, tl.load(x_ptr + offs, mask=inside, other=0.0), 0.0)
         closeness = x
         if HALF or ANGLE:
@@ -90,15 +95,17 @@ def coefficient_kernel(
         if WITH_FORCE:
             coefficient = tl.where(mask, coefficient, 0.0)
             hi = coefficient.to(tl.float16)
-            tl.store(hi_ptr + offs, hi, mask=inside)
-            if FORCE_TERMS == 3:
+            tl.store(halves + offs_n[None, :], hi, mask=inside)
+            if FORCE_HALVES == 2:
                 lo = (coefficient - hi.to(tl.float32)).to(tl.float16)
-                tl.store(lo_ptr + offs, lo, mask=inside)
+                tl.store(halves + num_cols + offs_n[None, :], lo, mask=inside)
     tl.store(energy_ptr + offs_m, tl.load(energy_ptr + offs_m) + energy)
     tl.store(nearest_ptr + offs_m, nearest)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["valid_rows", "valid_cols", "diagonal", "first_row", "first_col", "shift"]
+)
 def near_block_kernel(
     x_ptr,
     points_ptr,
@@ -117,8 +124,8 @@ def near_block_kernel(
     shift,
     k,
     slot_width,
-    s,
     near_cosine,
+    s,
     min_distance,
     value_at_min,
     slope_at_min,
@@ -129,11 +136,10 @@ def near_block_kernel(
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
     WITH_FORCE: tl.constexpr,
-    UPPER: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """Grid (row tiles of the block, column blocks of G). Adds the close pairs of the block."""
     lane = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -146,7 +152,7 @@ def near_block_kernel(
         inv_m = tl.load(inv_nu_ptr + offs_m, mask=mask_m, other=0.0)
         deficit_m = tl.load(deficit_ptr + offs_m, mask=mask_m, other=0.0)
         offs_k = tl.arange(0, BLOCK_K)
-        force = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+        force = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float64)
         energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
         axial = tl.zeros((BLOCK_M,), dtype=tl.float32)
         for begin in range(0, valid_cols, BLOCK_N):
@@ -155,10 +161,10 @@ def near_block_kernel(
             mask = mask_m[:, None] & mask_n[None, :]
             offs = lane[:, None].to(tl.int64) * num_cols + col[None, :]
             x = tl.load(x_ptr + offs, mask=mask, other=0.0)
-            if UPPER:
-                mask = mask & (col[None, :] > lane[:, None] + diagonal)
-            else:
+            if WITH_FORCE:
                 mask = mask & (col[None, :] != lane[:, None] + diagonal)
+            else:
+                mask = mask & (col[None, :] > lane[:, None] + diagonal)
             if HALF or ANGLE:
                 near = mask & (tl.abs(x) > near_cosine * COSINE_SCALE)
             else:
@@ -168,48 +174,52 @@ def near_block_kernel(
                 sources_n = (offs_n - shift).to(tl.int64)
                 inv_n = tl.load(inv_nu_ptr + offs_n, mask=mask_n, other=0.0)
                 deficit_n = tl.load(deficit_ptr + offs_n, mask=mask_n, other=0.0)
-                side = tl.where(x < 0.0, -1.0, 1.0)
-                side64 = side.to(tl.float64)
-                d2 = squared_difference(
+                slope, value, side64 = close_terms(
                     points_ptr,
                     sources_m,
                     mask_m,
                     inv_m,
+                    deficit_m,
                     sources_n,
                     mask_n,
                     inv_n,
-                    side64,
+                    deficit_n,
+                    x,
                     k,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
-                m2 = d2.to(tl.float32) + deficit_m[:, None] + deficit_n[None, :]
-                r2 = tl.where(x < 0.0, 4.0 - m2, m2)
-                q2 = tl.where(x < 0.0, m2, 4.0 - m2)
-                slope, value = exact_terms(
-                    r2,
-                    q2,
                     s,
                     min_distance,
                     value_at_min,
                     slope_at_min,
+                    inv_energy_unit,
+                    energy_offset,
+                    inv_force_unit,
                     KIND,
                     HALF,
                     ANGLE,
                     FAST,
+                    BLOCK_M,
+                    BLOCK_N,
                 )
-                value = (value - energy_offset) * inv_energy_unit
                 energy += tl.sum(tl.where(near, value, 0.0), axis=1)
                 if WITH_FORCE:
-                    slope = tl.where(near, side * slope * inv_force_unit, 0.0)
+                    slope = tl.where(near, slope, 0.0)
                     axial += tl.sum(slope, axis=1)
-                    slope64 = slope.to(tl.float64) * UNIT_SCALE
-                    for column in range(first_k, tl.minimum(first_k + BLOCK_K, k)):
-                        a = load_unit(points_ptr, sources_m, mask_m, inv_m, column, k)
-                        b = load_unit(points_ptr, sources_n, mask_n, inv_n, column, k)
-                        d = a[:, None] - side64 * b[None, :]
-                        push = tl.sum(slope64 * d, axis=1).to(tl.float32)
-                        force -= tl.where(offs_k[None, :] == column - first_k, push[:, None], 0.0)
+                    force = push_apart(
+                        force,
+                        points_ptr,
+                        sources_m,
+                        mask_m,
+                        inv_m,
+                        sources_n,
+                        mask_n,
+                        inv_n,
+                        slope,
+                        side64,
+                        first_k + offs_k,
+                        first_k,
+                        tl.minimum(first_k + BLOCK_K, k),
+                        k,
+                    )
         if first_k == 0:
             before = tl.load(energy_ptr + lane, mask=mask_m, other=0.0)
             tl.store(energy_ptr + lane, before + energy, mask=mask_m)
@@ -220,24 +230,39 @@ def near_block_kernel(
             mask_k = mask_m[:, None] & (first_k + offs_k < k)[None, :]
             offs = lane[:, None].to(tl.int64) * slot_width + first_k + offs_k[None, :]
             before = tl.load(force_ptr + offs, mask=mask_k, other=0.0)
-            tl.store(force_ptr + offs, before + force, mask=mask_k)
+            tl.store(force_ptr + offs, before + force.to(tl.float32), mask=mask_k)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of fp16 matrices, summed and returned in float32."""
-    if a.is_cuda and torch.version.hip is None:
+def splits(device: torch.device) -> bool:
+    """Whether GEMMs take the fp16 halves: where they return float32; else they take float32."""
+    return device.type != "cuda" or torch.version.hip is None
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in float32, of matrices given as fp16 halves: [M, H, D] and [H, D, N]."""
+    if not splits(left.device):
+        return left.float().sum(1) @ right.float().sum(0)
+    total = _mm(left[:, 0], right[0])
+    if left.shape[1] == 2:
+        # hi lo + lo hi as one GEMM of twice the depth
+        total += _mm(left.flatten(1), right.flip(0).flatten(0, 1))
+    return total
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    # elsewhere no GEMM returns more digits than it takes
     return a.float() @ b.float()
 
 
-def block_cosines(rows: UnitRows, i: slice, j: slice, terms: int) -> Tensor:
-    """COSINE_SCALE * c of rows i and j; three terms are one GEMM of three times the depth."""
-    if terms == 1:
-        return product(rows.hi[i], rows.hi[j].mT)
-    left = torch.cat([rows.hi[i], rows.hi[i], rows.lo[i]], 1)
-    right = torch.cat([rows.hi[j], rows.lo[j], rows.hi[j]], 1)
-    return product(left, right.mT)
+def block_cosines(left: Tensor, right: Tensor) -> Tensor:
+    """COSINE_SCALE * c of rows given as fp16 halves: [M, H, width] and [H, N, width]."""
+    parts = zip(left.split(BLOCK_DEPTH, 2), right.split(BLOCK_DEPTH, 2), strict=True)
+    rows, cols = next(parts)
+    x = product(rows, cols.mT)
+    for rows, cols in parts:
+        x += product(rows, cols.mT)
+    return x
 
 
 def large_k(
@@ -264,45 +289,56 @@ def large_k(
         cols = min(BLOCK_COLS, padded)
         step = max(elements // max(cols * block_m, 1), 1) * block_m
         for row in range(0, n, step):
+            i = slice(first + row, first + min(row + step, padded))
+            left = _halves(rows, i, terms[0], 1)
             for col in range(0, n, cols):
-                i = slice(first + row, first + min(row + step, padded))
                 j = slice(first + col, first + min(col + cols, padded))
                 if not with_force and j.stop <= i.start:
                     continue
+                x = block_cosines(left, _halves(rows, j, terms[0], 0))
+                columns = _halves(rows, j, terms[1], 0) if with_force else None
                 valid = (min(i.stop, first + n) - i.start, min(j.stop, first + n) - j.start)
-                _block(
-                    points, rows, slots, i, j, valid, first - source, pair, with_force, terms, fast
-                )
+                _add_block(points, rows, slots, x, columns, i, j, valid, first - source, pair, fast)
         source += n
     return slots
 
 
-def _block(
+def _halves(rows: UnitRows, which: slice, terms: int, dim: int) -> Tensor:
+    """The fp16 halves of some rows that a product of so many terms takes, stacked along `dim`."""
+    return torch.stack([rows.hi[which], rows.lo[which]][: 2 if terms == 3 else 1], dim)
+
+
+def _add_block(
     points: Tensor,
     rows: UnitRows,
     slots: Slots,
+    x: Tensor,
+    columns: Tensor | None,
     i: slice,
     j: slice,
     valid: tuple[int, int],
     shift: int,
     pair: PairConstants,
-    with_force: bool,
-    terms: tuple[int, int],
     fast: bool,
 ) -> None:
-    """Add what the columns j do to the rows i, both padded; `valid` of them are real."""
+    """Add what the columns j do to the rows i, both padded, of cosines x.
+
+    columns: the halves of the rows j, [H, cols, width], or None for energies alone.
+    valid: numbers of rows and columns that are real.
+    shift: from a packed row to the caller's row.
+    """
     k = points.shape[1]
-    x = block_cosines(rows, i, j, terms[0])
     num_rows, num_cols = x.shape
-    halves = x.new_empty((terms[1] > 1) + 1, *x.shape, dtype=torch.float16) if with_force else x
-    hi, lo = halves[0], halves[-1]
+    with_force = columns is not None
+    force, axial, coefficient = slots.force, slots.axial, x
+    if columns is not None:
+        force, axial = force[i], axial[i]
+        coefficient = x.new_empty(num_rows, len(columns), num_cols, dtype=torch.float16)
     # row i of the block is column i + diagonal of it
     diagonal = i.start - j.start
-    force, axial = (slots.force[i], slots.axial[i]) if with_force else (slots.force, slots.axial)
     coefficient_kernel[(triton.cdiv(num_rows, COEFFICIENT_ROWS),)](
         x,
-        hi,
-        lo,
+        coefficient,
         slots.energy[i],
         slots.nearest[i],
         num_cols,
@@ -311,22 +347,14 @@ def _block(
         pair.s,
         pair.coefficient_bits,
         pair.near_cosine,
-        KIND=pair.kind,
-        HALF=pair.half_space,
-        ANGLE=pair.angular,
-        WITH_FORCE=with_force,
-        UPPER=not with_force,
-        FORCE_TERMS=terms[1],
+        **pair.branches(with_force, fast),
+        FORCE_HALVES=coefficient.shape[1] if with_force else 1,
         BLOCK_M=COEFFICIENT_ROWS,
         BLOCK_N=COEFFICIENT_COLS,
-        FAST=fast,
         num_warps=4,
     )
-    if with_force:
-        force += product(hi, rows.hi[j])
-        if terms[1] == 3:
-            force += product(hi, rows.lo[j])
-            force += product(lo, rows.hi[j])
+    if columns is not None:
+        force += product(coefficient, columns)
     near_blocks = triton.cdiv(k, NEAR_COLUMNS) if with_force else 1
     near_block_kernel[(triton.cdiv(num_rows, NEAR_BLOCK), near_blocks)](
         x,
@@ -345,22 +373,12 @@ def _block(
         shift,
         k,
         slots.force.shape[1],
-        pair.s,
         pair.near_cosine,
-        pair.min_distance,
-        pair.value_at_min,
-        pair.slope_at_min,
-        1.0 / pair.energy_unit,
-        pair.energy_offset,
-        1.0 / pair.force_unit,
-        KIND=pair.kind,
-        HALF=pair.half_space,
-        ANGLE=pair.angular,
-        WITH_FORCE=with_force,
-        UPPER=not with_force,
+        *pair.exact,
+        *pair.to_raw,
+        **pair.branches(with_force, fast),
         BLOCK_M=NEAR_BLOCK,
         BLOCK_N=NEAR_BLOCK,
         BLOCK_K=NEAR_COLUMNS,
-        FAST=fast,
         num_warps=4,
     )

@@ -6,7 +6,8 @@
 D comes from the raw rows in float64. The part of the gradient along v_i, side F', is large and
 falls out in the tangent projection but for its deficit: it is summed apart ("axial"), so nothing
 cancels. The grid is that of `pairwise` in smaller row tiles; a program whose rows met no close pair
-returns at once, and one that met some pays only for the tiles that hold them.
+returns at once, and one that met some pays for differences only in the tiles that hold them. What
+is done again is summed in float64.
 """
 
 import triton
@@ -22,7 +23,7 @@ from .pair_function import (
     fast_terms,
     log2,
 )
-from .pairwise import add_force, cosines
+from .pairwise import add_force, cosines, load_rows
 from .plan import NEAR_BLOCK, Plan, Slots, Tiles, load_item
 from .project_normalize import UnitRows
 
@@ -59,10 +60,80 @@ def squared_difference(
 
 
 @triton.jit
+def close_terms(
+    points_ptr,
+    sources_m,
+    mask_m,
+    inv_m,
+    deficit_m,
+    sources_n,
+    mask_n,
+    inv_n,
+    deficit_n,
+    x,
+    k,
+    s,
+    min_distance,
+    value_at_min,
+    slope_at_min,
+    inv_energy_unit,
+    energy_offset,
+    inv_force_unit,
+    KIND: tl.constexpr,
+    HALF: tl.constexpr,
+    ANGLE: tl.constexpr,
+    FAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Raw side F' and raw F of a tile from differences; x gives the side. Also side, float64."""
+    side = tl.where(x < 0.0, -1.0, 1.0)
+    side64 = side.to(tl.float64)
+    d2 = squared_difference(
+        points_ptr, sources_m, mask_m, inv_m, sources_n, mask_n, inv_n, side64, k, BLOCK_M, BLOCK_N
+    )
+    m2 = d2.to(tl.float32) + deficit_m[:, None] + deficit_n[None, :]
+    r2 = tl.where(x < 0.0, 4.0 - m2, m2)
+    q2 = tl.where(x < 0.0, m2, 4.0 - m2)
+    slope, value = exact_terms(
+        r2, q2, s, min_distance, value_at_min, slope_at_min, KIND, HALF, ANGLE, FAST
+    )
+    return side * slope * inv_force_unit, (value - energy_offset) * inv_energy_unit, side64
+
+
+@triton.jit
+def push_apart(
+    force,
+    points_ptr,
+    sources_m,
+    mask_m,
+    inv_m,
+    sources_n,
+    mask_n,
+    inv_n,
+    slope,
+    side64,
+    offs_k,
+    begin,
+    end,
+    k,
+):
+    """force - sum_j slope_ij D_ij in the columns [begin, end) of `offs_k`, float64, raw."""
+    slope64 = slope.to(tl.float64) * UNIT_SCALE
+    for column in range(begin, end):
+        a = load_unit(points_ptr, sources_m, mask_m, inv_m, column, k)
+        b = load_unit(points_ptr, sources_n, mask_n, inv_n, column, k)
+        push = tl.sum(slope64 * (a[:, None] - side64 * b[None, :]), axis=1)
+        force -= tl.where(offs_k[None, :] == column, push[:, None], 0.0)
+    return force
+
+
+@triton.jit
 def near_pairs_kernel(
     points_ptr,
     hi_ptr,
     lo_ptr,
+    rest_ptr,
     inv_nu_ptr,
     deficit_ptr,
     items_ptr,
@@ -71,9 +142,9 @@ def near_pairs_kernel(
     nearest_ptr,
     axial_ptr,
     k,
-    s,
     bits,
     near_cosine,
+    s,
     min_distance,
     value_at_min,
     slope_at_min,
@@ -84,13 +155,13 @@ def near_pairs_kernel(
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
     WITH_FORCE: tl.constexpr,
-    UPPER: tl.constexpr,
+    FAST: tl.constexpr,
+    COSINE_TERMS: tl.constexpr,
     WIDTH: tl.constexpr,
     ITEM_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES_RATIO: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """Grid (items, ITEM_M / BLOCK_M). Overwrites the results of the rows it does again."""
     item_row0, tile_begin, tile_end, end_row, slot, shift = load_item(items_ptr, tl.program_id(0))
@@ -103,13 +174,12 @@ def near_pairs_kernel(
         sources_m = (offs_m - shift).to(tl.int64)
         offs_k = tl.arange(0, WIDTH)
         row_offs = offs_m[:, None].to(tl.int64) * WIDTH + offs_k[None, :]
-        row_hi = tl.load(hi_ptr + row_offs)
-        row_lo = tl.load(lo_ptr + row_offs)
+        row_hi, row_lo, row_rest = load_rows(hi_ptr, lo_ptr, rest_ptr, row_offs, COSINE_TERMS)
         inv_m = tl.load(inv_nu_ptr + offs_m)
         deficit_m = tl.load(deficit_ptr + offs_m)
-        force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-        energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        axial = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float64)
+        energy = tl.zeros((BLOCK_M,), dtype=tl.float64)
+        axial = tl.zeros((BLOCK_M,), dtype=tl.float64)
 
         for tile in range(tile_begin * TILES_RATIO, tile_end * TILES_RATIO):
             offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -117,12 +187,13 @@ def near_pairs_kernel(
             col_offs = offs_n[:, None].to(tl.int64) * WIDTH + offs_k[None, :]
             col_hi = tl.load(hi_ptr + col_offs, mask=mask_n[:, None], other=0.0)
             col_lo = tl.load(lo_ptr + col_offs, mask=mask_n[:, None], other=0.0)
-            if UPPER:
-                mask = mask_n[None, :] & (offs_n[None, :] > offs_m[:, None])
-            else:
+            if WITH_FORCE:
                 mask = mask_n[None, :] & (offs_n[None, :] != offs_m[:, None])
+            else:
+                mask = mask_n[None, :] & (offs_n[None, :] > offs_m[:, None])
             mask = mask & mask_m[:, None]
-            x = tl.where(mask, cosines(row_hi, row_lo, col_hi, col_lo, 3), 0.0)
+            x = cosines(row_hi, row_lo, row_rest, col_hi, col_lo, COSINE_TERMS)
+            x = tl.where(mask, x, 0.0)
             if HALF or ANGLE:
                 near = mask & (tl.abs(x) > near_cosine * COSINE_SCALE)
             else:
@@ -135,63 +206,68 @@ def near_pairs_kernel(
             if KIND == LOG:
                 terms = log2(terms, FAST)
             far = mask & (near == 0)
-            energy += tl.sum(tl.where(far, terms, 0.0), axis=1)
+            energy += tl.sum(tl.where(far, terms, 0.0), axis=1).to(tl.float64)
             if WITH_FORCE:
                 coefficient = tl.where(far, coefficient, 0.0)
-                force = add_force(force, coefficient, col_hi, col_lo, 3)
+                nothing = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
+                force += add_force(nothing, coefficient, col_hi, col_lo, 3).to(tl.float64)
 
             if tl.max(tl.max(near.to(tl.int32), axis=1), axis=0) > 0:
                 sources_n = (offs_n - shift).to(tl.int64)
                 inv_n = tl.load(inv_nu_ptr + offs_n, mask=mask_n, other=0.0)
                 deficit_n = tl.load(deficit_ptr + offs_n, mask=mask_n, other=0.0)
-                side = tl.where(x < 0.0, -1.0, 1.0)
-                side64 = side.to(tl.float64)
-                d2 = squared_difference(
+                slope, value, side64 = close_terms(
                     points_ptr,
                     sources_m,
                     mask_m,
                     inv_m,
+                    deficit_m,
                     sources_n,
                     mask_n,
                     inv_n,
-                    side64,
+                    deficit_n,
+                    x,
                     k,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
-                m2 = d2.to(tl.float32) + deficit_m[:, None] + deficit_n[None, :]
-                r2 = tl.where(x < 0.0, 4.0 - m2, m2)
-                q2 = tl.where(x < 0.0, m2, 4.0 - m2)
-                slope, value = exact_terms(
-                    r2,
-                    q2,
                     s,
                     min_distance,
                     value_at_min,
                     slope_at_min,
+                    inv_energy_unit,
+                    energy_offset,
+                    inv_force_unit,
                     KIND,
                     HALF,
                     ANGLE,
                     FAST,
+                    BLOCK_M,
+                    BLOCK_N,
                 )
-                value = (value - energy_offset) * inv_energy_unit
-                energy += tl.sum(tl.where(near, value, 0.0), axis=1)
+                energy += tl.sum(tl.where(near, value, 0.0), axis=1).to(tl.float64)
                 if WITH_FORCE:
-                    slope = tl.where(near, side * slope * inv_force_unit, 0.0)
-                    axial += tl.sum(slope, axis=1)
-                    slope64 = slope.to(tl.float64) * UNIT_SCALE
-                    for column in range(0, k):
-                        a = load_unit(points_ptr, sources_m, mask_m, inv_m, column, k)
-                        b = load_unit(points_ptr, sources_n, mask_n, inv_n, column, k)
-                        d = a[:, None] - side64 * b[None, :]
-                        push = tl.sum(slope64 * d, axis=1).to(tl.float32)
-                        force -= tl.where(offs_k[None, :] == column, push[:, None], 0.0)
+                    slope = tl.where(near, slope, 0.0)
+                    axial += tl.sum(slope, axis=1).to(tl.float64)
+                    force = push_apart(
+                        force,
+                        points_ptr,
+                        sources_m,
+                        mask_m,
+                        inv_m,
+                        sources_n,
+                        mask_n,
+                        inv_n,
+                        slope,
+                        side64,
+                        offs_k,
+                        0,
+                        k,
+                        k,
+                    )
 
-        tl.store(energy_ptr + out, energy)
+        tl.store(energy_ptr + out, energy.to(tl.float32))
         if WITH_FORCE:
             slot_ptrs = force_ptr + out[:, None] * k + offs_k[None, :]
-            tl.store(slot_ptrs, force, mask=(offs_k < k)[None, :])
-            tl.store(axial_ptr + out, axial)
+            tl.store(slot_ptrs, force.to(tl.float32), mask=(offs_k < k)[None, :])
+            tl.store(axial_ptr + out, axial.to(tl.float32))
 
 
 def near_pairs(
@@ -202,6 +278,7 @@ def near_pairs(
     tiles: Tiles,
     pair: PairConstants,
     with_force: bool,
+    cosine_terms: int,
     fast: bool,
 ) -> None:
     """Correct `slots` of `pairwise` in place wherever its rows met a close pair."""
@@ -210,6 +287,7 @@ def near_pairs(
         points,
         rows.hi,
         rows.lo,
+        rows.rest,
         rows.inv_nu,
         rows.deficit,
         plan.items,
@@ -218,25 +296,16 @@ def near_pairs(
         slots.nearest,
         slots.axial,
         points.shape[1],
-        pair.s,
         pair.coefficient_bits,
         pair.near_cosine,
-        pair.min_distance,
-        pair.value_at_min,
-        pair.slope_at_min,
-        1.0 / pair.energy_unit,
-        pair.energy_offset,
-        1.0 / pair.force_unit,
-        KIND=pair.kind,
-        HALF=pair.half_space,
-        ANGLE=pair.angular,
-        WITH_FORCE=with_force,
-        UPPER=not with_force,
+        *pair.exact,
+        *pair.to_raw,
+        **pair.branches(with_force, fast),
+        COSINE_TERMS=cosine_terms,
         WIDTH=rows.hi.shape[1],
         ITEM_M=tiles.block_m,
         BLOCK_M=NEAR_BLOCK,
         BLOCK_N=NEAR_BLOCK,
         TILES_RATIO=tiles.block_n // NEAR_BLOCK,
-        FAST=fast,
         num_warps=4,
     )

@@ -30,8 +30,9 @@ COSINE_SCALE: tl.constexpr = tl.constexpr(256.0 * 256.0)
 # r^2 below this is rounding: the rows are multiples of each other, and the pair has no direction
 COINCIDENT: tl.constexpr = tl.constexpr(1e-28)
 
-# chord below which 2 - 2c (absolute error 4e-7) is not trusted and the near-pair kernel takes over
-NEAR_CHORD = 2.0**-3
+# chord below which 2 - 2c (absolute error 2e-7) is not trusted and the near-pair kernel takes over:
+# there F' of s = 2 is off by 1e-5, and random rows meet so closely only in some ten dimensions
+NEAR_CHORD = 2.0**-2
 # fp16 range kept for coefficients: they are at most 2^14 at the near chord, and the typical pair
 # (r = sqrt 2) is at most 2^19 times smaller, so that its low half still resolves 2^-19 of it
 COEFFICIENT_MAX_BITS = 14
@@ -72,10 +73,25 @@ class PairConstants:
     value_at_min: float
     slope_at_min: float
 
+    def branches(self, with_force: bool, fast: bool) -> dict[str, object]:
+        """The constants of a launch that decide what its kernel computes."""
+        return {
+            "KIND": self.kind,
+            "HALF": self.half_space,
+            "ANGLE": self.angular,
+            "WITH_FORCE": with_force,
+            "FAST": fast,
+        }
+
     @property
-    def mirrored(self) -> bool:
-        """Whether pairs near c = -1 are ill-conditioned too."""
-        return self.half_space or self.angular
+    def exact(self) -> tuple[float, float, float, float]:
+        """What `exact_terms` takes: s, and the tangent line."""
+        return self.s, self.min_distance, self.value_at_min, self.slope_at_min
+
+    @property
+    def to_raw(self) -> tuple[float, float, float]:
+        """What turns true values into raw ones: per energy, offset of the energy, per force."""
+        return 1.0 / self.energy_unit, self.energy_offset, 1.0 / self.force_unit
 
 
 @lru_cache(maxsize=256)

@@ -7,42 +7,67 @@ the pair function between them in registers; no [N, N] array, no atomics. Operan
 hi + lo, and a product keeps the three terms hi hi + hi lo + lo hi: float32 accuracy at half of what
 tf32 in three terms costs, safe because |v| <= 1 and F' is bounded away from the near pairs.
 
+Tensor cores truncate: each of their steps of 16 products rounds the running sum towards zero, and
+G is long beside what the tangent projection leaves of it (sqrt(N / k) times in half space). So
+small terms come first, the product of a tile starts from zero, and the tiles are added by the
+float32 units, which round to nearest. Where N / k is largest the row has a third half, `rest`: an
+error of v_i itself is the same in all its cosines and adds up like G does.
+
 Tiles without the diagonal and without padding ("clean") run in a loop of their own that knows no
 masks. The largest cosine of each row goes out with the result: a row that met a close pair is done
 again by `near_pairs`, which is cheaper than a branch in this loop.
+
+Source: Fasi, Higham, Mikaitis and Pranesh (2021), "Numerical behavior of NVIDIA tensor cores".
 """
 
 import triton
 import triton.language as tl
 
 from .pair_function import LOG, PairConstants, fast_terms, log2
-from .plan import Plan, Slots, Tiles, load_item
+from .plan import Plan, Slots, Tiles, column_tile, load_item, split_tiles
 from .project_normalize import UnitRows
 
 # tiles summed before the running sums are added to the totals: bounds the error of long rows
-TILES_PER_SUM: tl.constexpr = tl.constexpr(32)
+TILES_PER_SUM: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
-def cosines(row_hi, row_lo, col_hi, col_lo, COSINE_TERMS: tl.constexpr):
+def load_rows(hi_ptr, lo_ptr, rest_ptr, offs, COSINE_TERMS: tl.constexpr):
+    """The halves of some unit rows that `cosines` multiplies."""
+    hi = tl.load(hi_ptr + offs)
+    lo = hi
+    rest = hi
+    if COSINE_TERMS >= 3:
+        lo = tl.load(lo_ptr + offs)
+    if COSINE_TERMS == 4:
+        rest = tl.load(rest_ptr + offs)
+    return hi, lo, rest
+
+
+@triton.jit
+def cosines(row_hi, row_lo, row_rest, col_hi, col_lo, COSINE_TERMS: tl.constexpr):
     """COSINE_SCALE * c of one tile, [BLOCK_M, BLOCK_N]."""
-    x = tl.dot(row_hi, tl.trans(col_hi))
-    if COSINE_TERMS == 3:
+    if COSINE_TERMS == 1:
+        return tl.dot(row_hi, tl.trans(col_hi))
+    else:
+        x = tl.dot(row_lo, tl.trans(col_hi))
+        if COSINE_TERMS == 4:
+            x = tl.dot(row_rest, tl.trans(col_hi), x)
         x = tl.dot(row_hi, tl.trans(col_lo), x)
-        x = tl.dot(row_lo, tl.trans(col_hi), x)
-    return x
+        return tl.dot(row_hi, tl.trans(col_hi), x)
 
 
 @triton.jit
 def add_force(force, coefficient, col_hi, col_lo, FORCE_TERMS: tl.constexpr):
     """force + coefficient @ columns."""
     hi = coefficient.to(tl.float16)
-    force = tl.dot(hi, col_hi, force)
-    if FORCE_TERMS == 3:
+    if FORCE_TERMS == 1:
+        return tl.dot(hi, col_hi, force)
+    else:
         lo = (coefficient - hi.to(tl.float32)).to(tl.float16)
-        force = tl.dot(hi, col_lo, force)
-        force = tl.dot(lo, col_hi, force)
-    return force
+        part = tl.dot(lo, col_hi)
+        part = tl.dot(hi, col_lo, part)
+        return force + tl.dot(hi, col_hi, part)
 
 
 @triton.jit
@@ -80,6 +105,7 @@ def add_energy(
 def pairwise_kernel(
     hi_ptr,
     lo_ptr,
+    rest_ptr,
     items_ptr,
     force_ptr,
     energy_ptr,
@@ -91,7 +117,7 @@ def pairwise_kernel(
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
     WITH_FORCE: tl.constexpr,
-    UPPER: tl.constexpr,
+    FAST: tl.constexpr,
     COSINE_TERMS: tl.constexpr,
     FORCE_TERMS: tl.constexpr,
     K: tl.constexpr,
@@ -99,7 +125,6 @@ def pairwise_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    FAST: tl.constexpr,
 ):
     """Grid (items,). Per slot and row: raw force [K], raw energy, largest COSINE_SCALE * c."""
     row0, tile_begin, tile_end, end_row, slot, _ = load_item(items_ptr, tl.program_id(0))
@@ -108,38 +133,28 @@ def pairwise_kernel(
     offs_k = tl.arange(0, WIDTH)
     row_offs = offs_m[:, None].to(tl.int64) * WIDTH + offs_k[None, :]
     col_offs = offs_n[:, None] * WIDTH + offs_k[None, :]
-    row_hi = tl.load(hi_ptr + row_offs)
-    row_lo = row_hi
-    if COSINE_TERMS == 3:
-        row_lo = tl.load(lo_ptr + row_offs)
-
-    # [tile_begin, tile_end) = clean | diagonal | clean | ragged
-    diagonal_begin = tl.minimum(tl.maximum(row0 // BLOCK_N, tile_begin), tile_end)
-    diagonal_end = tl.minimum(tl.maximum((row0 + BLOCK_M) // BLOCK_N, tile_begin), tile_end)
-    ragged_begin = tl.maximum(tl.minimum(end_row // BLOCK_N, tile_end), diagonal_end)
-    num_diagonal = diagonal_end - diagonal_begin
-    num_clean = diagonal_begin - tile_begin + ragged_begin - diagonal_end
-    num_dirty = num_diagonal + tile_end - ragged_begin
+    row_hi, row_lo, row_rest = load_rows(hi_ptr, lo_ptr, rest_ptr, row_offs, COSINE_TERMS)
+    split = split_tiles(row0, tile_begin, tile_end, end_row, BLOCK_M, BLOCK_N)
+    num_clean, num_dirty = split[0], split[1]
 
     force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
     nearest = tl.full((BLOCK_M,), -3.0e38, dtype=tl.float32)
     for step in tl.range(0, num_dirty, num_stages=1):
-        tile = tl.where(
-            step < num_diagonal, diagonal_begin + step, ragged_begin + step - num_diagonal
-        )
+        tile = column_tile(split, step, True)
         base = tile.to(tl.int64) * (BLOCK_N * WIDTH)
         col_hi = tl.load(hi_ptr + base + col_offs)
         col_lo = col_hi
-        if (COSINE_TERMS == 3) or (WITH_FORCE and FORCE_TERMS == 3):
+        if (COSINE_TERMS >= 3) or (WITH_FORCE and FORCE_TERMS == 3):
             col_lo = tl.load(lo_ptr + base + col_offs)
         cols = tile * BLOCK_N + offs_n
         mask = cols[None, :] < end_row
-        if UPPER:
-            mask = mask & (cols[None, :] > offs_m[:, None])
-        else:
+        if WITH_FORCE:
             mask = mask & (cols[None, :] != offs_m[:, None])
-        x = tl.where(mask, cosines(row_hi, row_lo, col_hi, col_lo, COSINE_TERMS), 0.0)
+        else:
+            mask = mask & (cols[None, :] > offs_m[:, None])
+        x = cosines(row_hi, row_lo, row_rest, col_hi, col_lo, COSINE_TERMS)
+        x = tl.where(mask, x, 0.0)
         if HALF or ANGLE:
             nearest = tl.maximum(nearest, tl.max(tl.abs(x), axis=1))
         else:
@@ -162,14 +177,13 @@ def pairwise_kernel(
         for step in tl.range(
             begin, tl.minimum(begin + TILES_PER_SUM, num_clean), num_stages=STAGES
         ):
-            tile = tile_begin + step
-            tile = tl.where(tile >= diagonal_begin, tile + num_diagonal, tile)
+            tile = column_tile(split, step, False)
             base = tile.to(tl.int64) * (BLOCK_N * WIDTH)
             col_hi = tl.load(hi_ptr + base + col_offs)
             col_lo = col_hi
-            if (COSINE_TERMS == 3) or (WITH_FORCE and FORCE_TERMS == 3):
+            if (COSINE_TERMS >= 3) or (WITH_FORCE and FORCE_TERMS == 3):
                 col_lo = tl.load(lo_ptr + base + col_offs)
-            x = cosines(row_hi, row_lo, col_hi, col_lo, COSINE_TERMS)
+            x = cosines(row_hi, row_lo, row_rest, col_hi, col_lo, COSINE_TERMS)
             if HALF or ANGLE:
                 nearest = tl.maximum(nearest, tl.max(tl.abs(x), axis=1))
             else:
@@ -213,7 +227,8 @@ def pairwise(
         tiles: launch shape, the one the plan was made for.
         pair: the pair function.
         with_force: the energies alone need only the upper triangle.
-        terms: products of the fp16 halves kept for the cosine and for the force, 1 or 3.
+        terms: products of the fp16 halves kept for the cosine (1, 3, or 4 where the rows have
+            their `rest`) and for the force (1 or 3).
         fast: approximate special functions of NVIDIA GPUs.
     """
     slots = Slots(plan.num_items, tiles.block_m, k, with_force, rows.hi.device)
@@ -221,6 +236,7 @@ def pairwise(
     pairwise_kernel[(plan.num_items,)](
         rows.hi,
         rows.lo,
+        rows.rest,
         plan.items,
         slots.force,
         slots.energy,
@@ -228,11 +244,7 @@ def pairwise(
         slots.axial,
         pair.s,
         pair.coefficient_bits,
-        KIND=pair.kind,
-        HALF=pair.half_space,
-        ANGLE=pair.angular,
-        WITH_FORCE=with_force,
-        UPPER=not with_force,
+        **pair.branches(with_force, fast),
         COSINE_TERMS=terms[0],
         FORCE_TERMS=terms[1],
         K=k,
@@ -240,7 +252,6 @@ def pairwise(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         STAGES=tiles.num_stages,
-        FAST=fast,
         num_warps=tiles.num_warps,
         **options,
     )

@@ -6,8 +6,10 @@ tile against a range of column tiles of its set and owns one slot of the results
 so nothing needs an atomic operation and the order of every sum is fixed by the shapes alone.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -43,8 +45,9 @@ class Tiles:
 # to the cache) and for angles, which need more registers; found by compiling every variant: the
 # fewest instructions a pair without a spill in the loop
 _AMPERE = {
-    16: (Tiles(64, 64, 4),) * 3,
-    32: (Tiles(64, 64, 4),) * 3,
+    # at the 128 registers that the compiler would choose some loops spill
+    16: (*(Tiles(64, 64, 4, maxnreg=168),) * 2, Tiles(64, 64, 4)),
+    32: (*(Tiles(64, 64, 4),) * 2, Tiles(64, 64, 4, maxnreg=224)),
     64: (Tiles(64, 32, 4),) * 3,
     128: (Tiles(32, 32, 4),) * 3,
 }
@@ -80,6 +83,8 @@ LARGE_SET = 4096
 DIRECT_TILES = {k: Tiles(64, 16 if k <= 4 else 8, 4) for k in range(1, 9)}
 MAX_DIRECT = 8
 MAX_WIDTH = 128
+# up to this k an error of fp16 hi + lo in a row would show in the gradient of 16,384 rows
+MAX_WITH_REST = 24
 
 
 def tiles_for(target: str, k: int, largest: int, angular: bool) -> Tiles:
@@ -102,14 +107,16 @@ def row_width(k: int) -> int:
     return max(16, triton.next_power_of_2(k)) if k <= MAX_WIDTH else -(-k // 16) * 16
 
 
-def splits_for(sizes: tuple[int, ...], block_m: int, k: int, width: int, with_force: bool) -> int:
+def splits_for(
+    sizes: tuple[int, ...], block_m: int, k: int, row_bytes: int, with_force: bool
+) -> int:
     """Work items a row tile: enough to fill the machine, within the bound on working memory."""
     row_tiles = sum(-(-n // block_m) for n in sizes)
     rows = row_tiles * block_m
     # a row of unit rows and gradient, and of one slot: force, energy, nearest, axial
-    fixed, slot = 4 * width + 12 + 4 * k, 4 * k + 12
+    fixed, slot = row_bytes + 4 * k, 4 * k + 12
     if not with_force:
-        fixed, slot = 4 * width + 12, 8
+        fixed, slot = row_bytes, 8
     affordable = max(
         int((MEMORY_FACTOR * 4 * k - fixed) // slot), SMALL_BYTES // max(rows * slot, 1), 1
     )
@@ -190,18 +197,50 @@ def make_plan(
     # the long ones first: the hardware's scheduler then balances the rest
     items.sort(key=lambda item: item[1] - item[2])
 
-    def table(rows: list[tuple[int, ...]] | list[int], fields: tuple[int, ...]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int32).reshape(-1, *fields).to(device)
-
     return Plan(
-        items=table(items, (ITEM_FIELDS.value,)),
-        row_tiles=table(row_tiles, (TILE_FIELDS.value,)),
-        set_tiles=table(set_tiles, ()),
+        items=upload(items, (ITEM_FIELDS.value,), torch.int32, device),
+        row_tiles=upload(row_tiles, (TILE_FIELDS.value,), torch.int32, device),
+        set_tiles=upload(set_tiles, (), torch.int32, device),
         num_items=len(items),
         num_row_tiles=len(row_tiles),
         packed_rows=packed_rows,
         first_packed_row=tuple(first_packed_row),
     )
+
+
+def upload(
+    rows: Sequence[Any], fields: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A table [rows, *fields] on the device, complete for every stream when this returns.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which could not repeat the copy.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "backend 'triton' met new shapes while a CUDA graph was captured: call it once with "
+            "tensors of these shapes before the capture"
+        )
+    return torch.tensor(rows, dtype=dtype).reshape(-1, *fields).to(device)
+
+
+# tables that captured graphs read at every replay, by address: they may not leave with the cache
+_CAPTURED: dict[int, Tensor] = {}
+
+
+def hold(tables: Iterable[Tensor]) -> None:
+    """Keep the memory of cached tables until what was just launched has read them.
+
+    Another stream may be current than the one they were made on, and a captured graph reads them
+    at every replay.
+    """
+    for table in tables:
+        if table.device.type != "cuda":
+            continue
+        if torch.cuda.is_current_stream_capturing():
+            _CAPTURED[table.data_ptr()] = table
+        else:
+            table.record_stream(torch.cuda.current_stream())
 
 
 class Slots:
@@ -227,7 +266,7 @@ def set_constants(
     """Per set, float64: the factor of its energy, and what its pairs add to the scaled energy."""
     pairs = [n * (n - 1) // 2 for n in sizes]
     table = [scales, [c * pair_offset * n for c, n in zip(scales, pairs, strict=True)]]
-    factor, offset = torch.tensor(table, dtype=torch.float64).to(device).unbind(0)
+    factor, offset = upload(table, (len(sizes),), torch.float64, device).unbind(0)
     return factor, offset
 
 
@@ -243,6 +282,34 @@ def load_item(items_ptr, item):
         tl.load(base + 4),
         tl.load(base + 5),
     )
+
+
+@triton.jit
+def split_tiles(row0, tile_begin, tile_end, end_row, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How a work item's column tiles divide: [tile_begin, tile_end) = clean|diagonal|clean|ragged.
+
+    Returns the numbers of clean and of dirty tiles, then what `column_tile` needs.
+    """
+    diagonal_begin = tl.minimum(tl.maximum(row0 // BLOCK_N, tile_begin), tile_end)
+    diagonal_end = tl.minimum(tl.maximum((row0 + BLOCK_M) // BLOCK_N, tile_begin), tile_end)
+    ragged_begin = tl.maximum(tl.minimum(end_row // BLOCK_N, tile_end), diagonal_end)
+    num_diagonal = diagonal_end - diagonal_begin
+    num_clean = diagonal_begin - tile_begin + ragged_begin - diagonal_end
+    num_dirty = num_diagonal + tile_end - ragged_begin
+    return num_clean, num_dirty, tile_begin, diagonal_begin, num_diagonal, ragged_begin
+
+
+@triton.jit
+def column_tile(split, step, DIRTY: tl.constexpr):
+    """The tile of a step of the loop over the dirty tiles, or over the clean ones."""
+    _, _, tile_begin, diagonal_begin, num_diagonal, ragged_begin = split
+    if DIRTY:
+        return tl.where(
+            step < num_diagonal, diagonal_begin + step, ragged_begin + step - num_diagonal
+        )
+    else:
+        tile = tile_begin + step
+        return tl.where(tile >= diagonal_begin, tile + num_diagonal, tile)
 
 
 @triton.jit

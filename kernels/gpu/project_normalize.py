@@ -5,8 +5,9 @@
 
 The norms are summed in float64: its range needs no scaling by the largest entry, and 1/nu is then
 exact enough for the differences of close rows. Unit rows go out packed by set (see `plan`), padding
-zero, as pairs hi + lo: of fp16 numbers that hold 256 v for the tensor cores, or of float32 numbers
-that hold v, a column after the other, for the differences of `direct`.
+zero, as pairs hi + lo: of fp16 numbers that hold 256 v for the tensor cores (and in few dimensions
+a third one, `rest`), or of float32 numbers that hold v, a column after the other, for the
+differences of `direct`.
 """
 
 from collections.abc import Sequence
@@ -18,15 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .pair_function import UNIT_SCALE
-from .plan import Plan, load_row_tile
+from .plan import Plan, load_row_tile, upload
 
 # columns of the weights that one step of the projection takes
 PROJECTION_BLOCK_D = 32
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+# weights of one launch: their addresses are arguments of the kernel, which may take 4 KB in all
+MAX_WEIGHTS = 128
+SET_FIELDS: tl.constexpr = tl.constexpr(5)
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -45,19 +44,31 @@ def store_norms(square, inv_nu_ptr, deficit_ptr, rows, eps):
 
 @triton.jit
 def store_unit_rows(
-    v, hi_ptr, lo_ptr, rows, offs_k, packed_rows, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
+    v,
+    hi_ptr,
+    lo_ptr,
+    rest_ptr,
+    rows,
+    offs_k,
+    packed_rows,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WITH_REST: tl.constexpr,
 ):
-    """The columns `offs_k` of some unit rows as pairs hi + lo."""
+    """The columns `offs_k` of some unit rows, float64, as halves."""
+    mask = (offs_k < WIDTH)[None, :]
     if COLUMNS:
         hi = v.to(tl.float32)
         lo = (v - hi.to(tl.float64)).to(tl.float32)
         offs = rows[:, None] + offs_k[None, :].to(tl.int64) * packed_rows
     else:
-        u = (v * UNIT_SCALE).to(tl.float32)
-        hi = u.to(tl.float16)
-        lo = (u - hi.to(tl.float32)).to(tl.float16)
+        u = v * UNIT_SCALE
+        hi = u.to(tl.float32).to(tl.float16)
+        lo = (u - hi.to(tl.float64)).to(tl.float32).to(tl.float16)
         offs = rows[:, None] * WIDTH + offs_k[None, :]
-    mask = (offs_k < WIDTH)[None, :]
+        if WITH_REST:
+            rest = (u - hi.to(tl.float64) - lo.to(tl.float64)).to(tl.float32).to(tl.float16)
+            tl.store(rest_ptr + offs, rest, mask=mask)
     tl.store(hi_ptr + offs, hi, mask=mask)
     tl.store(lo_ptr + offs, lo, mask=mask)
 
@@ -68,6 +79,7 @@ def normalize_kernel(
     tiles_ptr,
     hi_ptr,
     lo_ptr,
+    rest_ptr,
     inv_nu_ptr,
     deficit_ptr,
     k,
@@ -77,10 +89,11 @@ def normalize_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WITH_REST: tl.constexpr,
 ):
     """Grid (row tiles,). inv_nu f64, deficit f32 [packed].
 
-    hi, lo: [packed, WIDTH] fp16, or with COLUMNS [WIDTH, packed] float32.
+    hi, lo, rest: [packed, WIDTH] fp16, or with COLUMNS hi, lo: [WIDTH, packed] float32.
     """
     row0, source0, valid, _, _, _ = load_row_tile(tiles_ptr, tl.program_id(0))
     lane = tl.arange(0, BLOCK_M)
@@ -100,60 +113,82 @@ def normalize_kernel(
         mask = mask_m[:, None] & (k0 + offs_k < k)[None, :]
         p = tl.load(sources[:, None] + (k0 + offs_k)[None, :], mask=mask, other=0.0)
         v = p.to(tl.float64) * inv_nu[:, None]
-        store_unit_rows(v, hi_ptr, lo_ptr, rows, k0 + offs_k, packed_rows, WIDTH, COLUMNS)
+        store_unit_rows(
+            v, hi_ptr, lo_ptr, rest_ptr, rows, k0 + offs_k, packed_rows, WIDTH, COLUMNS, WITH_REST
+        )
 
 
 @triton.jit
 def project_normalize_kernel(
-    sources_ptr,
+    weights,
+    matrices,
+    sets_ptr,
     tiles_ptr,
     points_ptr,
     hi_ptr,
     lo_ptr,
+    rest_ptr,
     inv_nu_ptr,
     deficit_ptr,
     k,
     packed_rows,
     eps,
-    DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WITH_REST: tl.constexpr,
 ):
-    """Grid (row tiles of all projections of all weights,). points [T, k] f32, and as `normalize`.
+    """Grid (row tiles of all sets of these weights,). points [T, k] f32, and as `normalize`.
 
-    sources [sets, 4] int64: address of the weight [N, d] and of the matrix [k, d], d, first row of
-    the set in `points`; so weights of any width share the launch.
+    weights, matrices: as many pointers each, to weights [N, d] and to their matrices [C, k, d] f32;
+    sets [sets, 5] int64: number of the weight, number of the matrix or -1 for the rows as they are,
+    d, stride of the weight's rows, first row of the set in `points`.
     """
     row0, source0, valid, _, _, index = load_row_tile(tiles_ptr, tl.program_id(0))
-    source = sources_ptr + index * 4
-    weight_ptr = tl.load(source).to(tl.pointer_type(DTYPE))
-    matrix_ptr = tl.load(source + 1).to(tl.pointer_type(DTYPE))
-    d = tl.load(source + 2)
+    which = tl.load(sets_ptr + index * SET_FIELDS)
+    matrix = tl.load(sets_ptr + index * SET_FIELDS + 1)
+    d = tl.load(sets_ptr + index * SET_FIELDS + 2)
+    stride = tl.load(sets_ptr + index * SET_FIELDS + 3)
+    weight_ptr = weights[0]
+    matrix_ptr = matrices[0]
+    for i in tl.static_range(1, len(weights)):
+        if which == i:
+            weight_ptr = weights[i]
+            matrix_ptr = matrices[i]
     lane = tl.arange(0, BLOCK_M)
     mask_m = lane < valid
-    weight_rows = source0 - tl.load(source + 3) + lane
+    weight_rows = source0 - tl.load(sets_ptr + index * SET_FIELDS + 4) + lane
+    weight_ptrs = weight_ptr + weight_rows[:, None] * stride
     offs_k = tl.arange(0, BLOCK_K)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_k = offs_k < k
 
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for d0 in range(0, d, BLOCK_D):
-        mask_d = d0 + offs_d < d
-        w = tl.load(
-            weight_ptr + weight_rows[:, None] * d + (d0 + offs_d)[None, :],
-            mask=mask_m[:, None] & mask_d[None, :],
-            other=0.0,
-        )
-        m = tl.load(
-            matrix_ptr + offs_k[None, :] * d + (d0 + offs_d)[:, None],
-            mask=mask_d[:, None] & mask_k[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(w.to(tl.float32), m.to(tl.float32), acc, input_precision=PRECISION)
+    if matrix < 0:
+        mask = mask_m[:, None] & (offs_k < d)[None, :]
+        acc = tl.load(weight_ptrs + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+        matrix_ptrs = matrix_ptr + (matrix * k + offs_k)[None, :] * d
+        for d0 in range(0, d, BLOCK_D):
+            mask_d = d0 + offs_d < d
+            w = tl.load(
+                weight_ptrs + (d0 + offs_d)[None, :],
+                mask=mask_m[:, None] & mask_d[None, :],
+                other=0.0,
+            )
+            m = tl.load(
+                matrix_ptrs + (d0 + offs_d)[:, None],
+                mask=mask_d[:, None] & mask_k[None, :],
+                other=0.0,
+            )
+            # a limit on inexact accumulation: the compiler is to leave this sum to the float32
+            # units, for tensor cores truncate
+            acc += tl.dot(
+                w.to(tl.float32), m, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D
+            )
 
     sources = (source0.to(tl.int64) + lane) * k
     mask = mask_m[:, None] & mask_k[None, :]
@@ -162,43 +197,55 @@ def project_normalize_kernel(
     rows = row0.to(tl.int64) + lane
     inv_nu = store_norms(tl.sum(p * p, axis=1), inv_nu_ptr, deficit_ptr, rows, eps)
     v = p * inv_nu[:, None]
-    store_unit_rows(v, hi_ptr, lo_ptr, rows, offs_k, packed_rows, WIDTH, COLUMNS)
+    store_unit_rows(
+        v, hi_ptr, lo_ptr, rest_ptr, rows, offs_k, packed_rows, WIDTH, COLUMNS, WITH_REST
+    )
 
 
 class UnitRows:
-    """Packed unit rows: v as pairs hi + lo, 1/nu in float64, deficit = 1 - |v|^2 in float32."""
+    """Packed unit rows: v as halves, 1/nu in float64, deficit = 1 - |v|^2 in float32.
 
-    def __init__(self, plan: Plan, width: int, columns: bool, device: torch.device) -> None:
-        n = plan.packed_rows
-        shape, dtype = ((width, n), torch.float32) if columns else ((n, width), torch.float16)
+    Args:
+        num_rows: packed rows.
+        width: columns, those of the padding included.
+        columns: float32 halves [width, rows] instead of fp16 halves [rows, width].
+        with_rest: a third half.
+        device: where they live.
+    """
+
+    def __init__(
+        self, num_rows: int, width: int, columns: bool, with_rest: bool, device: torch.device
+    ) -> None:
+        shape, dtype = (num_rows, width), torch.float16
+        if columns:
+            shape, dtype = (width, num_rows), torch.float32
         self.hi = torch.empty(shape, dtype=dtype, device=device)
         self.lo = torch.empty(shape, dtype=dtype, device=device)
-        self.inv_nu = torch.empty(n, dtype=torch.float64, device=device)
-        self.deficit = torch.empty(n, dtype=torch.float32, device=device)
+        # a kernel that needs no rest still takes a pointer
+        self.rest = torch.empty(shape, dtype=dtype, device=device) if with_rest else self.lo
+        self.inv_nu = torch.empty(num_rows, dtype=torch.float64, device=device)
+        self.deficit = torch.empty(num_rows, dtype=torch.float32, device=device)
+        self.layout = {"WIDTH": width, "COLUMNS": columns, "WITH_REST": with_rest}
 
 
-def normalize(
-    points: Tensor, plan: Plan, block_m: int, width: int, eps: float, columns: bool
-) -> UnitRows:
-    """Unit rows of `points` [T, k]: [packed, width] in fp16, or with `columns` the other way."""
-    rows = UnitRows(plan, width, columns, points.device)
+def normalize(points: Tensor, rows: UnitRows, plan: Plan, block_m: int, eps: float) -> None:
+    """Fill `rows` from `points` [T, k]."""
     k = points.shape[1]
     normalize_kernel[(plan.num_row_tiles,)](
         points,
         plan.row_tiles,
         rows.hi,
         rows.lo,
+        rows.rest,
         rows.inv_nu,
         rows.deficit,
         k,
         plan.packed_rows,
         eps,
-        WIDTH=width,
+        **rows.layout,
         BLOCK_M=block_m,
         BLOCK_K=min(64, triton.next_power_of_2(k)),
-        COLUMNS=columns,
     )
-    return rows
 
 
 def projection_warps(block_m: int, width: int) -> int:
@@ -206,75 +253,78 @@ def projection_warps(block_m: int, width: int) -> int:
     return 8 if block_m * width > 64 * 64 else 4
 
 
-# tables that captured graphs read at every replay, so they may not leave with the cache
-_CAPTURED: list[object] = []
-
-
 @lru_cache(maxsize=64)
-def _source_table(
-    fields: tuple[tuple[int, ...], ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Table of `project_normalize_kernel` on the device, and the host memory it is copied from.
-
-    A CUDA graph repeats the copy, so the pinned memory lives as long as the table.
-    """
-    host = torch.tensor(fields, dtype=torch.int64)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True), host
+def set_table(sets: tuple[tuple[int, int, int, int], ...], device: torch.device) -> Tensor:
+    """`sets` (N, C or 0 for rows as they are, d, row stride, of each weight) for the kernel."""
+    fields, row = [], 0
+    for index, (n, count, d, stride) in enumerate(sets):
+        for c in range(count) if count else (-1,):
+            fields.append((index % MAX_WEIGHTS, c, d, stride, row))
+            row += n
+    return upload(fields, (SET_FIELDS.value,), torch.int64, device)
 
 
 def project_normalize(
     weights: Sequence[Tensor],
-    matrices: Sequence[Tensor],
+    matrices: Sequence[Tensor | None],
+    points: Tensor,
+    rows: UnitRows,
     plan: Plan,
     block_m: int,
-    width: int,
     eps: float,
-    columns: bool,
     precision: str,
-) -> tuple[Tensor, UnitRows]:
-    """Projected rows [T, k] float32 and their unit rows, all weights in one launch.
+) -> Tensor:
+    """Fill `points` [T, k] with the projected rows and `rows` with their unit rows.
 
     Args:
-        weights: [N_l, d_l] each, contiguous, of one dtype.
-        matrices: [C_l, k, d_l] each, contiguous, of that dtype; sets are ordered weight by weight,
-            matrix by matrix.
-        plan, block_m, width, eps, columns: as for `normalize`.
+        weights: [N_l, d_l] each, of one dtype, with contiguous columns.
+        matrices: [C_l, k, d_l] each, float32, contiguous; None takes the rows of the weight as they
+            are. Sets are ordered weight by weight, matrix by matrix.
+        points, rows, plan, block_m, eps: as for `normalize`.
         precision: Triton's name of the float32 product.
+
+    Returns:
+        The table of the sets, which the kernel reads.
     """
-    k, device, dtype = matrices[0].shape[1], weights[0].device, weights[0].dtype
-    fields, row = [], 0
-    for weight, matrix in zip(weights, matrices, strict=True):
-        n, d = weight.shape
-        for c in range(matrix.shape[0]):
-            address = matrix.data_ptr() + c * k * d * matrix.element_size()
-            fields.append((weight.data_ptr(), address, d, row))
-            row += n
-    table = _source_table(tuple(fields), device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _CAPTURED.append(table)
-    sources, _ = table
-    points = torch.empty(row, k, dtype=torch.float32, device=device)
-    rows = UnitRows(plan, width, columns, device)
-    project_normalize_kernel[(plan.num_row_tiles,)](
-        sources,
-        plan.row_tiles,
-        points,
-        rows.hi,
-        rows.lo,
-        rows.inv_nu,
-        rows.deficit,
-        k,
-        plan.packed_rows,
-        eps,
-        DTYPE=TRITON_DTYPES[dtype],
-        PRECISION=precision,
-        WIDTH=width,
-        BLOCK_M=block_m,
-        BLOCK_K=max(16, triton.next_power_of_2(width)),
-        BLOCK_D=PROJECTION_BLOCK_D,
-        COLUMNS=columns,
-        num_warps=projection_warps(block_m, width),
+    counts = [0 if m is None else m.shape[0] for m in matrices]
+    table = set_table(
+        tuple(
+            (*w.shape[:1], count, *w.shape[1:], w.stride(0))
+            for w, count in zip(weights, counts, strict=True)
+        ),
+        points.device,
     )
-    return points, rows
+    k = points.shape[1]
+    tile = 0
+    for begin in range(0, len(weights), MAX_WEIGHTS):
+        some = list(weights[begin : begin + MAX_WEIGHTS])
+        theirs = [points if m is None else m for m in matrices[begin : begin + MAX_WEIGHTS]]
+        num_tiles = sum(
+            max(count, 1) * -(-w.shape[0] // block_m)
+            for w, count in zip(some, counts[begin : begin + MAX_WEIGHTS], strict=True)
+        )
+        # powers of two: models with about as many layers share a compiled kernel
+        padding = triton.next_power_of_2(len(some)) - len(some)
+        project_normalize_kernel[(num_tiles,)](
+            tuple(some + some[:1] * padding),
+            tuple(theirs + theirs[:1] * padding),
+            table,
+            plan.row_tiles[tile:],
+            points,
+            rows.hi,
+            rows.lo,
+            rows.rest,
+            rows.inv_nu,
+            rows.deficit,
+            k,
+            plan.packed_rows,
+            eps,
+            PRECISION=precision,
+            **rows.layout,
+            BLOCK_M=block_m,
+            BLOCK_K=max(16, triton.next_power_of_2(k)),
+            BLOCK_D=PROJECTION_BLOCK_D,
+            num_warps=projection_warps(block_m, triton.next_power_of_2(k)),
+        )
+        tile += num_tiles
+    return table
