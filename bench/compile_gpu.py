@@ -7,10 +7,12 @@
 One line a variant: registers, spill instructions (in the hot loop / in all), shared memory,
 instructions a pair in the hot loop, matrix instruction found. The exit status is not zero if a hot
 loop spills, if a product of the sweep does not use the tensor cores, or if sm_90 at k = 32, s = 2
-takes more than 15 instructions a pair.
+takes more than 15 instructions a pair. But for --small, the lines also go to
+bench/results/compile_gpu.csv, in place of those of an earlier run.
 """
 
 import argparse
+import csv
 import importlib
 import itertools
 import os
@@ -41,6 +43,7 @@ TARGETS = {
 }
 KINDS = {0: "s=0", 1: "s=1", 2: "s=2", 3: "any s"}
 MAX_INSTRUCTIONS = 15.0
+RESULTS = Path(__file__).parent / "results" / "compile_gpu.csv"
 
 # types of the arguments that are no constants, by name; a pointer to points has the input's dtype
 POINTERS = {
@@ -54,8 +57,17 @@ POINTERS = {
     "tiles_ptr": "*i32",
     "set_tiles_ptr": "*i32",
     "points_ptr": "*fp32",
-    "sources_ptr": "*i64",
+    "sets_ptr": "*i64",
+    "rest_ptr": "*fp16",
+    "coefficient_ptr": "*fp16",
 }
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "": {"WIDTH": 64, "COLUMNS": False, "WITH_REST": False},
+    " rest": {"WIDTH": 16, "COLUMNS": False, "WITH_REST": True},
+    " columns": {"WIDTH": 3, "COLUMNS": True, "WITH_REST": False},
+}
+# weights of a projection launch, after padding
+NUM_WEIGHTS = 64
 INTEGERS = {
     "k",
     "packed_rows",
@@ -100,6 +112,20 @@ class Report:
     matrix: str = "-"
     seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
+
+    def row(self) -> dict[str, str]:
+        """The line of the table in bench/results."""
+        return {
+            "target": self.variant.target,
+            "kernel": self.variant.kernel,
+            "variant": self.variant.label,
+            "registers": str(self.registers),
+            "spills_hot_loop": str(self.spills_hot),
+            "spills": str(self.spills),
+            "shared_bytes": str(self.shared),
+            "instructions_per_pair": "" if self.per_pair is None else f"{self.per_pair:.1f}",
+            "matrix_instruction": self.matrix,
+        }
 
     def line(self) -> str:
         v = self.variant
@@ -150,23 +176,27 @@ def variants(target: str) -> Iterator[Variant]:
     for (k, angular, tiles), (name, pair) in itertools.product(shapes, _pair_functions()):
         if pair["ANGLE"] != angular:
             continue
-        shape = f"{tiles.block_m}x{tiles.block_n}x{k}"
-        products = [(True, (3, 3)), (False, (3, 3))]
-        if "half" not in name and "angle" not in name:
+        # the fourth product of the cosine comes with few columns
+        exact = [(4, 24)] if k == 32 else [(4, k)] if k < 32 else []
+        if k >= 32:
+            exact.append((3, 40 if k == 64 else k))
+        products = [(k_real, force, (cos, 3)) for cos, k_real in exact for force in (True, False)]
+        if name == "s=2":
             # the cheaper products differ in nothing that depends on the pair function
-            products += [(True, (3, 1)), (True, (1, 1)), (False, (1, 1))]
-        for force, terms in products:
+            k_real = exact[-1][1]
+            cheaper = [(True, (3, 1)), (True, (1, 1)), (False, (1, 1))]
+            products += [(k_real, force, terms) for force, terms in cheaper]
+        for k_real, force, terms in products:
             yield make(
                 "pairwise.pairwise_kernel",
-                f"{name} {shape} {terms[0]}+{terms[1] if force else 0}",
+                f"{name} {tiles.block_m}x{tiles.block_n}x{k} {terms[0]}+{terms[1] * force}",
                 {
                     **pair,
                     **fast,
                     "WITH_FORCE": force,
-                    "UPPER": not force,
                     "COSINE_TERMS": terms[0],
                     "FORCE_TERMS": terms[1],
-                    "K": k if k != 64 else 40,
+                    "K": k_real,
                     "WIDTH": k,
                     "BLOCK_M": tiles.block_m,
                     "BLOCK_N": tiles.block_n,
@@ -198,7 +228,7 @@ def variants(target: str) -> Iterator[Variant]:
                 **pair,
                 **fast,
                 "WITH_FORCE": force,
-                "UPPER": not force,
+                "COSINE_TERMS": 4 if k == 16 else 3,
                 "WIDTH": k,
                 "ITEM_M": item_m,
                 "BLOCK_M": plan.NEAR_BLOCK,
@@ -219,7 +249,6 @@ def variants(target: str) -> Iterator[Variant]:
                 **pair,
                 **fast,
                 "WITH_FORCE": force,
-                "UPPER": not force,
                 "K": k,
                 "BLOCK_M": tiles.block_m,
                 "BLOCK_N": tiles.block_n,
@@ -227,15 +256,16 @@ def variants(target: str) -> Iterator[Variant]:
             tiles.num_warps,
             pairs=tiles.block_m * tiles.block_n,
         )
+    heights = sorted({tiles.block_m for _, _, tiles in shapes} | {large.ROW_TILE})
     for (name, pair), force in itertools.product(_pair_functions(), (True, False)):
-        both = {**pair, **fast, "WITH_FORCE": force, "UPPER": not force}
-        for force_terms in (3, 1):
+        both = {**pair, **fast, "WITH_FORCE": force}
+        for halves in (2, 1) if force else (1,):
             yield make(
                 "large_k.coefficient_kernel",
-                name + (f" {force_terms}" if force else " energy"),
+                name + (f" {halves}" if force else " energy"),
                 {
                     **both,
-                    "FORCE_TERMS": force_terms,
+                    "FORCE_HALVES": halves,
                     "BLOCK_M": large.COEFFICIENT_ROWS,
                     "BLOCK_N": large.COEFFICIENT_COLS,
                 },
@@ -252,7 +282,7 @@ def variants(target: str) -> Iterator[Variant]:
             },
             hot=False,
         )
-        for block_m in (32, 64, 128):
+        for block_m in heights:
             yield make(
                 "finish.finish_kernel",
                 f"{name} rows={block_m}" + ("" if force else " energy"),
@@ -266,40 +296,38 @@ def variants(target: str) -> Iterator[Variant]:
                 hot=False,
             )
     yield make("finish.total_kernel", "", {"BLOCK": finish.TOTAL_BLOCK}, hot=False)
-    for points, columns, block_m in itertools.product(
-        ("*fp32", "*fp16", "*bf16"), (False, True), (64, 128)
+    for points, (form, layout), block_m in itertools.product(
+        ("*fp32", "*fp16", "*bf16"), LAYOUTS.items(), heights
     ):
         yield make(
             "project_normalize.normalize_kernel",
-            f"{points[1:]} rows={block_m}" + (" columns" if columns else ""),
-            {
-                "WIDTH": 3 if columns else 64,
-                "BLOCK_M": block_m,
-                "BLOCK_K": 4 if columns else 64,
-                "COLUMNS": columns,
-            },
+            f"{points[1:]} rows={block_m}{form}",
+            {**layout, "BLOCK_M": block_m, "BLOCK_K": triton.next_power_of_2(layout["WIDTH"])},
             hot=False,
             points=points,
         )
-    precision = "tf32x3" if target.startswith("sm") else "bf16x6"
-    for dtype, k, block_m in itertools.product(("float32", "bfloat16"), (3, 40, 128), (64, 128)):
-        width = plan.row_width(k) if k > plan.MAX_DIRECT else k
-        if (block_m, k) == (128, 3):
-            continue
+    # every width with every height of its tiles
+    projected = {(k, tiles.block_m): None for k, _, tiles in shapes}
+    projected |= {(k, plan.DIRECT_TILES[k].block_m): None for k in (3, 8)}
+    precisions = ("tf32x3", "tf32") if target.startswith("sm") else ("bf16x6", "bf16x3")
+    for dtype, (k, block_m), precision in itertools.product(
+        ("*fp32", "*bf16"), projected, precisions
+    ):
         yield make(
             "project_normalize.project_normalize_kernel",
-            f"{dtype} rows={block_m} k={k}",
+            f"{dtype[1:]} rows={block_m} k={k} {precision}",
             {
-                "DTYPE": getattr(triton.language, dtype),
                 "PRECISION": precision,
-                "WIDTH": width,
+                "WIDTH": k,
+                "COLUMNS": k <= plan.MAX_DIRECT,
+                "WITH_REST": plan.MAX_DIRECT < k <= plan.MAX_WITH_REST,
                 "BLOCK_M": block_m,
                 "BLOCK_K": max(16, triton.next_power_of_2(k)),
                 "BLOCK_D": project.PROJECTION_BLOCK_D,
-                "COLUMNS": k <= plan.MAX_DIRECT,
             },
-            project.projection_warps(block_m, width),
+            project.projection_warps(block_m, k),
             matrix=True,
+            points=dtype,
         )
 
 
@@ -313,7 +341,10 @@ def small(variant: Variant) -> bool:
     if variant.kernel == "pairwise_kernel":
         return bool(default and constants["WIDTH"] == 32 and constants["FORCE_TERMS"] == 3 and full)
     if variant.kernel == "project_normalize_kernel":
-        return variant.target in ("sm_90", "gfx942") and variant.label == "float32 rows=64 k=40"
+        return (
+            variant.target in ("sm_90", "gfx942")
+            and re.match("fp32 rows=64 k=64 (tf32x3|bf16x6)", variant.label) is not None
+        )
     if variant.kernel == "direct_kernel":
         return bool(default and constants["K"] == 4 and full)
     wanted = default and full and variant.target in ("sm_90", "gfx942")
@@ -325,17 +356,22 @@ def build(variant: Variant) -> triton.compiler.CompiledKernel:
     module = importlib.import_module(f"comhe_ext.kernels.gpu.{variant.module}")
     kernel = getattr(module, variant.kernel)
     constants = dict(variant.constants)
-    signature, attributes = {}, {}
+    signature: dict[str, object] = {}
+    attributes: dict[tuple[int, ...], object] = {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name in ("weights", "matrices"):
+            # launches take a tuple of pointers each
+            pointer = variant.points if name == "weights" else "*fp32"
+            signature[name] = (pointer,) * NUM_WEIGHTS
+            attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(NUM_WEIGHTS)}
         elif name.endswith("_ptr"):
-            signature[name] = (
-                variant.points if name == "points_ptr" else POINTERS.get(name, "*fp32")
-            )
-            if variant.kernel == "direct_kernel" and name in ("hi_ptr", "lo_ptr"):
-                signature[name] = "*fp32"
-            if constants.get("COLUMNS") and name in ("hi_ptr", "lo_ptr"):
+            signature[name] = POINTERS.get(name, "*fp32")
+            if variant.kernel == "normalize_kernel" and name == "points_ptr":
+                signature[name] = variant.points
+            columns = constants.get("COLUMNS") or variant.kernel == "direct_kernel"
+            if columns and name in ("hi_ptr", "lo_ptr", "rest_ptr"):
                 signature[name] = "*fp32"
             attributes[index,] = [["tt.divisibility", 16]]
         else:
@@ -367,6 +403,28 @@ def sass(kernel: triton.compiler.CompiledKernel) -> tuple[list[tuple[int, str, s
     return [(int(a, 16), op, rest) for a, op, rest in INSTRUCTION.findall(text)], int(registers[1])
 
 
+def amdgcn(text: str) -> list[tuple[int, str, str]]:
+    """Instructions of an assembly file as `sass` gives them, numbered; a branch's operand is the
+    number that it jumps to.
+    """
+    code: list[tuple[int, str, str]] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        line = line.partition(";")[0].strip()
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(
+            r"([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|scratch_\w+)(.*)", line
+        ):
+            code.append((len(code), instruction[1], instruction[2]))
+    return [
+        (i, "BRA", hex(labels[rest.strip()]))
+        if op.startswith(("s_cbranch", "s_branch"))
+        else (i, op, rest)
+        for i, op, rest in code
+    ]
+
+
 def hot_loop(code: list[tuple[int, str, str]], matrix: str | None) -> tuple[int, int] | None:
     """Innermost loop that does the work: the shortest one with matrix instructions.
 
@@ -395,29 +453,32 @@ def check(variant: Variant) -> Report:
     kernel = build(variant)
     wanted = TARGETS[variant.target][1]
     report.shared = kernel.metadata.shared
-    if variant.target.startswith("sm"):
+    nvidia = variant.target.startswith("sm")
+    if nvidia:
         code, report.registers = sass(kernel)
-        spilled = [address for address, op, _ in code if op.startswith(("LDL", "STL"))]
-        report.spills = len(spilled)
-        found = any(wanted in op for _, op, _ in code)
-        other = next((op.split(".")[0] for _, op, _ in code if "HMMA" in op), "-")
-        loop = hot_loop(code, wanted if variant.matrix else None)
-        if loop is not None:
-            inside = [a for a, _, _ in code if loop[0] <= a <= loop[1]]
-            report.spills_hot = sum(loop[0] <= a <= loop[1] for a in spilled)
-            # the compiler restructures loops for sm_100: a count of one of them says nothing
-            if variant.pairs and variant.target != "sm_100":
-                threads = 32 * int(str(dict(variant.options)["num_warps"]))
-                report.per_pair = len(inside) * threads / variant.pairs
-        elif variant.hot and variant.target != "sm_100":
-            report.problems.append("no hot loop was found")
+        spill = ("LDL", "STL")
     else:
-        text, other = kernel.asm["amdgcn"], "-"
-        found = wanted in text
-        spills = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+        text = kernel.asm["amdgcn"]
+        code = amdgcn(text)
         registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
-        report.spills = report.spills_hot = int(spills[1]) if spills else 0
         report.registers = int(registers[1]) if registers else 0
+        spill = ("scratch_load", "scratch_store")
+    spilled = [address for address, op, _ in code if op.startswith(spill)]
+    report.spills = len(spilled)
+    found = any(wanted in op for _, op, _ in code)
+    other = next((op.split(".")[0] for _, op, _ in code if "HMMA" in op), "-")
+    loop = hot_loop(code, wanted if variant.matrix else None)
+    if loop is not None:
+        inside = [a for a, _, _ in code if loop[0] <= a <= loop[1]]
+        report.spills_hot = sum(loop[0] <= a <= loop[1] for a in spilled)
+        # the compiler restructures loops for sm_100, and without matrix instructions for gfx942:
+        # a count of one of them says nothing
+        countable = nvidia or variant.matrix
+        if variant.pairs and countable and variant.target != "sm_100":
+            threads = (32 if nvidia else 64) * int(str(dict(variant.options)["num_warps"]))
+            report.per_pair = len(inside) * threads / variant.pairs
+    elif variant.hot and variant.target != "sm_100":
+        report.problems.append("no hot loop was found")
     report.matrix = wanted if found else other
     if variant.matrix and not found:
         report.problems.append(f"no {wanted} instruction")
@@ -428,6 +489,24 @@ def check(variant: Variant) -> Report:
             report.problems.append(f"more than {variant.limit} instructions a pair")
     report.seconds = time.perf_counter() - start
     return report
+
+
+def save(rows: list[dict[str, str]]) -> None:
+    """Put rows in place of older ones of the same variants, and drop variants that are no more."""
+
+    def key(row: dict[str, str]) -> tuple[str, str, str]:
+        return row["target"], row["kernel"], row["variant"]
+
+    known = {}
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            known = {key(row): row for row in csv.DictReader(file)}
+    known |= {key(row): row for row in rows}
+    order = [(v.target, v.kernel, v.label) for target in TARGETS for v in variants(target)]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(known[name] for name in order if name in known)
 
 
 def main() -> int:
@@ -448,14 +527,18 @@ def main() -> int:
     ]
     start = time.perf_counter()
     failed = 0
+    rows: list[dict[str, str]] = []
     with ProcessPoolExecutor(options.jobs) as pool:
         for report in pool.map(check, chosen):
             failed += bool(report.problems)
+            rows.append(report.row())
             print(report.line(), flush=True)
     print(
         f"triton {triton.__version__}: {len(chosen)} variants, {failed} failed, "
         f"{time.perf_counter() - start:.0f} s"
     )
+    if rows and not options.small:
+        save(rows)
     return 1 if failed or not chosen else 0
 
 
