@@ -5,12 +5,16 @@
     python bench/gpu_suite.py --fresh          forgets earlier results
     TRITON_INTERPRET=1 python bench/gpu_suite.py --dry-run     tiny sizes, no GPU
 
-Stages: environment, tests, sanitizer, accuracy, speed beside peers, launches, memory, roofline.
-Results go to bench/results/<gpu>.json after every single one. A stage that fails says so in the
-file and in the exit status, and is tried again by the next run.
+Stages: environment, tests of what only a GPU shows (graphs, streams, addresses above 2^31, ...),
+accuracy, speed beside peers and beside the bound of the machine, launches, memory, sanitizer, all
+other tests. Results go to bench/results/<gpu>.json after every single one. A stage that fails says
+so in the file and in the exit status, and is tried again by the next run; one that runs into the
+limit is left to it.
 """
 
 import argparse
+import csv
+import itertools
 import json
 import os
 import platform
@@ -21,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ import triton
 from torch import Tensor
 
 from comhe_ext.kernels import gpu
+from comhe_ext.kernels.gpu import backend, plan
 from comhe_ext.potentials import Potential
 from comhe_ext.testing import (
     exact_energy_and_gradient,
@@ -41,37 +47,44 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 Result = dict[str, Any]
 
-# rows of the goals: name, sizes of the sets, k, half space, microseconds to reach
-SPEED = [
-    ("1 x 1024 x 32", [1024], 32, False, None),
-    ("1 x 4096 x 32", [4096], 32, False, None),
-    ("1 x 16384 x 32", [16384], 32, False, 250.0),
-    ("20 x 4096 x 32", [4096] * 20, 32, False, 300.0),
-    ("ResNet-50, C = 20, k = 40, half space", "resnet50", 40, True, None),
-    ("1 x 131072 x 64", [131072], 64, False, 22_000.0),
-    ("1 x 1000000 x 64", [1_000_000], 64, False, 2_000_000.0),
-    ("1 x 16384 x 3", [16384], 3, False, None),
-    ("1 x 16384 x 4096", [16384], 4096, False, None),
+# rows of the goals: sizes of the sets, k, half space, microseconds to reach
+SPEED: list[tuple[list[int], int, bool, float | None]] = [
+    ([1024], 32, False, None),
+    ([4096], 32, False, None),
+    ([16384], 32, False, 250.0),
+    ([16384], 32, True, None),
+    ([4096] * 20, 32, False, 300.0),
+    ([131072], 64, False, 22_000.0),
+    ([1_000_000], 64, False, 2_000_000.0),
+    ([16384], 3, False, None),
+    ([16384], 9, False, None),
+    ([16384], 4096, False, None),
 ]
-TINY = [
-    ("1 x 70 x 32", [70], 32, False, None),
-    ("2 x 40 x 20, half space", [40, 40], 20, True, None),
-    ("1 x 70 x 3", [70], 3, False, None),
-    ("1 x 40 x 140", [40], 140, False, None),
+ACCURACY = (
+    *((n, k) for n in (1000, 4096, 16384) for k in (3, 9, 16, 30, 64, 128)),
+    (16384, 256),
+)
+TINY: list[tuple[list[int], int, bool, float | None]] = [
+    ([70], 32, False, None),
+    ([40] * 2, 20, True, None),
+    ([70], 3, False, None),
+    ([40], 140, False, None),
 ]
-# SXM H100 and H200: 132 processors, fp16 products with float32 sums of one processor in a clock
+# what one processor of an SXM H100 or H200 does in a clock: fp16 products with float32 sums, and
+# instructions of a thread
 PRODUCTS_PER_CLOCK = 2048
-INSTRUCTIONS_PER_CLOCK = 128  # threads' instructions
-INSTRUCTIONS_PER_PAIR = {16: 12.7, 32: 13.2, 64: 14.2, 128: 23.8}  # bench/compile_gpu.py, s = 2
+INSTRUCTIONS_PER_CLOCK = 128
 
 
-def resnet50_widths() -> list[int]:
-    """Filters of the 53 convolutions and the rows of the head of a ResNet-50."""
-    widths = [64]
+def resnet50() -> list[tuple[int, int]]:
+    """Filters and inputs of the 53 convolutions and the head of a ResNet-50."""
+    shapes, inputs = [(64, 3 * 49)], 64
     for blocks, inner in ((3, 64), (4, 128), (6, 256), (3, 512)):
-        widths.append(4 * inner)
-        widths += [inner, inner, 4 * inner] * blocks
-    return [*widths, 1000]
+        shapes.append((4 * inner, inputs))
+        for _ in range(blocks):
+            shapes += [(inner, inputs), (inner, 9 * inner), (4 * inner, inner)]
+            inputs = 4 * inner
+    return [*shapes, (1000, inputs)]
 
 
 class Suite:
@@ -101,6 +114,9 @@ class Suite:
         start = time.monotonic()
         try:
             result = {"ok": True, **stage()}
+        except subprocess.TimeoutExpired:
+            self.left += 1
+            return
         except Exception as error:  # a failed stage is a result too
             result = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
         result["seconds"] = round(time.monotonic() - start, 2)
@@ -112,8 +128,25 @@ class Suite:
         shown = {key: value for key, value in result.items() if key != "output"}
         print(f"{'ok  ' if result['ok'] else 'FAIL'} {name}: {json.dumps(shown)}", flush=True)
 
+    def seconds_left(self) -> float:
+        return max(self.deadline - time.monotonic(), 30.0)
+
+    def time_graph(self, call: Callable[[], object]) -> float | None:
+        """Median microseconds of a call on the GPU alone: replayed from a CUDA graph."""
+        if self.dry:
+            return None
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = call()
+        result = self.time(graph.replay)
+        del kept
+        return result
+
     def time(self, call: Callable[[], object], least: float = 0.5) -> float:
-        """Median microseconds of a call, by events on the GPU; the cache is not flushed."""
+        """Median microseconds of a call, by events on the GPU, launches included; the cache is not
+        flushed.
+        """
         call()
         if self.dry:
             start = time.perf_counter()
@@ -186,19 +219,32 @@ def environment(suite: Suite) -> Result:
             "gpu": properties.name,
             "processors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
-            "clock_mhz": torch.cuda.clock_rate(),
+            "clock_mhz": clock_mhz(),
             "runtime": torch.version.cuda or torch.version.hip,
         }
     return result
 
 
-def run_tests(suite: Suite, which: list[str]) -> Result:
+def clock_mhz() -> float | None:
+    """The most the processors can run at; torch would ask for a package of NVIDIA's to tell."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    query = [command, "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits", "--id=0"]
+    answer = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return float(answer) if answer.isdigit() else None
+
+
+def run_tests(suite: Suite, which: str) -> Result:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which],
+        [sys.executable, "-m", "pytest", "-q", "-m", "not long", "-p", "no:cacheprovider", which],
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=suite.seconds_left(),
     )
+    if run.returncode == 5:
+        return {"summary": "no test"}
     last = run.stdout.strip().splitlines()[-1:] or [run.stderr[-300:]]
     if run.returncode:
         raise RuntimeError(run.stdout[-1800:] + run.stderr[-200:])
@@ -212,13 +258,15 @@ def sanitize(suite: Suite, tool: str) -> Result:
     code = (
         "import sys; sys.path.insert(0, 'bench'); import gpu_suite as g; "
         "[g.sweep(g.paired_rows(n, k, 1e-3, device='cuda'), [n - 65, 65], half) "
-        "for n, k in ((200, 3), (333, 40), (200, 200)) for half in (False, True)]"
+        "for n, k in ((200, 3), (333, 12), (333, 40), (200, 200)) for half in (False, True)]; "
+        "g.projected(*g.layers([(70, 50), (33, 27), (9, 20)], 2, 40, 'cuda'), 40)"
     )
     run = subprocess.run(
         [binary, f"--tool={tool}", "--error-exitcode=9", sys.executable, "-c", code],
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=suite.seconds_left(),
         # its allocator would hide writes beyond the end of a tensor
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
@@ -248,23 +296,73 @@ def accuracy(suite: Suite, n: int, k: int, angle: float | None, half_space: bool
     return errors
 
 
+def layers(
+    shapes: list[tuple[int, int]], count: int, k: int, device: str
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Random weights, and matrices for those that are wider than k."""
+    weights = [torch.randn(n, d, device=device) for n, d in shapes]
+    matrices = [torch.randn(count, k, d, device=device) if d > k else None for _, d in shapes]
+    return weights, matrices
+
+
+def projected(
+    weights: list[Tensor], matrices: list[Tensor | None], k: int
+) -> tuple[Tensor, Tensor | None]:
+    pair = Potential(2.0, True)
+    scales = [
+        pair.scale(w.shape[0], "mean")
+        for w, m in zip(weights, matrices, strict=True)
+        for _ in range(1 if m is None else m.shape[0])
+    ]
+    return gpu.project_sweep(weights, matrices, scales, pair, 0.0, True)
+
+
+def bound_us(sizes: list[int], k: int, half_space: bool) -> float | None:
+    """The time that instructions or products alone take on this GPU; None where it is not known.
+
+    Instructions a pair are those that `compile_gpu.py` counted.
+    """
+    clock = clock_mhz()
+    table = RESULTS / "compile_gpu.csv"
+    if clock is None or not plan.MAX_DIRECT < k <= plan.MAX_WIDTH or not table.exists():
+        return None
+    target, width = backend.target_of(torch.device("cuda")), plan.row_width(k)
+    tiles = plan.tiles_for(target, k, max(sizes), False)
+    cosine_terms = 4 if k <= plan.MAX_WITH_REST else 3
+    name = "s=2 half" if half_space else "s=2"
+    variant = f"{name} {tiles.block_m}x{tiles.block_n}x{width} {cosine_terms}+3"
+    with table.open() as file:
+        counts = [
+            row["instructions_per_pair"]
+            for row in csv.DictReader(file)
+            if (row["target"], row["kernel"], row["variant"])
+            == (target, "pairwise_kernel", variant)
+        ]
+    if not counts or not counts[0]:
+        return None
+    clocks = torch.cuda.get_device_properties(0).multi_processor_count * clock
+    pairs = sum(n * n for n in sizes)
+    issue = pairs * float(counts[0]) / INSTRUCTIONS_PER_CLOCK / clocks
+    return max(issue, pairs * (cosine_terms + 3) * width / PRODUCTS_PER_CLOCK / clocks)
+
+
 def speed(suite: Suite, sizes: list[int], k: int, half_space: bool, goal: float | None) -> Result:
     points = torch.randn(sum(sizes), k, device=suite.device)
     result: Result = {
         "us": suite.time(lambda: sweep(points, sizes, half_space)),
+        "us_graph": suite.time_graph(lambda: sweep(points, sizes, half_space)),
         "us_energy_only": suite.time(lambda: sweep(points, sizes, half_space, False)),
         "goal_us": goal,
     }
+    bound = bound_us(sizes, k, half_space)
+    if bound is not None and result["us_graph"] is not None:
+        result["bound_us"] = bound
+        result["share_of_bound"] = bound / result["us_graph"]
     pairs = sum(n * n for n in sizes)
-    width = max(16, triton.next_power_of_2(k))
-    if not suite.dry and width in INSTRUCTIONS_PER_PAIR and k > 8 and torch.version.hip is None:
-        clocks = torch.cuda.get_device_properties(0).multi_processor_count * torch.cuda.clock_rate()
-        issue = pairs * INSTRUCTIONS_PER_PAIR[width] / INSTRUCTIONS_PER_CLOCK / clocks
-        matrix = pairs * 6 * width / PRODUCTS_PER_CLOCK / clocks
-        result["bound_us"] = max(issue, matrix)
-        result["share_of_bound"] = result["bound_us"] / result["us"]
-    dense = 16 * sum(n * n for n in sizes) * (4 if half_space else 1)
+    # autograd holds about six matrices of each set
+    dense = 24 * pairs * (4 if half_space else 1)
     room = 2**30 if suite.dry else torch.cuda.mem_get_info()[0]
+    result["naive_us"] = None  # would need more memory than there is
     if dense < room:
         result["naive_us"] = suite.time(lambda: backward(naive, points, sizes, half_space))
         if not suite.dry and len(sizes) == 1:
@@ -272,12 +370,11 @@ def speed(suite: Suite, sizes: list[int], k: int, half_space: bool, goal: float 
             result["compiled_us"] = suite.time(
                 lambda: backward(compiled, points, sizes, half_space)
             )
-    else:
-        result["naive_us"] = None  # would need more memory than there is
+    result["keops_us"] = None
     try:
         import pykeops  # noqa: F401
     except ImportError:
-        result["keops_us"] = None
+        pass
     else:
         if len(sizes) == 1 and not half_space and pairs < 1e11:
             result["keops_us"] = suite.time(lambda: backward(keops, points, sizes, half_space))
@@ -289,14 +386,41 @@ def speed(suite: Suite, sizes: list[int], k: int, half_space: bool, goal: float 
     return result
 
 
+def speed_projected(suite: Suite) -> Result:
+    """The hidden layers of a ResNet-50 with C = 20 matrices to k = 40, and the backward GEMMs."""
+    shapes, count = ([(20, 50), (7, 30)], 2) if suite.dry else (resnet50(), 20)
+    weights, matrices = layers(shapes, count, 40, suite.device)
+
+    def backward_gemms() -> None:
+        _, gradient = projected(weights, matrices, 40)
+        assert gradient is not None
+        first = 0
+        for weight, matrix in zip(weights, matrices, strict=True):
+            sets = 1 if matrix is None else matrix.shape[0]
+            part = gradient[first : first + sets * len(weight)]
+            first += sets * len(weight)
+            if matrix is not None:
+                part = part.view(sets, len(weight), 40).transpose(0, 1).reshape(len(weight), -1)
+                part @ matrix.flatten(0, 1)
+
+    return {
+        "us": suite.time(lambda: projected(weights, matrices, 40)),
+        "us_graph": suite.time_graph(lambda: projected(weights, matrices, 40)),
+        "us_with_backward": suite.time(backward_gemms),
+    }
+
+
 def launches(suite: Suite) -> Result:
-    sizes = [20, 33] if suite.dry else resnet50_widths() * 20
-    points = torch.randn(sum(sizes), 40, device=suite.device)
-    sweep(points, sizes, True)
+    """A ResNet-50 in at most five launches, copies counted too."""
+    weights, matrices = layers(
+        [(20, 50), (7, 30)] if suite.dry else resnet50(), 2, 40, suite.device
+    )
+    projected(weights, matrices, 40)
     if suite.dry:
         return {}
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        sweep(points, sizes, True)
+        projected(weights, matrices, 40)
         torch.cuda.synchronize()
     events = [e for e in profile.events() if e.device_type.name == "CUDA"]
     if not 0 < len(events) <= 5:
@@ -334,33 +458,28 @@ def main() -> int:
     suite = Suite(options)
     suite.do("environment", lambda: environment(suite))
     if not suite.dry:
-        suite.do("tests: gpu", lambda: run_tests(suite, ["tests/test_gpu.py"]))
-    cases = SPEED if not suite.dry else TINY
-    for n, k in (
-        ((40, 20), (70, 3)) if suite.dry else ((1000, 30), (4096, 30), (16384, 32), (16384, 256))
+        suite.do("tests: test_gpu.py", lambda: run_tests(suite, "tests/test_gpu.py"))
+    sizes = ((40, 20), (70, 3)) if suite.dry else ACCURACY
+    for (n, k), half_space, angle in itertools.product(
+        sizes, (False, True), (None, 1e-2, 1e-3, 1e-4)
     ):
-        for half_space in (False, True):
-            for angle in (None, 1e-2, 1e-3, 1e-4):
-                name = f"accuracy {n} x {k}, half space {half_space}, angle {angle}"
-                suite.do(
-                    name,
-                    lambda n=n, k=k, a=angle, h=half_space: accuracy(suite, n, k, a, h),  # type: ignore[misc]
-                )
-    for name, sizes, k, half_space, goal in cases:
-        widths = resnet50_widths() * 20 if isinstance(sizes, str) else sizes
         suite.do(
-            f"speed {name}",
-            lambda w=widths, k=k, h=half_space, g=goal: speed(suite, w, k, h, g),  # type: ignore[misc]
+            f"accuracy {n} x {k}, half space {half_space}, angle {angle}",
+            partial(accuracy, suite, n, k, angle, half_space),
         )
+    for widths, k, half_space, goal in TINY if suite.dry else SPEED:
+        name = f"speed {len(widths)} x {widths[0]} x {k}" + (", half space" if half_space else "")
+        suite.do(name, partial(speed, suite, widths, k, half_space, goal))
+    suite.do("speed ResNet-50, C = 20, k = 40, half space", lambda: speed_projected(suite))
     suite.do("launches", lambda: launches(suite))
     for n, k in ((70, 20),) if suite.dry else ((16384, 30), (131072, 64), (16384, 1024)):
-        suite.do(f"memory {n} x {k}", lambda n=n, k=k: memory(suite, n, k))  # type: ignore[misc]
+        suite.do(f"memory {n} x {k}", partial(memory, suite, n, k))
     if not suite.dry:
         for tool in ("memcheck", "racecheck"):
-            suite.do(f"sanitizer {tool}", lambda tool=tool: sanitize(suite, tool))  # type: ignore[misc]
-        suite.do(
-            "tests: all", lambda: run_tests(suite, ["tests", "--deselect", "tests/test_gpu.py"])
-        )
+            suite.do(f"sanitizer {tool}", partial(sanitize, suite, tool))
+        for file in sorted((ROOT / "tests").glob("test_*.py")):
+            if file.name != "test_gpu.py":
+                suite.do(f"tests: {file.name}", partial(run_tests, suite, f"tests/{file.name}"))
     print(f"{suite.file}: {suite.failed} failed, {suite.left} left for the next run")
     return 1 if suite.failed or suite.left else 0
 
