@@ -33,7 +33,7 @@ NEAR_COLUMNS = 128
 # elements of a block of S: at least the first number, at most the last, else those of the points
 BLOCK_ELEMENTS = (1 << 20, 1 << 25)
 # columns of a block, the depth of the second product: a multiple of the row tile
-BLOCK_COLS = 1024
+BLOCK_COLS = 512
 # coordinates in one product of unit rows
 BLOCK_DEPTH = 512
 
