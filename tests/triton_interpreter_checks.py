@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from comhe_ext import reference
+from comhe_ext import ops, reference
 from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import (
     backend,
@@ -522,6 +522,27 @@ def test_a_resnet50_takes_five_launches_and_no_copy():
     assert sum(LAUNCHES.values()) == 5
     # tables come from the cache, results are memory that the kernels fill, poisoned by the fixture
     assert set(asked) <= {"empty", "fill_", "slice"}, asked
+
+
+def test_operators_of_weights_reach_the_projecting_kernel():
+    weights = [random_rows(40, 20).view(2, 20, 20).bfloat16(), random_rows(9, 7)[None].bfloat16()]
+    projections = [matrices(3, 12, 20, 0), None]
+    results = []
+    for name in ("triton", "torch"):
+        options = ops.Options(s=1.0, half_space=True, backend=name, factors=[1.0, 2.0])
+        leaves = [w.clone().requires_grad_() for w in weights]
+        matrix = projections[0].clone().requires_grad_()
+        LAUNCHES.clear()
+        energies = ops.projected_energy(leaves, [matrix, None], options)
+        launches = sum(LAUNCHES.values())
+        assert (0 < launches <= 5) == (name == "triton")
+        factors = torch.linspace(1.0, 2.0, 7)
+        gradients = torch.autograd.grad((energies * factors).sum(), [*leaves, matrix])
+        results.append([energies, *gradients])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype and relative_error(one, other) <= 4e-3
+    assert relative_error(results[0][0], results[1][0]) <= 1e-6
+    assert relative_error(results[0][3], results[1][3]) <= 2e-6
 
 
 def test_addresses_of_weights_are_not_remembered():
