@@ -149,7 +149,8 @@ def test_autocast_does_not_lower_the_projection(backend, device):
 
 def count_products(call):
     """What `call` returns, and how many matrix products PyTorch ran for it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         result = call()
     products = ("aten::mm", "aten::bmm", "aten::addmm")
     return result, sum(event.count for event in profile.key_averages() if event.key in products)
