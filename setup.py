@@ -105,6 +105,7 @@ setup(
             "mypy==2.4.1",
             "numpy>=1.26",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff==0.17.6",
             "scipy>=1.11",
             "setuptools>=77",

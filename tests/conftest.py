@@ -14,6 +14,11 @@ if torch.cuda.is_available() and ops.unavailable("triton") is None:
     BACKENDS.append("triton")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # the longest first, so that no process is left alone with them at the end
+    items.sort(key=lambda item: "test_triton" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
