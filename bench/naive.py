@@ -4,19 +4,25 @@ import torch
 from torch import Tensor
 
 
-def naive_energy(weight: Tensor, s: float = 2.0) -> Tensor:
-    """Mean of r^-s (s = 0: -log r) over the pairs of rows of `weight` [N, d]; holds N x N matrices.
+def naive_energy(weight: Tensor, s: float = 2.0, *, half_space: bool = False) -> Tensor:
+    """Mean of r^-s (s = 0: -log r) over the pairs of rows of `weight` [..., N, d] -> [...].
 
-    The same number as `comhe_ext.hyperspherical_energy(weight, s, min_distance=0)`.
+    Holds N x N matrices. The same number as
+    `comhe_ext.hyperspherical_energy(weight, s, half_space=half_space, min_distance=0)`.
     """
-    n = weight.shape[0]
-    v = torch.nn.functional.normalize(weight)
+    n = weight.shape[-2]
+    v = torch.nn.functional.normalize(weight, dim=-1)
     # the factor 2 on the rows, not on the products, saves a pass over N x N
-    r2 = (2.0 - (2.0 * v) @ v.mT).clamp(min=1e-12)
-    values = r2.pow(-s / 2) if s else -0.5 * r2.log()
-    return values.triu(1).sum() / (n * (n - 1) / 2)
+    twice = (2.0 * v) @ v.mT
 
+    def pair_function(r2: Tensor) -> Tensor:
+        r2 = r2.clamp(min=1e-12)
+        return r2.pow(-s / 2) if s else -0.5 * r2.log()
 
-def naive_bytes(n: int) -> int:
-    """Memory that energy and gradient take at their peak: six float32 matrices of N x N."""
-    return 6 * 4 * n * n
+    values = pair_function(2.0 - twice)
+    if not half_space:
+        return values.triu(1).sum((-1, -2)) / (n * (n - 1) / 2)
+    # of the four pairs that two rows and their opposites make, two are at r and two at sqrt(4 - r2)
+    values = 2.0 * (values + pair_function(2.0 + twice)).triu(1)
+    antipodes = n * pair_function(twice.new_tensor(4.0))
+    return (values.sum((-1, -2)) + antipodes) / (n * (2 * n - 1))

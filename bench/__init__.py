@@ -1,0 +1,1 @@
+"""The benchmark: `python -m bench --help`, from the root of a checkout."""

@@ -1,0 +1,160 @@
+"""Several things that do the same, measured side by side.
+
+Each is in a fresh process of its own (`worker.py`): a first call whose result is checked, a call
+for its peak memory, then rounds in which they take turns, so that a change in the machine's mood
+meets them all. What fails, is wrong, runs out of memory or takes too long is an outcome too.
+"""
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.worker import Job, Lost, Reply, Turn, Worker
+
+MOST_ROUNDS, LEAST_ROUNDS = 9, 5
+SLOW = 10.0  # seconds: such calls have fewer rounds, and no call for memory alone
+SHORT = 0.02  # a round lasts at least this long, of several calls if need be
+MIB = 2.0**20
+
+FIGURES = (
+    *("status", "note", "wall_ms", "wall_min_ms", "wall_max_ms", "cpu_ms", "rounds", "calls"),
+    *("first_s", "peak_mib"),
+)
+
+
+class OutOfTime(Exception):
+    """The time for the whole run is up."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How long things may take, in seconds."""
+
+    limit: float = 100.0  # of one call
+    start: float = 30.0  # on top of that, for the imports of the first
+    compilation: float = 240.0  # and for that of what compiles
+    budget: float = 20.0  # of the rounds of one entry, but for `LEAST_ROUNDS`
+    rounds: int = MOST_ROUNDS
+    deadline: float = math.inf  # of `time.monotonic`
+
+    def number_of_rounds(self, seconds: float) -> int:
+        least = min(LEAST_ROUNDS, self.rounds) if seconds < SLOW else 1
+        return max(least, min(self.rounds, int(self.budget / seconds)))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One that takes part. `check` says what is wrong with the first call's result, in a file."""
+
+    job: Job
+    check: Callable[[Path], str | None] = lambda result: None
+    compiles: bool = False
+
+
+@dataclass
+class Outcome:
+    """What came of it: status "ok", "wrong", "timeout", "out of memory" or "failed"."""
+
+    status: str = "ok"
+    note: str = ""
+    first: float | None = None  # seconds of the first call, imports and compilation included
+    peak: int | None = None  # bytes
+    wall: list[float] = field(default_factory=list)  # seconds a call, one each round
+    cpu: list[float] = field(default_factory=list)
+    calls: int = 1  # in a round
+
+    def figures(self) -> dict[str, object]:
+        """The columns of `FIGURES`."""
+        timed = self.status == "ok" and bool(self.wall)
+        return {
+            "status": self.status,
+            "note": self.note,
+            "wall_ms": 1e3 * statistics.median(self.wall) if timed else None,
+            "wall_min_ms": 1e3 * min(self.wall) if timed else None,
+            "wall_max_ms": 1e3 * max(self.wall) if timed else None,
+            "cpu_ms": 1e3 * statistics.median(self.cpu) if timed else None,
+            "rounds": len(self.wall) if timed else None,
+            "calls": self.calls if timed else None,
+            "first_s": self.first,
+            "peak_mib": None if self.peak is None else self.peak / MIB,
+        }
+
+
+class _Contestant:
+    def __init__(self, entry: Entry, rules: Rules) -> None:
+        self.entry, self.rules, self.outcome = entry, rules, Outcome()
+        self.rounds = 0
+        self.warm = False
+        self.worker = Worker(entry.job)
+
+    def begin(self, folder: Path) -> None:
+        """The first calls, which say how many rounds there are to be."""
+        result = folder / "result.pt"
+        extra = self.rules.start + (self.rules.compilation if self.entry.compiles else 0.0)
+        if (reply := self._ask(Turn(save=result), extra)) is None:
+            return
+        self.outcome.first, self.outcome.peak = reply.wall, reply.peak
+        if (verdict := self.entry.check(result)) is not None:
+            self._leave("wrong", verdict)
+            return
+        if reply.wall < SLOW or self.entry.compiles:
+            # what libraries and compilers take for themselves is not the call's need
+            if (reply := self._ask(Turn(memory=True))) is None:
+                return
+            self.outcome.peak = reply.peak
+        self.outcome.calls = math.ceil(SHORT / reply.wall)
+        self.rounds = self.rules.number_of_rounds(self.outcome.calls * reply.wall)
+        # on warm caches and threads that are awake, where that costs little
+        self.warm = reply.wall < (SLOW if self.entry.job.device == "cuda" else 1.0)
+
+    def round(self) -> None:
+        reply = self._ask(Turn(self.outcome.calls, warm=self.warm))
+        if reply is not None:
+            self.outcome.wall.append(reply.wall)
+            self.outcome.cpu.append(reply.cpu)
+
+    def _ask(self, turn: Turn, extra: float = 0.0) -> Reply | None:
+        limit = (1 + turn.warm) * turn.calls * (self.rules.limit + extra)
+        left = self.rules.deadline - time.monotonic()
+        if left <= 0:
+            raise OutOfTime
+        try:
+            return self.worker.ask(turn, min(limit, left))
+        except Lost as lost:
+            if lost.status == "timeout" and left < limit:
+                raise OutOfTime from None
+            self._leave(lost.status, lost.note)
+            return None
+
+    def _leave(self, status: str, note: str) -> None:
+        self.outcome.status, self.outcome.note = status, note
+        self.rounds = 0
+        self.worker.close()
+
+
+def hold(
+    entries: Mapping[str, Entry], rules: Rules, say: Callable[[str], None]
+) -> dict[str, Outcome]:
+    """The outcome of each entry. `OutOfTime` where the deadline passes first."""
+    contestants: dict[str, _Contestant] = {}
+    try:
+        for name, entry in entries.items():
+            contestants[name] = _Contestant(entry, rules)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, one in contestants.items():
+                say(f"{name}, first calls")
+                one.begin(Path(folder))
+        most = max((one.rounds for one in contestants.values()), default=0)
+        for turn in range(most):
+            for name, one in contestants.items():
+                if turn < one.rounds:
+                    say(f"{name}, round {turn + 1} of {one.rounds}")
+                    one.round()
+    finally:
+        for one in contestants.values():
+            one.worker.close()
+    return {name: one.outcome for name, one in contestants.items()}

@@ -1,0 +1,117 @@
+"""What is measured: sets of points, as (sets, rows, dimensions), and the lists of them."""
+
+import re
+from typing import NamedTuple
+
+from bench.methods import MODES, Mode
+
+
+class Shape(NamedTuple):
+    sets: int
+    rows: int
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.sets}x{self.rows}x{self.dim}"
+
+    @property
+    def pairs(self) -> float:
+        return self.sets * self.rows * (self.rows - 1) / 2
+
+    @property
+    def flop(self) -> float:
+        """Useful work of energy and gradient: a pair's cosine, and a multiple of each to the other.
+
+        Counted once a pair, whatever a method computes twice or pads.
+        """
+        return 6.0 * self.dim * self.pairs
+
+    @property
+    def bytes(self) -> float:
+        """The least that has to be moved: the points in, the gradient out."""
+        return 8.0 * self.sets * self.rows * self.dim
+
+    @staticmethod
+    def parse(text: str) -> "Shape":
+        if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)):
+            raise ValueError(f"a shape must be written SETSxROWSxDIM, as 1x4096x30, got {text!r}")
+        return Shape(*map(int, match.groups()))
+
+
+class Case(NamedTuple):
+    """A shape, and what is computed there."""
+
+    shape: Shape
+    mode: Mode
+
+
+# the goals of the project, for one thread of a processor and for a large GPU
+GOALS = {
+    "cpu": [
+        Shape(1, 4096, 30),
+        Shape(16, 2048, 30),
+        Shape(1, 16384, 30),
+        Shape(1, 4096, 256),
+        Shape(1, 4096, 1024),
+    ],
+    "cuda": [
+        Shape(1, 16384, 32),
+        Shape(20, 4096, 32),
+        Shape(1, 131072, 64),
+        Shape(1, 1_000_000, 64),
+    ],
+}
+# few rows, and many small sets: where a call's fixed costs show
+SMALL = {
+    "cpu": [Shape(1, 1024, 30), Shape(1000, 64, 40)],
+    "cuda": [Shape(1, 1024, 32), Shape(1000, 64, 40)],
+}
+# as CoMHE meets them: projected to 40 dimensions, and two as they are
+LAYERS = {
+    Shape(20, 2048, 40): "ResNet-50 stage 5, 20 projections",
+    Shape(10, 3072, 40): "ViT-B fc1, 10 projections",
+    Shape(4, 11008, 40): "LLaMA-7B up projection, 4 projections",
+    Shape(1, 50257, 40): "GPT-2 vocabulary, 1 projection",
+    Shape(1, 93431, 40): "face head of 93,431 classes, 1 projection",
+    Shape(1, 512, 4608): "ResNet-50 stage 5 convolution, unprojected",
+    Shape(1, 3072, 768): "ViT-B fc1, unprojected",
+}
+SCALING_DIM = {"cpu": 30, "cuda": 32}
+WIDE_DIM = 256
+SCALING_ROWS = [2**i for i in range(9, 19)]
+WIDE_ROWS = [1024, 4096, 16384]
+QUICK = [Shape(1, 512, 30), Shape(4, 512, 30), Shape(1, 2048, 30)]
+# where the energy alone and the second derivative are measured too
+MODES_ROWS = [1024, 4096]
+
+
+def scaling(device: str) -> list[Shape]:
+    return [Shape(1, rows, SCALING_DIM[device]) for rows in SCALING_ROWS]
+
+
+def groups(device: str) -> dict[str, list[Case]]:
+    """The lists by their names on the command line."""
+    lists = {
+        "goals": GOALS[device],
+        "small": SMALL[device],
+        "layers": list(LAYERS),
+        "scaling": scaling(device),
+        "wide": [Shape(1, rows, WIDE_DIM) for rows in WIDE_ROWS],
+        "quick": QUICK,
+    }
+    cases = {name: [Case(shape, "gradient") for shape in shapes] for name, shapes in lists.items()}
+    dim = SCALING_DIM[device]
+    cases["modes"] = [
+        Case(Shape(1, rows, dim), mode)
+        for rows in MODES_ROWS
+        for mode in MODES
+        if mode != "gradient"
+    ]
+    return cases
+
+
+def cases(names: list[str], device: str) -> list[Case]:
+    """Of groups and of shapes as 1x4096x30, each once; ValueError for what is neither."""
+    lists = groups(device)
+    found = [c for n in names for c in lists.get(n) or [Case(Shape.parse(n), "gradient")]]
+    return list(dict.fromkeys(found))

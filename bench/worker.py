@@ -1,0 +1,210 @@
+"""A fresh process for everything that is measured, which calls it when told to.
+
+What runs out of memory or time takes its own process with it and nothing else; what takes turns
+does so across processes, one at work and the others asleep.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import machine
+
+Call = Callable[[], tuple[Tensor | None, ...]]
+
+# a server that has imported torch forks a fresh process in milliseconds; spawn where there is none
+FORK = "forkserver" in multiprocessing.get_all_start_methods()
+CONTEXT = (
+    multiprocessing.get_context("forkserver") if FORK else multiprocessing.get_context("spawn")
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is to call: `make`, which can be pickled, loads it and gives the call."""
+
+    make: Callable[[], Call]
+    device: str
+    threads: int
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Turn(NamedTuple):
+    """What a process is told to do: so many calls, after one that is not timed where `warm`."""
+
+    calls: int = 1
+    warm: bool = False
+    memory: bool = False  # give free memory back before, so that the peak is the call's own
+    save: Path | None = None  # where to put the result of the last call
+
+
+class Reply(NamedTuple):
+    wall: float  # seconds a call
+    cpu: float  # of all threads
+    peak: int  # bytes above what was held before; at least a page, so that ratios exist
+
+
+class Lost(Exception):
+    """The process is gone, or the call failed; `status` and `note` go into the results."""
+
+    def __init__(self, status: str, note: str) -> None:
+        super().__init__(status, note)
+        self.status, self.note = status, note
+
+
+class Worker:
+    """The handle of a process. `ask` raises `Lost`, after which only `close` may be called."""
+
+    def __init__(self, job: Job) -> None:
+        if FORK:
+            CONTEXT.set_forkserver_preload(["torch", "comhe_ext"])
+        self.connection, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(theirs, job))
+        self.process.start()
+        theirs.close()
+        self.busy = False
+
+    def ask(self, turn: Turn, limit: float) -> Reply:
+        self.busy = True
+        try:
+            self.connection.send(turn)
+            if not self.connection.poll(limit):
+                raise Lost("timeout", f"more than {limit:.0f} s")
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            if self.process.exitcode == -signal.SIGKILL:
+                raise Lost("out of memory", "ended by the system, short of memory") from None
+            raise Lost("failed", f"the process ended with {self.process.exitcode}") from None
+        self.busy = False
+        if isinstance(answer, Lost):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the process: by itself where it waits for a turn, by force where it is busy."""
+        self.connection.close()
+        self.process.join(0.0 if self.busy else 10.0)
+        if self.process.exitcode is None and self.process.pid is not None:
+            try:
+                # with the compilers that it may have started
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                self.process.kill()  # not yet a group of its own
+            self.process.join()
+
+
+def _serve(connection: Connection, job: Job) -> None:
+    """The life of the process."""
+    os.setsid()
+    # compilers are talkative, and the screen has a progress bar
+    sink = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(sink, stream)
+    os.environ.update(job.environment)
+    if job.device == "cpu":
+        _give_way()
+    torch.set_num_threads(job.threads)
+    call: Call | None = None
+    while True:
+        try:
+            turn = connection.recv()
+        except EOFError:
+            return
+        try:
+            start = time.perf_counter(), time.process_time()
+            if call is None:
+                call = job.make()
+            connection.send(_take(call, turn, job.device, start))
+        except Exception as error:
+            connection.send(_reason(error))
+            return
+
+
+def _take(call: Call, turn: Turn, device: str, start: tuple[float, float]) -> Reply:
+    cuda = device == "cuda"
+    if turn.warm:
+        call()
+    if turn.memory:
+        _trim()
+    before = _resident_bytes(device, reset=True)
+    if turn.warm or turn.memory:
+        _wait(cuda)
+        start = time.perf_counter(), time.process_time()
+    for _ in range(turn.calls):
+        result = call()
+    _wait(cuda)
+    end = time.perf_counter(), time.process_time()
+    peak = max(_resident_bytes(device, reset=False) - before, resource.getpagesize())
+    if turn.save is not None:
+        torch.save([part if part is None else part.cpu() for part in result], turn.save)
+    if cuda:
+        torch.cuda.empty_cache()  # the others need it
+    wall, cpu = ((b - a) / turn.calls for a, b in zip(start, end, strict=True))
+    return Reply(wall, cpu, peak)
+
+
+def _wait(cuda: bool) -> None:
+    if cuda:
+        torch.cuda.synchronize()
+
+
+def _reason(error: Exception) -> Lost:
+    words = str(error).strip().splitlines() or [""]
+    note = f"{type(error).__name__}: {words[0]}"[:200]
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        sign in str(error) for sign in ("can't allocate memory", "not enough memory")
+    )
+    return Lost("out of memory" if short else "failed", note)
+
+
+def _resident_bytes(device: str, reset: bool) -> int:
+    """The most memory that was held since the last reset; what is held now, where one is asked."""
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass  # then what was held at an earlier time hides what is smaller
+    if (status := Path("/proc/self/status")).exists():
+        return int(re.findall(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _trim() -> None:
+    """Give the allocator's free memory back, where it is the GNU one."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _give_way() -> None:
+    """Run out of memory in here, and before anything else on the machine does."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return
+    # addresses without memory behind them, of threads and libraries, are not what is short
+    most = held + machine.free_memory("cpu") + 2**31
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def load_result(path: Path) -> tuple[Any, ...]:
+    return tuple(torch.load(path))
