@@ -15,12 +15,16 @@ SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 FUZZ_RUNS ?= 4000
 FUZZ_CXX ?= clang++
 
-.PHONY: demo test test-long lint wheel sanitize fuzz compile-gpu clean
+.PHONY: demo bench test test-long lint wheel sanitize fuzz compile-gpu clean
 
-# how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save keeps the
-# numbers and puts them into README.md
+# how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save puts the
+# training's numbers into README.md
 demo: $(INSTALLED)
-	$(BIN)/python bench/demo.py $(ARGS)
+	$(BIN)/python -m bench demo $(ARGS)
+
+# everything beside its peers, into bench/results and README.md; ARGS="sweep --quick" for a part
+bench: $(INSTALLED)-bench
+	$(BIN)/python -m bench $(or $(ARGS),all)
 
 test: lint
 	$(PYTEST) -m "not long" $(ARGS)
@@ -77,4 +81,9 @@ ifeq ($(shell uname -s),Linux)
 	$(BIN)/pip install --no-deps triton==3.7.1
 endif
 	$(BIN)/pip install --editable ".[dev,demo]"
+	touch $@
+
+# the peers, none of which may change torch
+$(INSTALLED)-bench: $(INSTALLED)
+	$(BIN)/pip install torch==2.13.0 --editable ".[bench]"
 	touch $@

@@ -113,7 +113,14 @@ setup(
             *(package for packages in INTEGRATIONS.values() for package in packages),
         ],
         "demo": DEMO,
-        "bench": [*DEMO, "pytest-benchmark>=5"],
+        # peers: what is measured beside the package, each optional
+        "bench": [
+            *DEMO,
+            "geomloss>=0.3.1,<0.4",
+            "pykeops>=2.3,<2.4",
+            "pytest-benchmark>=5,<6",
+            "pytorch-metric-learning>=2.9,<3",
+        ],
         **INTEGRATIONS,
     },
     packages=[

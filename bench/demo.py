@@ -1,4 +1,4 @@
-"""`make demo`: the regularizer on a real network, and the operator against naive PyTorch.
+"""`python -m bench demo`: the regularizer on a real network, the operator against naive PyTorch.
 
 Trains a small convolutional network on scikit-learn's handwritten digits without a regularizer,
 with minimum hyperspherical energy (MHE) and with its compressive form (RP-CoMHE); then measures
@@ -6,11 +6,9 @@ time, memory and error of energy + gradient. Every sentence printed is computed 
 """
 
 import argparse
-import csv
 import math
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,21 +17,19 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import torch
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from scipy import stats
-from torch import Tensor
 
 import comhe_ext
-import readme
-from comhe_ext import ops, testing
-from digits import (
+from bench import compare, machine, plots, readme, sweep
+from bench.contest import Rules
+from bench.digits import (
     BATCH,
     DIM,
     IMAGES,
     METHODS,
+    TABLE,
     TRAIN_IMAGES,
     WEIGHT,
     Layer,
@@ -45,14 +41,13 @@ from digits import (
     step_milliseconds,
     train,
 )
-from measure import Cost, free_memory, in_child, machine
-from naive import naive_bytes
-from plots import plot_costs, plot_energies
+from bench.options import Options
+from bench.screen import Steps, make_table
+from bench.shapes import Case, Shape
+from bench.store import RESULTS, ROOT, Row
+from comhe_ext import ops
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIDENCE = 0.95
-# beyond, a round of the naive formula takes many seconds: it is timed once, in a process of its own
-MOST_ROWS_IN_TURNS = 8192
 
 
 class Plan(NamedTuple):
@@ -62,11 +57,11 @@ class Plan(NamedTuple):
     steps: int
     steps_between_energies: int
     rows: tuple[int, ...]
-    rounds: int
+    rules: Rules
 
 
-FULL = Plan(seeds=6, steps=150, steps_between_energies=10, rows=(1024, 4096, 16384), rounds=5)
-QUICK = Plan(seeds=2, steps=6, steps_between_energies=3, rows=(512, 1024), rounds=2)
+FULL = Plan(6, 150, 10, rows=(1024, 4096, 16384), rules=Rules(rounds=5, budget=5.0))
+QUICK = Plan(2, 6, 3, rows=(512, 1024), rules=Rules(rounds=2))
 
 
 # --- the regularizer ------------------------------------------------------------------------------
@@ -75,31 +70,18 @@ QUICK = Plan(seeds=2, steps=6, steps_between_energies=3, rows=(512, 1024), round
 def train_all(plan: Plan, console: Console) -> list[Run]:
     jobs = [(method, seed) for seed in range(plan.seeds) for method in METHODS]
     runs = []
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training", total=len(jobs) * plan.steps)
-        for done, (method, seed) in enumerate(jobs, 1):
+    with Steps(console, len(jobs)) as steps:
+        for method, seed in jobs:
             start = time.perf_counter()
-            progress.update(bar, description=f"training, seed {seed}, {METHODS[method]}")
             run = Run(method, seed)
-            for _ in train(run, plan.steps, plan.steps_between_energies):
-                progress.advance(bar)
+            for step in train(run, plan.steps, plan.steps_between_energies):
+                steps.say(f"training, seed {seed}, {METHODS[method]}, step {step}")
             runs.append(run)
-            if not console.is_terminal:
-                took = time.perf_counter() - start
-                console.print(
-                    f"trained {done} of {len(jobs)}: seed {seed}, {METHODS[method]}, "
-                    f"{run.accuracy:.2f} % right, {took:.1f} s"
-                )
+            took = time.perf_counter() - start
+            steps.advance(
+                f"seed {seed}, {METHODS[method]}: {run.accuracy:.2f} % right, {took:.1f} s"
+            )
     return runs
-
-
-def make_table(title: str, headings: Sequence[str]) -> Table:
-    """A plain table: the first column is words, the others are numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    return table
 
 
 def training_tables(runs: Sequence[Run], layers: Sequence[Layer]) -> list[Table]:
@@ -171,114 +153,48 @@ def compare_accuracy(differences: np.ndarray) -> str:
 # --- the operator ---------------------------------------------------------------------------------
 
 
-def measure_costs(plan: Plan, threads: int, console: Console) -> list[Cost]:
-    costs = []
-    for rows in plan.rows:
-        points = testing.random_rows(rows, DIM)
-        with step(console, f"energy and gradient in float64, N = {rows}"):
-            truth = testing.exact_energy_and_gradient(points)
-        in_turns = ["comhe_ext", "naive"] if rows <= MOST_ROWS_IN_TURNS else ["comhe_ext"]
-        with step(console, f"time, N = {rows}"):
-            child = in_child(in_turns, rows, DIM, rounds=plan.rounds, threads=threads)
-            seconds = child.seconds
-        for method in ("comhe_ext", "naive"):
-            needed = naive_bytes(rows) * 1.1 + 2**28
-            if method == "naive" and (free := free_memory()) < needed:
-                note = f"needs {gib(needed)}, {gib(free)} free"
-                costs.append(Cost(method, rows, None, 0, None, None, None, note))
-                continue
-            with step(console, f"memory and error, N = {rows}, {method}"):
-                costs.append(measure_cost(method, rows, threads, truth, seconds.get(method)))
-    return costs
+def measure_costs(plan: Plan, options: Options) -> dict[Case, list[Row]]:
+    """The sweep's rows of ours and of the naive formula."""
+    cases = [Case(Shape(1, rows, DIM), "gradient") for rows in plan.rows]
+    sweep.sweep(options, cases)
+    setting = machine.name(options.device), options.device, str(options.threads)
+    rows = compare.by_setting(sweep.TABLE.newest(options.out))[setting]
+    return {case: compare.by_case(rows)[case] for case in cases}
 
 
-def measure_cost(
-    method: str,
-    rows: int,
-    threads: int,
-    truth: tuple[Tensor, Tensor],
-    seconds: Sequence[float] | None,
-) -> Cost:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "result.pt"
-        try:
-            # one round: what an earlier one left behind is not the operator's need
-            child = in_child([method], rows, DIM, rounds=1, threads=threads, save=file)
-        except RuntimeError as error:
-            return Cost(method, rows, None, 0, None, None, None, str(error))
-        energy, gradient = torch.load(file)
-    seconds = child.seconds[method] if seconds is None else seconds
-    return Cost(
-        method,
-        rows,
-        1e3 * statistics.median(seconds),
-        len(seconds),
-        child.peak_bytes / 2**20,
-        testing.relative_error(energy, truth[0]),
-        testing.relative_error(gradient, truth[1]),
-    )
+def cost_table(costs: dict[Case, list[Row]]) -> Table:
+    lines = []
+    for case, rows in costs.items():
+        for row in rows:
+            errors = (row["energy_error"], row["derivative_error"])
+            cells = [readme.number(float(row[x])) for x in ("wall_ms", "peak_mib") if row[x]]
+            cells += [f"{float(error):.1e}" for error in errors if error]
+            lines.append([row["method"], str(case.shape.rows), *(cells or [row["status"]])])
+    headings = ("", "N", "time, ms", "peak, MiB", "energy error", "gradient error")
+    return make_table(f"Energy + gradient of N vectors, k = {DIM}, s = 2", headings, lines)
 
 
-class step:  # noqa: N801 (used as a statement)
-    """Say what is being measured: a spinner, or a line where the output is not a terminal."""
-
-    def __init__(self, console: Console, words: str) -> None:
-        self.status = console.status(words) if console.is_terminal else None
-        if self.status is None:
-            console.print(f"measuring: {words}")
-
-    def __enter__(self) -> None:
-        if self.status is not None:
-            self.status.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self.status is not None:
-            self.status.stop()
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-def cost_table(costs: Sequence[Cost]) -> Table:
-    table = make_table(
-        f"Energy + gradient of N vectors, k = {DIM}, s = 2",
-        ("", "N", "time, ms", "peak, MiB", "energy error", "gradient error"),
-    )
-    for cost in costs:
-        if cost.milliseconds is None:
-            table.add_row(cost.method, str(cost.rows), "not run")
-            continue
-        table.add_row(
-            cost.method,
-            str(cost.rows),
-            f"{cost.milliseconds:.1f}",
-            f"{cost.peak_mib:.1f}",
-            f"{cost.energy_error:.1e}",
-            f"{cost.gradient_error:.1e}",
-        )
-    return table
-
-
-def cost_words(costs: Sequence[Cost]) -> Iterator[str]:
-    for ours, naive in zip(costs[::2], costs[1::2], strict=True):
-        if ours.milliseconds is None or ours.peak_mib is None:
-            yield f"N = {ours.rows}: comhe_ext failed: {ours.note}."
-        elif naive.milliseconds is None or naive.peak_mib is None:
+def cost_words(costs: dict[Case, list[Row]]) -> Iterator[str]:
+    for case, rows in costs.items():
+        mine = compare.ours(rows)
+        naive = next(row for row in rows if row["method"] == "naive")
+        words = f"N = {case.shape.rows}: "
+        if mine is None:
+            yield f"{words}comhe_ext failed: {rows[0]['note']}."
+        elif not naive["wall_ms"]:
+            time, memory = float(mine["wall_ms"]) / 1e3, float(mine["peak_mib"])
             yield (
-                f"N = {ours.rows}: comhe_ext takes {ours.milliseconds / 1e3:.2f} s and "
-                f"{ours.peak_mib:.1f} MiB; the naive formula was not run: {naive.note}."
+                f"{words}comhe_ext takes {time:.2f} s and {memory:.1f} MiB; the naive formula was "
+                f"not timed: {naive['status']}, {naive['note']}."
             )
         else:
-            faster = compare(naive.milliseconds / ours.milliseconds, "faster", "slower")
-            smaller = compare(naive.peak_mib / ours.peak_mib, "smaller", "larger")
-            yield (
-                f"N = {ours.rows}: against the naive formula comhe_ext is {faster}, "
-                f"its peak memory {smaller}."
-            )
+            ratios = [float(naive[name]) / float(mine[name]) for name in ("wall_ms", "peak_mib")]
+            faster = in_words(ratios[0], "faster", "slower")
+            smaller = in_words(ratios[1], "smaller", "larger")
+            yield f"{words}beside the naive formula comhe_ext is {faster}, its memory {smaller}."
 
 
-def compare(ratio: float, above: str, below: str) -> str:
+def in_words(ratio: float, above: str, below: str) -> str:
     """A ratio in words, one that rounds to 1 as such."""
     if 0.95 <= ratio <= 1.05:
         return f"neither {above} nor {below} (within 5 %)"
@@ -288,59 +204,35 @@ def compare(ratio: float, above: str, below: str) -> str:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def save_costs(path: Path, costs: Sequence[Cost], backend: str, threads: int) -> None:
-    fields = {"machine": machine(), "torch": torch.__version__, "threads": threads, "k": DIM}
-    rows = [{**fields, "backend": backend, **cost._asdict()} for cost in costs]
-    for row in rows:
-        row["backend"] = backend if row["method"] == "comhe_ext" else ""
-    write_csv(path, rows)
-
-
-def save_training(path: Path, runs: Sequence[Run], layers: Sequence[Layer], backend: str) -> None:
-    fields = {"machine": machine(), "torch": torch.__version__, "threads": 1}
+def save_training(folder: Path, runs: Sequence[Run], layers: Sequence[Layer]) -> None:
+    stamp = machine.stamp("cpu", 1)
     rows = []
     for run in runs:
-        row = {**fields, "backend": backend, "method": run.method, "seed": run.seed}
-        row |= {"steps": len(run.seconds), "accuracy": round(run.accuracy, 4)}
-        row["step_ms"] = round(1e3 * statistics.median(run.seconds), 3)
+        row = stamp | {"method": run.method, "seed": run.seed, "steps": len(run.seconds)}
+        row |= {"accuracy": run.accuracy, "step_ms": 1e3 * statistics.median(run.seconds)}
         for layer, first, last in zip(layers, run.energies[0], run.energies[-1], strict=True):
-            row[f"{layer.name}_first"], row[f"{layer.name}_last"] = first, last
+            row |= {f"{layer.name}_first": first, f"{layer.name}_last": last}
         rows.append(row)
-    write_csv(path, rows)
+    TABLE.upsert(folder, rows)
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps and small N: a check")
-    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for the plots")
     parser.add_argument(
-        "--save", action="store_true", help="write bench/results/demo-*.csv, the README's numbers"
+        "--out", type=Path, default=ROOT / "out", metavar="FOLDER", help="of its files; default out"
     )
-    parser.add_argument("--threads", type=int, help="default: as many as PyTorch takes")
-    args = parser.parse_args()
-    if args.quick and args.save:
-        parser.error("the README's numbers come from a full run: --save without --quick")
+    parser.add_argument(
+        "--save", action="store_true", help="put the training's numbers into README.md"
+    )
 
+
+def run(args: argparse.Namespace, threads: int, console: Console) -> None:
     started = time.perf_counter()
     plan = QUICK if args.quick else FULL
-    console = Console(highlight=False)
-    if console.width > 100:
-        console.width = 100
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    threads = torch.get_num_threads()
     backend = ops.choose_backend(None, torch.device("cpu"), torch.float32)
     console.print(
         f"comhe_ext {comhe_ext.__version__}, backend {backend!r}; PyTorch {torch.__version__}, "
-        f"Python {platform.python_version()}; {machine()}; threads: {threads}"
+        f"Python {platform.python_version()}; {machine.name('cpu')}; threads: {threads}"
     )
     layers = layers_of(network())
 
@@ -366,12 +258,14 @@ def main() -> None:
         console.print(sentence)
 
     console.rule("2. The operator against naive PyTorch", align="left")
-    costs = measure_costs(plan, threads, console)
+    methods = (f"comhe-{backend}", "naive")
+    options = Options("cpu", threads, args.out, console, methods, plan.rules)
+    costs = measure_costs(plan, options)
     console.print(cost_table(costs))
     console.print(
-        f"Threads: {threads}. Time: median of {plan.rounds} rounds, the two taking turns; above "
-        f"N = {MOST_ROWS_IN_TURNS} naive runs once. Memory: peak above the input, in a fresh "
-        "process. Errors: relative, against float64."
+        f"Threads: {threads}. Time: by the wall clock, median of {plan.rules.rounds} rounds in "
+        "which the two take turns, of one where a call takes 10 s. Memory: peak above the input. "
+        "Each in a process of its own. Errors: relative, against float64."
     )
     for sentence in cost_words(costs):
         console.print(sentence)
@@ -383,21 +277,20 @@ def main() -> None:
         )
 
     console.rule("3. Files", align="left")
-    args.out.mkdir(parents=True, exist_ok=True)
-    plot_energies(runs, layers, args.out / "energy.png")
-    plot_costs(costs, args.out / "cost.png")
-    written = [args.out / "energy.png", args.out / "cost.png"]
+    rows = [row for found in costs.values() for row in found]
+    setting = compare.setting_of(rows[0])
+    written = plots.save_pictures(
+        args.out,
+        {
+            "energy": lambda theme: plots.energies_plot(theme, runs, layers),
+            "time": lambda theme: plots.time_plot(theme, rows, setting, DIM),
+            "memory": lambda theme: plots.memory_plot(theme, rows, setting, DIM),
+        },
+    )
     if args.save:
-        results = ROOT / "bench" / "results"
-        written += [results / "demo-cpu.csv", results / "demo-training.csv"]
-        save_costs(written[2], costs, backend, threads)
-        save_training(written[3], runs, layers, backend)
-        readme.update()
-        written.append(readme.README)
+        save_training(RESULTS, runs, layers)
+        readme.update(RESULTS)
+        written += [TABLE.path(RESULTS), readme.README]
     for path in written:
         console.print(str(path), soft_wrap=True)
     console.print(f"Done in {time.perf_counter() - started:.0f} s.")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,7 +14,19 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import comhe_ext
+from bench import machine
+from bench.store import Table
 from comhe_ext.projections import RandomProjection
+
+LAYERS = ("conv1", "conv2", "hidden", "output")
+TABLE = Table(
+    "training",
+    key=(*machine.STAMP, "method", "seed"),
+    values=(
+        *("date", "steps", "accuracy", "step_ms"),
+        *(f"{layer}_{when}" for layer in LAYERS for when in ("first", "last")),
+    ),
+)
 
 METHODS = {"none": "no regularizer", "MHE": "MHE", "RP-CoMHE": "RP-CoMHE"}
 IMAGES = 1797
@@ -101,8 +113,8 @@ def regularizer(method: str, model: nn.Module, seed: int) -> comhe_ext.CoMHE | N
     return comhe_ext.CoMHE(model, projection, weight=WEIGHT)
 
 
-def train(run: Run, steps: int, steps_between_energies: int) -> Iterator[None]:
-    """Fill in `run`, pausing after each step.
+def train(run: Run, steps: int, steps_between_energies: int) -> Iterator[int]:
+    """Fill in `run`, pausing after each step with its number.
 
     The seed fixes the split, the first weights and the batches, whatever the method.
     """
@@ -140,7 +152,7 @@ def train(run: Run, steps: int, steps_between_energies: int) -> Iterator[None]:
         optimizer.step()
         run.seconds.append(time.perf_counter() - start)
         schedule.step()
-        yield
+        yield step
     run.steps.append(steps)
     run.energies.append([layer.energy(model) for layer in layers])
     model.eval()

@@ -1,110 +1,510 @@
-"""The two plots of the demo."""
+"""`python -m bench plot`: the results drawn, each plot for light and for dark pages."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
-from digits import METHODS, Layer, Run, energy_history
-from measure import Cost
+from bench import accuracy, compare, roofline, sweep
+from bench.digits import METHODS as TRAININGS
+from bench.digits import Layer, Run, energy_history
+from bench.methods import METHODS, OURS
+from bench.shapes import GOALS, LAYERS, SCALING_DIM, SMALL, WIDE_DIM, Case, Shape
+from bench.store import Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FuncFormatter  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patheffects import withStroke  # noqa: E402
+from matplotlib.text import Annotation  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: E402
 
-GREY, BLUE, ORANGE = "#777777", "#0072b2", "#d55e00"
-METHOD_COLORS = {"none": GREY, "MHE": BLUE, "RP-CoMHE": ORANGE}
-FORMULA_COLORS = {"naive": GREY, "comhe_ext": ORANGE}
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a page; those of the methods can be told apart by the colour-blind."""
+
+    name: str
+    paper: str
+    ink: str
+    faint: str  # of what is not data
+    rule: str
+    orange: str
+    blue: str
+    sky: str
+    green: str
+    pink: str
+    yellow: str
 
 
-def plot_energies(runs: Sequence[Run], layers: Sequence[Layer], path: Path) -> None:
-    figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, layout="constrained")
+LIGHT = Theme(
+    *("light", "#ffffff", "#1f2328", "#6e7781", "#d8dee4"),
+    *("#c84c00", "#0b62a4", "#3d9bd1", "#00805a", "#b0508c", "#9a7400"),
+)
+DARK = Theme(
+    *("dark", "#0d1117", "#e6edf3", "#8b949e", "#30363d"),
+    *("#ff9147", "#6cb0f0", "#9ad4f5", "#3fcf9f", "#ec94c4", "#e3c14a"),
+)
+THEMES = (LIGHT, DARK)
+
+# the methods that get a line: of each family the one or two that matter
+LINES = {
+    "comhe-cpu": "orange",
+    "comhe-triton": "orange",
+    "comhe-torch": "orange",
+    "row-blocks": "pink",
+    "compile": "green",
+    "pdist": "blue",
+    "cdist-mm": "sky",
+    "naive": "ink",
+    "checkpoint": "faint",
+    "keops": "yellow",
+    "keops-native": "yellow",
+}
+DASHED = ("comhe-torch", "checkpoint", "keops")
+"""Of two lines of one colour, the lesser."""
+
+
+def color(theme: Theme, method: str) -> str:
+    return getattr(theme, LINES[method])
+
+
+@contextmanager
+def drawn(theme: Theme) -> Iterator[None]:
+    """matplotlib in the colours of a theme, the same bytes at every run."""
+    settings: Any = {
+        "font.size": 10,
+        "font.family": "DejaVu Sans",
+        "figure.facecolor": theme.paper,
+        "axes.facecolor": theme.paper,
+        "savefig.facecolor": theme.paper,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.edgecolor": theme.faint,
+        "xtick.color": theme.faint,
+        "ytick.color": theme.faint,
+        "xtick.labelcolor": theme.ink,
+        "ytick.labelcolor": theme.ink,
+        "grid.color": theme.rule,
+        "grid.linewidth": 0.7,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "svg.hashsalt": "comhe_ext",
+    }
+    with plt.rc_context(settings):
+        yield
+
+
+# --- lines with their names beside them -----------------------------------------------------------
+
+
+def name_line(axes: Axes, x: float, y: float, text: str, colour: str, side: str) -> Annotation:
+    """Beside the line's first point, or its last."""
+    return axes.annotate(
+        text,
+        (x, y),
+        xytext=(8 if side == "right" else -8, 0),
+        textcoords="offset points",
+        color=colour,
+        ha="left" if side == "right" else "right",
+        va="center",
+        fontsize=9,
+        annotation_clip=False,
+        path_effects=[withStroke(linewidth=2.5, foreground=plt.rcParams["figure.facecolor"])],
+    )
+
+
+def part_names(figure: Figure, names: Sequence[Annotation]) -> None:
+    """Move names up and down until none covers another; they stand in one column."""
+    figure.canvas.draw()
+    point = figure.dpi / 72
+    names = sorted(names, key=lambda name: name.get_window_extent().y0)
+    height = max((name.get_window_extent().height for name in names), default=0.0)
+    wanted = [name.get_window_extent().y0 for name in names]
+    places = list(wanted)
+    for _ in range(100):
+        for i in range(1, len(places)):
+            if (overlap := places[i - 1] + height - places[i]) > 0:
+                places[i - 1] -= overlap / 2
+                places[i] += overlap / 2
+    for name, old, new in zip(names, wanted, places, strict=True):
+        name.xyann = (name.xyann[0], name.xyann[1] + (new - old) / point)
+
+
+def is_best(method: str) -> bool:
+    return METHODS[method].family == OURS and method not in DASHED
+
+
+def draw_line(axes: Axes, points: Sequence[tuple[float, float]], method: str, colour: str) -> None:
+    axes.plot(
+        *zip(*points, strict=True),
+        color=colour,
+        linewidth=2.8 if is_best(method) else 1.5,
+        linestyle=(0, (4, 2)) if method in DASHED else "-",
+        marker="o",
+        markersize=4 if is_best(method) else 2.5,
+        zorder=3 if is_best(method) else 2,
+    )
+
+
+def logarithmic(axes: Axes, formatter: FuncFormatter) -> None:
+    """Both axes; only tens are marked, and only on the vertical one."""
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log")
+        axis.set_minor_locator(NullLocator())
+        axis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=False, axis="x")
+    axes.yaxis.set_major_formatter(formatter)
+
+
+def with_unit(*scales: tuple[float, str]) -> FuncFormatter:
+    """Numbers in the largest unit that they reach; the scales rise."""
+
+    def text(value: float, _: object) -> str:
+        scale, unit = next((s for s in reversed(scales) if value >= 0.999 * s[0]), scales[0])
+        return f"{value / scale:.3g} {unit}"
+
+    return FuncFormatter(text)
+
+
+MILLISECONDS = with_unit((1e-3, "µs"), (1.0, "ms"), (1e3, "s"))
+MEGABYTES = with_unit((1.0, "MB"), (1e3, "GB"))
+FLOPS = with_unit((1e9, "Gflop/s"), (1e12, "Tflop/s"))
+SMALL_NUMBERS = FuncFormatter(
+    lambda y, _: f"{y:g}" if y >= 0.01 else f"{y:.0e}".replace("e-0", "e-")
+)
+
+# --- the plots ------------------------------------------------------------------------------------
+
+
+def setting_words(setting: compare.Setting) -> str:
+    machine, device, threads = setting
+    if device == "cuda":
+        return machine
+    return f"{machine.split(',')[0]}, {threads} thread" + ("" if threads == "1" else "s")
+
+
+def shape_words(shape: Shape) -> str:
+    sets = "" if shape.sets == 1 else f"{shape.sets:,} sets of "
+    return f"{sets}{shape.rows:,} × {shape.dim:,}"
+
+
+def over_rows(
+    theme: Theme, rows: Sequence[Row], value: Callable[[Row], float | None], dim: int
+) -> tuple[Figure, Axes]:
+    """A line for each method, over the rows of one set; named at its left end, y at the right."""
+    figure, axes = plt.subplots(figsize=(8.6, 4.8))
+    wanted = [r for r in rows if (r["mode"], r["sets"], r["dim"]) == ("gradient", "1", str(dim))]
+    numbers = sorted({int(row["rows"]) for row in wanted})
+    names = []
+    for method in LINES:
+        mine = sorted((r for r in wanted if r["method"] == method), key=lambda r: int(r["rows"]))
+        line = [(int(r["rows"]), y) for r in mine if (y := value(r)) is not None]
+        if not line:
+            continue
+        colour = color(theme, method)
+        draw_line(axes, line, method, colour)
+        names.append(name_line(axes, *line[0], METHODS[method].label, colour, "left"))
+        beyond = next((r["status"] for r in mine if int(r["rows"]) > line[-1][0]), "")
+        if beyond in ENDS:
+            axes.plot(*line[-1], marker=ENDS[beyond], color=colour, markersize=8, zorder=4)
+    logarithmic(axes, MILLISECONDS)
+    ticks = numbers[::2] if len(numbers) > 6 else numbers
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.yaxis.tick_right()
+    axes.spines["left"].set_visible(False)
+    axes.spines["right"].set_visible(True)
+    axes.set_xlabel("N, rows in one set        × out of memory beyond      ▶ too slow beyond")
+    figure.subplots_adjust(left=0.24, right=0.91, top=0.92, bottom=0.11)
+    part_names(figure, names)
+    return figure, axes
+
+
+ENDS = {"out of memory": "x", "timeout": ">"}
+
+
+def time_plot(theme: Theme, rows: Sequence[Row], setting: compare.Setting, dim: int) -> Figure:
+    figure, axes = over_rows(theme, rows, compare.milliseconds, dim)
+    axes.set_title(f"Time of energy + gradient, k = {dim} ({setting_words(setting)})")
+    return figure
+
+
+def memory_plot(theme: Theme, rows: Sequence[Row], setting: compare.Setting, dim: int) -> Figure:
+    def peak(row: Row) -> float | None:
+        return 1.048576 * float(row["peak_mib"]) if row["peak_mib"] and row["wall_ms"] else None
+
+    figure, axes = over_rows(theme, rows, peak, dim)
+    axes.yaxis.set_major_formatter(MEGABYTES)
+    axes.set_title(f"Peak memory above the points, k = {dim} ({setting_words(setting)})")
+    return figure
+
+
+BARS = (
+    "row-blocks",
+    "compile",
+    "pdist",
+    "cdist-mm",
+    "checkpoint",
+    "naive",
+    "keops-native",
+    "keops",
+)
+REASONS = {"timeout": "too slow", "": "not measured"}
+
+
+def speed_plot(theme: Theme, rows: Sequence[Row], setting: compare.Setting) -> Figure | None:
+    """How many times as long each peer takes, a panel for each shape."""
+    cases = compare.by_case(rows)
+    projected = [shape for shape in LAYERS if shape.dim == 40]
+    wanted = [Case(s, "gradient") for s in (*GOALS[setting[1]], *SMALL[setting[1]], *projected)]
+    panels = [case for case in wanted if compare.ours(cases.get(case, [])) is not None]
+    if not panels:
+        return None
+    here = {row["method"] for row in rows if row["status"] != "unavailable"}
+    peers = [peer for peer in BARS if peer in here]
+    columns, lines = 3, -(-len(panels) // 3)
+    figure, grid = plt.subplots(
+        lines, columns, figsize=(9.2, 0.5 + 2.1 * lines), sharex=True, sharey=True, squeeze=False
+    )
+    ratios: list[float] = []
+    for axes, case in zip(grid.flat, panels, strict=False):
+        mine = compare.ours(cases[case])
+        found = {row["method"]: row for row in cases[case]}
+        for place, peer in enumerate(peers):
+            row = found.get(peer)
+            ratio = None if row is None else compare.times_faster(mine, row)
+            if ratio is None:
+                status = "" if row is None else row["status"]
+                words = REASONS.get(status, status)
+                axes.text(1.08, place, words, color=theme.faint, va="center", fontsize=8)
+                continue
+            ratios.append(ratio)
+            colour = theme.blue if ratio >= 1 else theme.orange
+            axes.barh(place, ratio - 1, left=1, height=0.64, color=colour)
+            text = f"{ratio:.2g}×" if ratio < 10 else f"{ratio:.0f}×"
+            axes.text(1.08 * max(ratio, 1), place, text, va="center", fontsize=8.5)
+        axes.axvline(1, color=theme.ink, linewidth=1)
+        layer = LAYERS.get(case.shape, "").split(", ")[0]
+        axes.set_title(f"{layer}\n{shape_words(case.shape)}".strip(), fontsize=9)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    first = grid.flat[0]
+    first.set_xscale("log")
+    first.set_xlim(0.8 * min(*ratios, 1.0), 3.0 * max(*ratios, 1.0))
+    first.set_ylim(len(peers) - 0.4, -0.6)
+    first.set_yticks(range(len(peers)), [METHODS[peer].label for peer in peers])
+    for axes in grid.flat:
+        axes.tick_params(axis="both", which="both", length=0, labelbottom=False)
+        axes.grid(visible=False)
+        axes.spines[["left", "bottom"]].set_visible(False)
+    title = f"Times as long as comhe_ext, energy + gradient ({setting_words(setting)})"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.tight_layout(h_pad=1.2)
+    return figure
+
+
+ERROR_LINES = (
+    *("comhe-cpu", "comhe-triton", "comhe-torch", "pdist", "keops", "keops-native"),
+    *("cdist-mm", "compile", "naive"),
+)
+
+
+def accuracy_plot(theme: Theme, rows: Sequence[Row]) -> Figure:
+    """The gradient's error over the angle between the closest rows; not finite is at the top."""
+    figure, axes = plt.subplots(figsize=(8.6, 4.4))
+    angles = {case: angle for case, angle in accuracy.ANGLES.items() if angle is not None}
+    names = []
+    for method in ERROR_LINES:
+        mine = {r["case"]: r for r in rows if r["method"] == method and r["gradient_error"]}
+        errors = {c: float(mine[c]["gradient_error"]) for c in angles if c in mine}
+        if not errors:
+            continue
+        line = [(angles[c], min(y, 1.0) if math.isfinite(y) else 1.0) for c, y in errors.items()]
+        colour = color(theme, method)
+        draw_line(axes, line, method, colour)
+        names.append(name_line(axes, *line[-1], METHODS[method].label, colour, "right"))
+    logarithmic(axes, SMALL_NUMBERS)
+    axes.invert_xaxis()
+    axes.set_xticks(list(angles.values()), [SMALL_NUMBERS(angle) for angle in angles.values()])
+    axes.set_xlabel(
+        f"angle in radians of the {accuracy.PAIRS} closest pairs among {accuracy.ROWS} rows"
+    )
+    axes.set_title("Relative error of the gradient against float64")
+    figure.subplots_adjust(left=0.07, right=0.76, top=0.92, bottom=0.13)
+    part_names(figure, names)
+    return figure
+
+
+ROOFLINE_LINES = ("comhe-cpu", "comhe-triton", "row-blocks", "compile", "naive")
+
+
+def roofline_plot(
+    theme: Theme, rows: Sequence[Row], setting: compare.Setting, top: Row | None
+) -> Figure | None:
+    """Useful operations a second over those that each byte of points and gradient allows."""
+    peak = roofline.peak(top)
+    if top is None or peak is None:
+        return None
+    figure, axes = plt.subplots(figsize=(8.6, 4.8))
+    names = []
+    left, right = math.inf, 0.0
+    for dim, style in ((SCALING_DIM[setting[1]], "-"), (WIDE_DIM, (0, (4, 2)))):
+        for method in ROOFLINE_LINES:
+            line = []
+            for row in rows:
+                case = compare.case_of(row)
+                if row["method"] != method or (case.shape.sets, case.shape.dim) != (1, dim):
+                    continue
+                if (rate := roofline.rate(case, row)) is not None:
+                    line.append((case.shape.flop / case.shape.bytes, rate))
+            if not line:
+                continue
+            line.sort()
+            left, right = min(left, line[0][0]), max(right, line[-1][0])
+            colour = color(theme, method)
+            width = 2.8 if is_best(method) else 1.5
+            axes.plot(*zip(*line, strict=True), color=colour, linestyle=style, linewidth=width)
+            label = f"{METHODS[method].label}, k = {dim}"
+            names.append(name_line(axes, *line[-1], label, colour, "right"))
+    if not names:
+        return None
+    bandwidth = float(top["bytes_per_second"])
+    ridge = peak / bandwidth
+    roof = sorted({min(left, ridge) / 2, ridge, 1.2 * right})
+    heights = [min(peak, x * bandwidth) for x in roof]
+    axes.plot(roof, heights, color=theme.ink, linewidth=1.5)
+    axes.annotate(
+        f"peak, {FLOPS(peak)}",
+        (roof[-1], peak),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="right",
+    )
+    logarithmic(axes, FLOPS)
+    axes.set_xlim(roof[0], roof[-1])
+    axes.set_xlabel("useful operations for each byte of points and gradient, 3 (N - 1) / 8")
+    axes.set_title(f"Useful rate below the roof of the machine ({setting_words(setting)})")
+    figure.subplots_adjust(left=0.12, right=0.74, top=0.92, bottom=0.12)
+    part_names(figure, names)
+    return figure
+
+
+ALTERNATIVES = {
+    "time": "Time of energy and gradient over the number of rows",
+    "memory": "Peak memory over the number of rows",
+    "speed": "How many times as long the others take",
+    "roofline": "Rates below the roof of the machine",
+    "accuracy": "Error of the gradient over the angle between close rows",
+}
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def main_setting(rows: Sequence[Row], device: str) -> compare.Setting | None:
+    """The one that is drawn: of the machine last measured, one thread of a processor."""
+    wanted = [r for r in rows if r["device"] == device]
+    if device == "cpu":
+        wanted = [r for r in wanted if r["threads"] == "1"]
+    newest = max(wanted, key=lambda row: row["date"], default=None)
+    return None if newest is None else compare.setting_of(newest)
+
+
+def figures(folder: Path) -> dict[str, Callable[[Theme], Figure | None]]:
+    """What can be drawn from the results in a folder, by the names of the files."""
+    found: dict[str, Callable[[Theme], Figure | None]] = {}
+    measured = sweep.TABLE.newest(folder)
+    for device in ("cpu", "cuda"):
+        if (setting := main_setting(measured, device)) is None:
+            continue
+        rows = compare.by_setting(measured)[setting]
+        dim = SCALING_DIM[device]
+        top = roofline.peaks(setting, folder)
+        found[f"time-{device}"] = partial(time_plot, rows=rows, setting=setting, dim=dim)
+        found[f"memory-{device}"] = partial(memory_plot, rows=rows, setting=setting, dim=dim)
+        found[f"speed-{device}"] = partial(speed_plot, rows=rows, setting=setting)
+        found[f"roofline-{device}"] = partial(roofline_plot, rows=rows, setting=setting, top=top)
+    for device in ("cpu", "cuda"):
+        errors = [row for row in accuracy.TABLE.newest(folder) if row["device"] == device]
+        if errors:
+            found[f"accuracy-{device}"] = partial(accuracy_plot, rows=errors)
+    return found
+
+
+def draw(results: Path) -> list[Path]:
+    """The plots of the results in a folder, as SVG beside them, for light and dark pages."""
+    folder = results / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, make in figures(results).items():
+        for theme in THEMES:
+            with drawn(theme):
+                if (figure := make(theme)) is None:
+                    break
+                written.append(folder / f"{name}-{theme.name}.svg")
+                # no date: the same results make the same bytes
+                figure.savefig(written[-1], metadata={"Date": None})
+                plt.close(figure)
+    return written
+
+
+def save_pictures(folder: Path, pictures: dict[str, Callable[[Theme], Figure]]) -> list[Path]:
+    """The demo's own, as PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    with drawn(LIGHT):
+        for name, make in pictures.items():
+            written.append(folder / f"{name}.png")
+            make(LIGHT).savefig(written[-1], dpi=150)
+        plt.close("all")
+    return written
+
+
+# --- the demo's training --------------------------------------------------------------------------
+
+
+def energies_plot(theme: Theme, runs: Sequence[Run], layers: Sequence[Layer]) -> Figure:
+    """The energy of each layer over the steps, mean and deviation over the seeds."""
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True)
+    colours = {"none": theme.faint, "MHE": theme.blue, "RP-CoMHE": theme.orange}
     steps = runs[0].steps
+    names: list[list[Annotation]] = []
     for index, (axes, layer) in enumerate(zip(panels.flat, layers, strict=True)):
-        lines = {METHODS[m]: energy_history(runs, m)[:, :, index] for m in METHOD_COLORS}
-        ends = {label: float(history[:, -1].mean()) for label, history in lines.items()}
-        colors = {METHODS[m]: color for m, color in METHOD_COLORS.items()}
-        for label, history in lines.items():
+        names.append([])
+        for method, colour in colours.items():
+            history = energy_history(runs, method)[:, :, index]
             mean, deviation = history.mean(0), history.std(0, ddof=1)
-            axes.plot(steps, mean, color=colors[label], linewidth=1.8)
+            axes.plot(steps, mean, color=colour, linewidth=1.8)
             axes.fill_between(
-                steps, mean - deviation, mean + deviation, color=colors[label], alpha=0.15, lw=0
+                steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0
             )
-        levels = {"random vectors": layer.random(), "optimum": layer.optimum()}
-        for label, level in levels.items():
+            names[-1].append(
+                name_line(axes, steps[-1], mean[-1], TRAININGS[method], colour, "right")
+            )
+        for label, level in (("random vectors", layer.random()), ("optimum", layer.optimum())):
             if level is not None:
-                axes.axhline(level, color="black", linewidth=0.8, linestyle=(0, (4, 3)))
-                ends[label], colors[label] = level, "black"
-        axes.margins(y=0.08)
-        label_ends(axes, ends, colors)
+                axes.axhline(level, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
+                names[-1].append(name_line(axes, steps[-1], level, label, theme.ink, "right"))
         kind = "half space" if layer.half_space else "full space"
-        axes.set_title(
-            f"{layer.name}: {layer.rows} vectors of {layer.width}, {kind}", loc="left", fontsize=10
-        )
-        strip(axes)
+        axes.set_title(f"{layer.name}: {layer.rows} vectors of {layer.width}, {kind}", fontsize=10)
         axes.set_xlim(0, steps[-1])
         axes.ticklabel_format(axis="y", useOffset=False)
+        axes.grid(visible=False)
     for axes in panels[-1]:
         axes.set_xlabel("training step")
     for axes in panels[:, 0]:
         axes.set_ylabel("energy, mean over pairs")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def plot_costs(costs: Sequence[Cost], path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for axes, column, title in (
-        (left, "milliseconds", "time of energy + gradient, ms"),
-        (right, "peak_mib", "peak memory above the input, MiB"),
-    ):
-        for method, color in FORMULA_COLORS.items():
-            ran = [c for c in costs if c.method == method and getattr(c, column) is not None]
-            if not ran:
-                continue
-            values = [getattr(c, column) for c in ran]
-            axes.loglog([c.rows for c in ran], values, color=color, marker="o", linewidth=1.8)
-            # at the line's own end: it may stop short of the other
-            axes.annotate(
-                method,
-                (ran[-1].rows, values[-1]),
-                xytext=(7, 0),
-                textcoords="offset points",
-                color=color,
-                va="center",
-            )
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlabel("N")
-        ticks = sorted({c.rows for c in costs})
-        axes.set_xticks(ticks, [str(n) for n in ticks])
-        axes.xaxis.minorticks_off()
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        strip(axes)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def strip(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def label_ends(axes: Axes, ends: dict[str, float], colors: dict[str, str]) -> None:
-    """Name each line at its right end, moved apart where two would overlap."""
-    low, high = axes.get_ylim()
-    gap = 0.075 * (high - low)
-    places: list[float] = []
-    for label, end in sorted(ends.items(), key=lambda item: item[1]):
-        place = max(end, places[-1] + gap) if places else end
-        places.append(place)
-        axes.annotate(
-            label,
-            (1.0, place),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            color=colors[label],
-            va="center",
-            fontsize=9,
-            annotation_clip=False,
-        )
+    figure.subplots_adjust(left=0.09, right=0.86, top=0.95, bottom=0.08, wspace=0.68)
+    for column in names:
+        part_names(figure, column)
+    return figure

@@ -1,26 +1,22 @@
-"""Puts the numbers of bench/results/ into README.md, between the markers that name a table.
+"""`python -m bench readme`: the results put into README.md, between markers that name a part."""
 
-python bench/readme.py            rewrites the tables
-python bench/readme.py --check    fails where README.md and the results disagree
-"""
-
-import argparse
-import csv
+import math
 import re
 import statistics
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench import accuracy, compare, digits, goals, model, plots, roofline, sweep
+from bench.methods import METHODS, OURS
+from bench.model import MODELS, NONE
+from bench.plots import main_setting, shape_words
+from bench.shapes import GOALS, LAYERS, SMALL, Case
+from bench.store import ROOT, Row
+
 README = ROOT / "README.md"
-RESULTS = ROOT / "bench" / "results"
-Rows = list[dict[str, str]]
-
-
-def read(name: str) -> Rows:
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+DEVICES = {"cpu": "processor", "cuda": "GPU"}
+NOTHING = "Nothing measured yet."
+NO_GPU = "**Nothing has run on a GPU yet.** No number here is from one."
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -29,44 +25,307 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
 
 
-def significant(value: str, digits: int = 3) -> str:
-    number = float(value)
-    if number >= 100:
-        return f"{number:,.0f}"
-    return f"{number:.{digits}g}"
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def costs() -> str:
-    rows = read("demo-cpu")
+def error(text: str) -> str:
+    if not text:
+        return ""
+    value = float(text)
+    return f"{value:.0e}" if math.isfinite(value) else str(value)
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Where and with what rows were measured."""
     first = rows[0]
-    backend = next(row["backend"] for row in rows if row["method"] == "comhe_ext")
-    cells = []
-    for row in rows:
-        name = "naive PyTorch" if row["method"] == "naive" else row["method"]
-        if not row["milliseconds"]:
-            cells.append([name, row["rows"], *["not run"] * 4])
-            continue
-        numbers = [significant(row["milliseconds"]), significant(row["peak_mib"])]
-        errors = [f"{float(row[f'{part}_error']):.1e}" for part in ("energy", "gradient")]
-        cells.append([name, row["rows"], *numbers, *errors])
-    headings = ["", "N", "time, ms", "peak memory, MiB", "energy error", "gradient error"]
+
+    def all_of(column: str) -> str:
+        return ", ".join(dict.fromkeys(row[column] or "?" for row in rows))
+
+    threads = "" if first["device"] == "cuda" else f", threads: {all_of('threads')}"
     return (
-        f"Energy + gradient, s = 2, k = {first['k']}, float32; {first['machine']}, "
-        f"threads: {first['threads']}, PyTorch {first['torch']}, backend `{backend}`.\n\n"
-        + markdown(headings, cells)
+        f"{first['machine']}{threads}; PyTorch {all_of('torch')}, comhe_ext "
+        f"{all_of('comhe_ext')} at {all_of('commit')}"
     )
 
 
-def training() -> str:
-    rows = read("demo-training")
-    names = {"none": "no regularizer", "MHE": "MHE", "RP-CoMHE": "RP-CoMHE"}
-    layers = [key.removesuffix("_last") for key in rows[0] if key.endswith("_last")]
-    cells = []
-    for method, name in names.items():
+class Results:
+    """The newest rows of a folder, by device."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        measured = sweep.TABLE.newest(folder)
+        self.folder, self.device = folder, device
+        self.setting = main_setting(measured, device)
+        self.rows = [] if self.setting is None else compare.by_setting(measured)[self.setting]
+        self.cases = compare.by_case(self.rows)
+        self.peaks = None if self.setting is None else roofline.peaks(self.setting, folder)
+        self.all_rows = [row for row in measured if row["device"] == device]
+
+
+# --- the sweep ------------------------------------------------------------------------------------
+
+# heading -> the methods whose fastest is shown
+COLUMNS = {
+    "naive": ("naive",),
+    "naive, set by set": ("naive-by-set",),
+    "row blocks": ("row-blocks",),
+    "checkpoint": ("checkpoint",),
+    "pdist": ("pdist",),
+    "cdist": ("cdist-mm", "cdist-direct"),
+    "torch.compile": ("compile",),
+    "KeOps": ("keops",),
+    "KeOps, one sweep": ("keops-analytic",),
+    "the same, native flags": ("keops-native",),
+}
+
+
+def speed(results: Results) -> str:
+    wanted = [*GOALS[results.device], *SMALL[results.device], *LAYERS]
+    lines, used = [], []
+    columns = {h: ms for h, ms in COLUMNS.items() if any(r["method"] in ms for r in results.rows)}
+    for shape in wanted:
+        case = Case(shape, "gradient")
+        mine = compare.ours(rows := results.cases.get(case, []))
+        if mine is None:
+            continue
+        used += rows
+        time = compare.milliseconds(mine)
+        part = roofline.share(case, mine, results.peaks)
+        cells = ["" if time is None else number(time), "" if part is None else f"{part:.0%}"]
+        for methods in columns.values():
+            cells.append(best_of([row for row in rows if row["method"] in methods], mine))
+        layer = f", {LAYERS[shape].split(', ')[0]}" if shape in LAYERS else ""
+        lines.append([shape_words(shape) + layer, *cells])
+    if not lines:
+        return NO_GPU if results.device == "cuda" else NOTHING
+    headings = ["rows × k", "comhe_ext, ms", "of the peak", *columns]
+    return f"{caption(used)}.\n\n{markdown(headings, lines)}"
+
+
+def best_of(rows: Sequence[Row], mine: Row) -> str:
+    """How many times as long the fastest of some methods takes, or why none of them ran."""
+    ratios = [ratio for row in rows if (ratio := compare.times_faster(mine, row)) is not None]
+    if ratios:
+        return f"{number(min(ratios))}×"
+    return REASONS.get(rows[0]["status"], rows[0]["status"]) if rows else ""
+
+
+MODE_WORDS = {"gradient": "energy + gradient"}
+REASONS = {"out of memory": "memory", "timeout": "time", "unavailable": "-"}
+
+
+def slower(results: Results) -> str:
+    """Every case in which a peer was faster."""
+    lines, cases = [], 0
+    for case, rows in results.cases.items():
+        mine = compare.ours(rows)
+        if mine is None:
+            continue
+        cases += 1
+        for row in compare.peers(rows):
+            ratio = compare.times_faster(mine, row)
+            if ratio is not None and ratio < 1:
+                what = f"{shape_words(case.shape)}, {MODE_WORDS.get(case.mode, case.mode)}"
+                label = METHODS[row["method"]].label
+                lines.append(f"- {what}: {label} takes {ratio:.2f} times as long.")
+    if not cases:
+        return NOTHING
+    return "\n".join(lines) or f"No peer was faster in any of the {cases} cases."
+
+
+def methods(results: Results) -> str:
+    """All that there is to say of one shape, the first."""
+    case = Case(GOALS[results.device][0], "gradient")
+    rows = results.cases.get(case, [])
+    if not rows:
+        return NOTHING
+    lines = []
+    for row in rows:
+        method = METHODS[row["method"]]
+        name = (
+            method.label if method.family != OURS else f"`{row['method'].removeprefix('comhe-')}`"
+        )
+        if method.family == OURS:
+            name = f"comhe_ext, backend {name}"
+        if not method.same_energy:
+            name += " (another energy)"
+        if row["status"] != "ok":
+            lines.append([name, row["status"], *[""] * 5])
+            continue
+        time = compare.milliseconds(row)
+        lines.append(
+            [
+                f"{name} {row['version']}" if method.packages else name,
+                "" if time is None else number(time),
+                f"{number(float(row['wall_min_ms']))} to {number(float(row['wall_max_ms']))}",
+                number(float(row["first_s"])) + (" (compiles)" if row["compiled"] == "yes" else ""),
+                number(float(row["peak_mib"])),
+                error(row["energy_error"]),
+                error(row["derivative_error"]),
+            ]
+        )
+    headings = ["", "time, ms", "wall clock, ms", "first call, s", "peak, MiB"]
+    headings += ["energy error", "gradient error"]
+    return f"{shape_words(case.shape)}; {caption(rows)}.\n\n{markdown(headings, lines)}"
+
+
+def modes(results: Results) -> str:
+    lines, used = [], []
+    for case, rows in results.cases.items():
+        mine = compare.ours(rows)
+        if case.mode == "gradient" or mine is None:
+            continue
+        used += rows
+        time = compare.milliseconds(mine)
+        nearest = compare.nearest(rows)
+        naive = next((row for row in rows if row["method"] == "naive"), None)
+        ratio = None if naive is None else compare.times_faster(mine, naive)
+        lines.append(
+            [
+                f"{case.mode}, {shape_words(case.shape)}",
+                "" if time is None else number(time),
+                "" if ratio is None else f"{number(ratio)}×",
+                "" if nearest is None else f"{number(nearest[1])}×",
+                "" if nearest is None else METHODS[nearest[0]["method"]].label,
+            ]
+        )
+    if not lines:
+        return NOTHING
+    headings = ["", "comhe_ext, ms", "naive", "fastest peer", "which is"]
+    return f"{caption(used)}.\n\n{markdown(headings, lines)}"
+
+
+def reached(results: Results) -> str:
+    lines = []
+    for goal in goals.GOALS[results.device]:
+        value = goal.reached(results.cases, results.peaks)
+        if value is None:
+            lines.append([goal.words, goal.wanted(), "not measured", ""])
+            continue
+        shown = f"{value:.1e}" if value < 1e-3 else number(value)
+        lines.append(
+            [
+                goal.words,
+                goal.wanted(),
+                f"{shown}{goal.unit}",
+                "yes" if goal.met(value) else "**no**",
+            ]
+        )
+    lines += threads(results)
+    return markdown(["goal", "wanted", "reached", "met"], lines) if results.rows else NOTHING
+
+
+def threads(results: Results) -> list[list[str]]:
+    """How much faster two threads are than one, by the wall clock."""
+    settings = compare.by_setting(results.all_rows)
+    if results.setting is None or results.device != "cpu":
+        return []
+    machine, device, _ = results.setting
+    case = Case(GOALS["cpu"][1], "gradient")
+    times = []
+    for count in ("1", "2"):
+        rows = compare.by_case(settings.get((machine, device, count), [])).get(case, [])
+        mine = compare.ours(rows)
+        times.append(None if mine is None else float(mine["wall_ms"]))
+    one, two = times
+    words = [f"{shape_words(case.shape)}, two threads over one", "at least 1.9 times"]
+    if one is None or two is None:
+        return [[*words, "not measured", ""]]
+    return [[*words, f"{one / two:.3g} times", "yes" if one / two >= 1.9 else "**no**"]]
+
+
+# --- the others -----------------------------------------------------------------------------------
+
+
+def errors(results: Results) -> str:
+    rows = [r for r in accuracy.TABLE.newest(results.folder) if r["device"] == results.device]
+    if not rows:
+        return NOTHING
+    lines = []
+    for name, method in METHODS.items():
+        mine = {row["case"]: row for row in rows if row["method"] == name}
+        if not mine or all(row["status"] == "unavailable" for row in mine.values()):
+            continue
+        cells = []
+        for case in (*accuracy.ANGLES, accuracy.COLLAPSED):
+            row = mine.get(case)
+            cells.append("" if row is None else error(row["gradient_error"]) or row["status"])
+        equal = mine.get(accuracy.DUPLICATES)
+        cells.append("" if equal is None or not equal["energy"] else number(float(equal["energy"])))
+        label = (
+            f"{method.label} (`{name.removeprefix('comhe-')}`)"
+            if method.family == OURS
+            else method.label
+        )
+        lines.append([label, *cells])
+    headings = ["error of the gradient", *accuracy.ANGLES, "collapsed", "energy with duplicates"]
+    return f"{caption(rows)}.\n\n{markdown(headings, lines)}"
+
+
+def models(results: Results) -> str:
+    rows = [r for r in model.TABLE.newest(results.folder) if r["device"] == results.device]
+    if not rows:
+        return NOTHING
+    newest = max(rows, key=lambda row: row["date"])
+    rows = compare.by_setting(rows)[compare.setting_of(newest)]
+    lines = []
+    for name, spec in MODELS[results.device].items():
+        mine = [row for row in rows if row["model"] == name]
+        plain = next((r for r in mine if r["variant"] == NONE and r["wall_ms"]), None)
+        for row in mine:
+            title = f"{spec.label}, batch {row['batch']}" if row["variant"] == NONE else ""
+            if not row["wall_ms"]:
+                lines.append([title, row["variant"], row["written"], row["status"], "", ""])
+                continue
+            time = float(row["wall_ms"])
+            more = (
+                ""
+                if plain is None or row is plain
+                else f"+{number(time - float(plain['wall_ms']))}"
+            )
+            lines.append(
+                [
+                    title,
+                    row["variant"],
+                    row["written"],
+                    number(time),
+                    more,
+                    number(float(row["peak_mib"])),
+                ]
+            )
+    headings = ["", "regularizer", "written", "step, ms", "of it", "peak, MiB"]
+    return f"{caption(rows)}.\n\n{markdown(headings, lines)}"
+
+
+def pictures(results: Results) -> str:
+    names = [name for name in plots.figures(results.folder) if name.endswith(results.device)]
+    if not names:
+        return NOTHING
+    return "\n\n".join(picture(name) for name in names)
+
+
+def picture(name: str) -> str:
+    folder = "bench/results/plots"
+    return (
+        "<picture>\n"
+        f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.svg">\n'
+        f'  <img alt="{plots.ALTERNATIVES[name.split("-")[0]]}" src="{folder}/{name}-light.svg">\n'
+        "</picture>"
+    )
+
+
+def training(folder: Path) -> str:
+    rows = digits.TABLE.newest(folder)
+    if not rows:
+        return NOTHING
+    layers = [name.removesuffix("_last") for name in digits.TABLE.columns if name.endswith("_last")]
+    lines = []
+    for method, name in digits.METHODS.items():
         runs = [row for row in rows if row["method"] == method]
         accuracies = [float(row["accuracy"]) for row in runs]
         energies = [statistics.mean(float(row[f"{x}_last"]) for row in runs) for x in layers]
-        cells.append(
+        lines.append(
             [
                 name,
                 f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}",
@@ -76,39 +335,53 @@ def training() -> str:
         )
     seeds = len({row["seed"] for row in rows})
     headings = ["", "test accuracy, %", *(f"energy of {layer}" for layer in layers), "step, ms"]
-    return (
-        f"Mean ± deviation over {seeds} seeds of {rows[0]['steps']} steps; {rows[0]['machine']}, "
-        f"threads: {rows[0]['threads']}, PyTorch {rows[0]['torch']}, backend "
-        f"`{rows[0]['backend']}`.\n\n" + markdown(headings, cells)
-    )
+    words = f"Mean ± deviation over {seeds} seeds of {rows[0]['steps']} steps; {caption(rows)}."
+    return f"{words}\n\n{markdown(headings, lines)}"
 
 
-TABLES = {"costs": costs, "training": training}
+# --- README.md ------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Results], str]] = {
+    "goals": reached,
+    "speed": speed,
+    "slower": slower,
+    "plots": pictures,
+    "methods": methods,
+    "modes": modes,
+    "accuracy": errors,
+    "models": models,
+}
 
 
-def with_tables(text: str) -> str:
-    for name, table in TABLES.items():
-        pattern = rf"(?<=<!-- {name} -->\n).*?(?=<!-- end {name} -->)"
-        if len(re.findall(pattern, text, re.S)) != 1:
-            raise ValueError(f"README.md must have one table {name!r}")
-        lines = f"\n{table()}\n\n"
-        text = re.sub(pattern, lines, text, flags=re.S)
+def parts(folder: Path) -> dict[str, str]:
+    """What stands between the markers of each name."""
+    texts = {"training": training(folder)}
+    for device in ("cpu", "cuda"):
+        results = Results(folder, device)
+        for name, part in PARTS.items():
+            texts[f"{name} {device}"] = part(results)
+    return texts
+
+
+def with_parts(text: str, folder: Path) -> str:
+    """README's text with the results of a folder; ValueError where the markers are not right."""
+    made = parts(folder)
+    marked = re.findall(r"^<!-- (?!end )(.+) -->$", text, re.M)
+    for name in marked:
+        pattern = rf"(?<=^<!-- {name} -->\n).*?(?=^<!-- end {name} -->$)"
+        if name not in made:
+            raise ValueError(f"README.md has a part {name!r}, known are {', '.join(made)}")
+        if marked.count(name) != 1 or len(re.findall(pattern, text, re.S | re.M)) != 1:
+            raise ValueError(f"README.md must have one part {name!r} with an end")
+        new = f"\n{made[name]}\n\n".replace("\\", r"\\")  # re.sub reads backslashes
+        text = re.sub(pattern, new, text, flags=re.S | re.M)
     return text
 
 
-def update() -> None:
-    README.write_text(with_tables(README.read_text()))
+def update(folder: Path) -> None:
+    README.write_text(with_parts(README.read_text(), folder))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing")
-    args = parser.parse_args()
-    if not args.check:
-        update()
-    elif with_tables(README.read_text()) != README.read_text():
-        sys.exit("README.md differs from bench/results: run python bench/readme.py")
-
-
-if __name__ == "__main__":
-    main()
+def up_to_date(folder: Path) -> bool:
+    text = README.read_text()
+    return with_parts(text, folder) == text
