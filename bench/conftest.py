@@ -1,0 +1,14 @@
+"""What pytest-benchmark writes down of the machine: nothing that names it."""
+
+from typing import Any
+
+import pytest
+
+from bench import machine
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info["node"] = machine.name("cpu")
+    for name in ("cpu", "release"):
+        machine_info.pop(name, None)

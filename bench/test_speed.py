@@ -1,0 +1,65 @@
+"""Our own operations on one thread, to notice when a change makes one slower.
+
+    pytest bench --benchmark-only
+
+`test_yardstick` does not touch comhe_ext: where it moves too, it is the machine that changed.
+"""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import comhe_ext
+from bench.digits import network
+from bench.methods import METHODS, OURS, Mode, run
+from bench.shapes import Shape
+from bench.truth import points
+
+# on one thread the processor's time says more than the clock on the wall
+pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=9)
+
+BACKENDS = [
+    name
+    for name, method in METHODS.items()
+    if method.family == OURS and method.unavailable("cpu") is None
+]
+SHAPES = ["1x1024x30", "16x512x40", "1x4096x30", "1x2048x256"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", BACKENDS)
+@pytest.mark.parametrize("mode", ["gradient", "energy"])
+def test_energy(benchmark: BenchmarkFixture, mode: Mode, method: str, shape: str) -> None:
+    benchmark(run, METHODS[method].load(), points(Shape.parse(shape), "cpu"), mode)
+
+
+@pytest.mark.parametrize("shape", ["1x1024x30"])
+@pytest.mark.parametrize("method", BACKENDS)
+def test_second_order(benchmark: BenchmarkFixture, method: str, shape: str) -> None:
+    benchmark(run, METHODS[method].load(), points(Shape.parse(shape), "cpu"), "second order")
+
+
+def test_regularizer(benchmark: BenchmarkFixture) -> None:
+    model = network()
+    comhe = comhe_ext.CoMHE(model)
+
+    def step() -> None:
+        comhe().backward()
+
+    benchmark(step)
+
+
+def test_yardstick(benchmark: BenchmarkFixture) -> None:
+    left = torch.ones(512, 512)
+    benchmark(lambda: (left @ left).reciprocal().sum())
