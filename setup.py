@@ -22,6 +22,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.M)[1]
 DEMO = [
     "matplotlib>=3.8",
     "numpy>=1.26",
+    "pillow>=10",
     "psutil>=5.9",
     "rich>=13",
     "scikit-learn>=1.4",

@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.worker import Job, Lost, Reply, Turn, Worker
 
 MOST_ROUNDS, LEAST_ROUNDS = 9, 5
-SLOW = 10.0  # seconds: such calls have fewer rounds, and no call for memory alone
+SLOW = 10.0  # seconds: such calls have fewer rounds, and none for memory alone
 SHORT = 0.02  # a round lasts at least this long, of several calls if need be
 MIB = 2.0**20
 
@@ -37,7 +37,7 @@ class Rules:
     limit: float = 100.0  # of one call
     start: float = 30.0  # on top of that, for the imports of the first
     compilation: float = 240.0  # and for that of what compiles
-    budget: float = 20.0  # of the rounds of one entry, but for `LEAST_ROUNDS`
+    budget: float = 10.0  # of the rounds of one entry, but for `LEAST_ROUNDS`
     rounds: int = MOST_ROUNDS
     deadline: float = math.inf  # of `time.monotonic`
 
@@ -106,16 +106,22 @@ class _Contestant:
             if (reply := self._ask(Turn(memory=True))) is None:
                 return
             self.outcome.peak = reply.peak
+            if reply.wall >= SLOW:
+                self._keep(reply)
         self.outcome.calls = math.ceil(SHORT / reply.wall)
         self.rounds = self.rules.number_of_rounds(self.outcome.calls * reply.wall)
+        self.rounds -= len(self.outcome.wall)
         # on warm caches and threads that are awake, where that costs little
         self.warm = reply.wall < (SLOW if self.entry.job.device == "cuda" else 1.0)
 
     def round(self) -> None:
         reply = self._ask(Turn(self.outcome.calls, warm=self.warm))
         if reply is not None:
-            self.outcome.wall.append(reply.wall)
-            self.outcome.cpu.append(reply.cpu)
+            self._keep(reply)
+
+    def _keep(self, reply: Reply) -> None:
+        self.outcome.wall.append(reply.wall)
+        self.outcome.cpu.append(reply.cpu)
 
     def _ask(self, turn: Turn, extra: float = 0.0) -> Reply | None:
         limit = (1 + turn.warm) * turn.calls * (self.rules.limit + extra)

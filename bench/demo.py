@@ -279,7 +279,7 @@ def run(args: argparse.Namespace, threads: int, console: Console) -> None:
     console.rule("3. Files", align="left")
     rows = [row for found in costs.values() for row in found]
     setting = compare.setting_of(rows[0])
-    written = plots.save_pictures(
+    written = plots.save(
         args.out,
         {
             "energy": lambda theme: plots.energies_plot(theme, runs, layers),

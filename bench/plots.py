@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from PIL import Image
 
 from bench import accuracy, compare, roofline, sweep
 from bench.digits import METHODS as TRAININGS
@@ -77,7 +79,7 @@ def color(theme: Theme, method: str) -> str:
 
 @contextmanager
 def drawn(theme: Theme) -> Iterator[None]:
-    """matplotlib in the colours of a theme, the same bytes at every run."""
+    """matplotlib in the colours of a theme."""
     settings: Any = {
         "font.size": 10,
         "font.family": "DejaVu Sans",
@@ -99,7 +101,6 @@ def drawn(theme: Theme) -> Iterator[None]:
         "axes.spines.right": False,
         "axes.titlesize": 11,
         "axes.titlelocation": "left",
-        "svg.hashsalt": "comhe_ext",
     }
     with plt.rc_context(settings):
         yield
@@ -373,7 +374,14 @@ def roofline_plot(
             left, right = min(left, line[0][0]), max(right, line[-1][0])
             colour = color(theme, method)
             width = 2.8 if is_best(method) else 1.5
-            axes.plot(*zip(*line, strict=True), color=colour, linestyle=style, linewidth=width)
+            axes.plot(
+                *zip(*line, strict=True),
+                color=colour,
+                linestyle=style,
+                linewidth=width,
+                marker="o",
+                markersize=3,
+            )
             label = f"{METHODS[method].label}, k = {dim}"
             names.append(name_line(axes, *line[-1], label, colour, "right"))
     if not names:
@@ -442,31 +450,30 @@ def figures(folder: Path) -> dict[str, Callable[[Theme], Figure | None]]:
 
 
 def draw(results: Path) -> list[Path]:
-    """The plots of the results in a folder, as SVG beside them, for light and dark pages."""
-    folder = results / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
+    """The plots of the results in a folder, beside them, for light and for dark pages."""
     written = []
-    for name, make in figures(results).items():
-        for theme in THEMES:
-            with drawn(theme):
-                if (figure := make(theme)) is None:
-                    break
-                written.append(folder / f"{name}-{theme.name}.svg")
-                # no date: the same results make the same bytes
-                figure.savefig(written[-1], metadata={"Date": None})
-                plt.close(figure)
+    for theme in THEMES:
+        pictures = {f"{name}-{theme.name}": make for name, make in figures(results).items()}
+        written += save(results / "plots", pictures, theme)
     return written
 
 
-def save_pictures(folder: Path, pictures: dict[str, Callable[[Theme], Figure]]) -> list[Path]:
-    """The demo's own, as PNG."""
+def save(
+    folder: Path, pictures: dict[str, Callable[[Theme], Figure | None]], theme: Theme = LIGHT
+) -> list[Path]:
+    """Those for which there are results, as PNG; the same bytes from the same results."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with drawn(LIGHT):
+    with drawn(theme):
         for name, make in pictures.items():
+            if (figure := make(theme)) is None:
+                continue
+            pixels = BytesIO()
+            figure.savefig(pixels, format="png", dpi=150)
+            plt.close(figure)
             written.append(folder / f"{name}.png")
-            make(LIGHT).savefig(written[-1], dpi=150)
-        plt.close("all")
+            # so few colours need a quarter of the bytes
+            Image.open(pixels).convert("RGB").quantize(64).save(written[-1], optimize=True)
     return written
 
 

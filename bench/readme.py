@@ -151,7 +151,7 @@ def methods(results: Results) -> str:
         if not method.same_energy:
             name += " (another energy)"
         if row["status"] != "ok":
-            lines.append([name, row["status"], *[""] * 5])
+            lines.append([name, f"{row['status']}: {row['note']}", *[""] * 5])
             continue
         time = compare.milliseconds(row)
         lines.append(
@@ -269,7 +269,8 @@ def models(results: Results) -> str:
         return NOTHING
     newest = max(rows, key=lambda row: row["date"])
     rows = compare.by_setting(rows)[compare.setting_of(newest)]
-    lines = []
+    lines: list[list[str]] = []
+    why: dict[str, str] = {}
     for name, spec in MODELS[results.device].items():
         mine = [row for row in rows if row["model"] == name]
         plain = next((r for r in mine if r["variant"] == NONE and r["wall_ms"]), None)
@@ -277,6 +278,7 @@ def models(results: Results) -> str:
             title = f"{spec.label}, batch {row['batch']}" if row["variant"] == NONE else ""
             if not row["wall_ms"]:
                 lines.append([title, row["variant"], row["written"], row["status"], "", ""])
+                why.setdefault(f"{row['variant']}, {row['written']}: {row['note']}", spec.label)
                 continue
             time = float(row["wall_ms"])
             more = (
@@ -295,7 +297,8 @@ def models(results: Results) -> str:
                 ]
             )
     headings = ["", "regularizer", "written", "step, ms", "of it", "peak, MiB"]
-    return f"{caption(rows)}.\n\n{markdown(headings, lines)}"
+    notes = "".join(f"\n- {label}, {note}" for note, label in why.items())
+    return f"{caption(rows)}.\n\n{markdown(headings, lines)}" + ("\n" + notes if notes else "")
 
 
 def pictures(results: Results) -> str:
@@ -309,8 +312,8 @@ def picture(name: str) -> str:
     folder = "bench/results/plots"
     return (
         "<picture>\n"
-        f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.svg">\n'
-        f'  <img alt="{plots.ALTERNATIVES[name.split("-")[0]]}" src="{folder}/{name}-light.svg">\n'
+        f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.png">\n'
+        f'  <img alt="{plots.ALTERNATIVES[name.split("-")[0]]}" src="{folder}/{name}-light.png">\n'
         "</picture>"
     )
 

@@ -69,8 +69,8 @@ SMALL = {
 # as CoMHE meets them: projected to 40 dimensions, and two as they are
 LAYERS = {
     Shape(20, 2048, 40): "ResNet-50 stage 5, 20 projections",
-    Shape(10, 3072, 40): "ViT-B fc1, 10 projections",
-    Shape(4, 11008, 40): "LLaMA-7B up projection, 4 projections",
+    Shape(6, 3072, 40): "ViT-B fc1, 6 projections",
+    Shape(2, 11008, 40): "LLaMA-7B up projection, 2 projections",
     Shape(1, 50257, 40): "GPT-2 vocabulary, 1 projection",
     Shape(1, 93431, 40): "face head of 93,431 classes, 1 projection",
     Shape(1, 512, 4608): "ResNet-50 stage 5 convolution, unprojected",
@@ -81,8 +81,6 @@ WIDE_DIM = 256
 SCALING_ROWS = [2**i for i in range(9, 19)]
 WIDE_ROWS = [1024, 4096, 16384]
 QUICK = [Shape(1, 512, 30), Shape(4, 512, 30), Shape(1, 2048, 30)]
-# where the energy alone and the second derivative are measured too
-MODES_ROWS = [1024, 4096]
 
 
 def scaling(device: str) -> list[Shape]:
@@ -100,13 +98,9 @@ def groups(device: str) -> dict[str, list[Case]]:
         "quick": QUICK,
     }
     cases = {name: [Case(shape, "gradient") for shape in shapes] for name, shapes in lists.items()}
-    dim = SCALING_DIM[device]
-    cases["modes"] = [
-        Case(Shape(1, rows, dim), mode)
-        for rows in MODES_ROWS
-        for mode in MODES
-        if mode != "gradient"
-    ]
+    # the energy alone, and the second derivative
+    one = Shape(1, 4096, SCALING_DIM[device])
+    cases["modes"] = [Case(one, mode) for mode in MODES if mode != "gradient"]
     return cases
 
 
