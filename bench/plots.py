@@ -138,6 +138,8 @@ def part_names(figure: Figure, names: Sequence[Annotation]) -> None:
             if (overlap := places[i - 1] + height - places[i]) > 0:
                 places[i - 1] -= overlap / 2
                 places[i] += overlap / 2
+    floor = min((name.axes.bbox.y0 for name in names if name.axes), default=0.0)
+    places = [max(place, floor + i * height) for i, place in enumerate(places)]
     for name, old, new in zip(names, wanted, places, strict=True):
         name.xyann = (name.xyann[0], name.xyann[1] + (new - old) / point)
 

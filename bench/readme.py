@@ -115,23 +115,34 @@ MODE_WORDS = {"gradient": "energy + gradient"}
 REASONS = {"out of memory": "memory", "timeout": "time", "unavailable": "-"}
 
 
+CLOSEST = 5
+
+
 def slower(results: Results) -> str:
-    """Every case in which a peer was faster."""
-    lines, cases = [], 0
+    """Every case in which a peer was faster, and the cases where one came closest."""
+    found = []
     for case, rows in results.cases.items():
         mine = compare.ours(rows)
-        if mine is None:
-            continue
-        cases += 1
         for row in compare.peers(rows):
-            ratio = compare.times_faster(mine, row)
-            if ratio is not None and ratio < 1:
-                what = f"{shape_words(case.shape)}, {MODE_WORDS.get(case.mode, case.mode)}"
-                label = METHODS[row["method"]].label
-                lines.append(f"- {what}: {label} takes {ratio:.2f} times as long.")
-    if not cases:
+            if (ratio := compare.times_faster(mine, row)) is not None:
+                found.append((ratio, case, METHODS[row["method"]].label))
+    if not found:
         return NOTHING
-    return "\n".join(lines) or f"No peer was faster in any of the {cases} cases."
+    found.sort(key=lambda one: one[0])
+
+    def lines(entries: Sequence[tuple[float, Case, str]]) -> str:
+        return "\n".join(
+            f"- {shape_words(case.shape)}, {MODE_WORDS.get(case.mode, case.mode)}: "
+            f"{label} takes {ratio:.2f} times as long."
+            for ratio, case, label in entries
+        )
+
+    lost = [one for one in found if one[0] < 1]
+    cases = len({case for _, case, _ in found})
+    words = f"Of {cases} cases, a peer was faster in {len({case for _, case, _ in lost})}"
+    closest = found[len(lost) : len(lost) + CLOSEST]
+    parts = [f"{words}:" if lost else f"{words}.", lines(lost), "The next closest:", lines(closest)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def methods(results: Results) -> str:

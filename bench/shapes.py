@@ -63,8 +63,8 @@ GOALS = {
 }
 # few rows, and many small sets: where a call's fixed costs show
 SMALL = {
-    "cpu": [Shape(1, 1024, 30), Shape(1000, 64, 40)],
-    "cuda": [Shape(1, 1024, 32), Shape(1000, 64, 40)],
+    "cpu": [Shape(1, 1024, 30), Shape(1, 128, 40), Shape(1000, 64, 40)],
+    "cuda": [Shape(1, 1024, 32), Shape(1, 128, 40), Shape(1000, 64, 40)],
 }
 # as CoMHE meets them: projected to 40 dimensions, and two as they are
 LAYERS = {
