@@ -26,7 +26,8 @@ def by_case(rows: Iterable[Row]) -> dict[Case, list[Row]]:
     """Rows of one setting, a list for each case, in the order of the registry."""
     groups: dict[Case, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[case_of(row)].append(row)
+        if row["method"] in METHODS:  # it may have been renamed since
+            groups[case_of(row)].append(row)
     order = list(METHODS)
     for group in groups.values():
         group.sort(key=lambda row: order.index(row["method"]))

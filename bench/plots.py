@@ -30,7 +30,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa:
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a page; those of the methods can be told apart by the colour-blind."""
+    """Colors of a page; those of the methods can be told apart by the color-blind."""
 
     name: str
     paper: str
@@ -69,17 +69,16 @@ LINES = {
     "keops": "yellow",
     "keops-native": "yellow",
 }
-DASHED = ("comhe-torch", "checkpoint", "keops")
-"""Of two lines of one colour, the lesser."""
+DASHED = ("comhe-torch", "checkpoint", "keops")  # of two lines of one color, the lesser
 
 
-def color(theme: Theme, method: str) -> str:
+def color_of(theme: Theme, method: str) -> str:
     return getattr(theme, LINES[method])
 
 
 @contextmanager
 def drawn(theme: Theme) -> Iterator[None]:
-    """matplotlib in the colours of a theme."""
+    """matplotlib in the colors of a theme."""
     settings: Any = {
         "font.size": 10,
         "font.family": "DejaVu Sans",
@@ -109,14 +108,14 @@ def drawn(theme: Theme) -> Iterator[None]:
 # --- lines with their names beside them -----------------------------------------------------------
 
 
-def name_line(axes: Axes, x: float, y: float, text: str, colour: str, side: str) -> Annotation:
+def name_line(axes: Axes, x: float, y: float, text: str, color: str, side: str) -> Annotation:
     """Beside the line's first point, or its last."""
     return axes.annotate(
         text,
         (x, y),
         xytext=(8 if side == "right" else -8, 0),
         textcoords="offset points",
-        color=colour,
+        color=color,
         ha="left" if side == "right" else "right",
         va="center",
         fontsize=9,
@@ -148,10 +147,10 @@ def is_best(method: str) -> bool:
     return METHODS[method].family == OURS and method not in DASHED
 
 
-def draw_line(axes: Axes, points: Sequence[tuple[float, float]], method: str, colour: str) -> None:
+def draw_line(axes: Axes, points: Sequence[tuple[float, float]], method: str, color: str) -> None:
     axes.plot(
         *zip(*points, strict=True),
-        color=colour,
+        color=color,
         linewidth=2.8 if is_best(method) else 1.5,
         linestyle=(0, (4, 2)) if method in DASHED else "-",
         marker="o",
@@ -202,6 +201,9 @@ def shape_words(shape: Shape) -> str:
     return f"{sets}{shape.rows:,} × {shape.dim:,}"
 
 
+ENDS = {"out of memory": "x", "timeout": ">"}
+
+
 def over_rows(
     theme: Theme, rows: Sequence[Row], value: Callable[[Row], float | None], dim: int
 ) -> tuple[Figure, Axes]:
@@ -215,12 +217,12 @@ def over_rows(
         line = [(int(r["rows"]), y) for r in mine if (y := value(r)) is not None]
         if not line:
             continue
-        colour = color(theme, method)
-        draw_line(axes, line, method, colour)
-        names.append(name_line(axes, *line[0], METHODS[method].label, colour, "left"))
+        color = color_of(theme, method)
+        draw_line(axes, line, method, color)
+        names.append(name_line(axes, *line[0], METHODS[method].label, color, "left"))
         beyond = next((r["status"] for r in mine if int(r["rows"]) > line[-1][0]), "")
         if beyond in ENDS:
-            axes.plot(*line[-1], marker=ENDS[beyond], color=colour, markersize=8, zorder=4)
+            axes.plot(*line[-1], marker=ENDS[beyond], color=color, markersize=8, zorder=4)
     logarithmic(axes, MILLISECONDS)
     ticks = numbers[::2] if len(numbers) > 6 else numbers
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
@@ -231,9 +233,6 @@ def over_rows(
     figure.subplots_adjust(left=0.24, right=0.91, top=0.92, bottom=0.11)
     part_names(figure, names)
     return figure, axes
-
-
-ENDS = {"out of memory": "x", "timeout": ">"}
 
 
 def time_plot(theme: Theme, rows: Sequence[Row], setting: compare.Setting, dim: int) -> Figure:
@@ -292,8 +291,8 @@ def speed_plot(theme: Theme, rows: Sequence[Row], setting: compare.Setting) -> F
                 axes.text(1.08, place, words, color=theme.faint, va="center", fontsize=8)
                 continue
             ratios.append(ratio)
-            colour = theme.blue if ratio >= 1 else theme.orange
-            axes.barh(place, ratio - 1, left=1, height=0.64, color=colour)
+            color = theme.blue if ratio >= 1 else theme.orange
+            axes.barh(place, ratio - 1, left=1, height=0.64, color=color)
             text = f"{ratio:.2g}×" if ratio < 10 else f"{ratio:.0f}×"
             axes.text(1.08 * max(ratio, 1), place, text, va="center", fontsize=8.5)
         axes.axvline(1, color=theme.ink, linewidth=1)
@@ -333,9 +332,9 @@ def accuracy_plot(theme: Theme, rows: Sequence[Row]) -> Figure:
         if not errors:
             continue
         line = [(angles[c], min(y, 1.0) if math.isfinite(y) else 1.0) for c, y in errors.items()]
-        colour = color(theme, method)
-        draw_line(axes, line, method, colour)
-        names.append(name_line(axes, *line[-1], METHODS[method].label, colour, "right"))
+        color = color_of(theme, method)
+        draw_line(axes, line, method, color)
+        names.append(name_line(axes, *line[-1], METHODS[method].label, color, "right"))
     logarithmic(axes, SMALL_NUMBERS)
     axes.invert_xaxis()
     axes.set_xticks(list(angles.values()), [SMALL_NUMBERS(angle) for angle in angles.values()])
@@ -374,18 +373,18 @@ def roofline_plot(
                 continue
             line.sort()
             left, right = min(left, line[0][0]), max(right, line[-1][0])
-            colour = color(theme, method)
+            color = color_of(theme, method)
             width = 2.8 if is_best(method) else 1.5
             axes.plot(
                 *zip(*line, strict=True),
-                color=colour,
+                color=color,
                 linestyle=style,
                 linewidth=width,
                 marker="o",
                 markersize=3,
             )
             label = f"{METHODS[method].label}, k = {dim}"
-            names.append(name_line(axes, *line[-1], label, colour, "right"))
+            names.append(name_line(axes, *line[-1], label, color, "right"))
     if not names:
         return None
     bandwidth = float(top["bytes_per_second"])
@@ -474,7 +473,7 @@ def save(
             figure.savefig(pixels, format="png", dpi=150)
             plt.close(figure)
             written.append(folder / f"{name}.png")
-            # so few colours need a quarter of the bytes
+            # so few colors need a quarter of the bytes
             Image.open(pixels).convert("RGB").quantize(64).save(written[-1], optimize=True)
     return written
 
@@ -485,20 +484,20 @@ def save(
 def energies_plot(theme: Theme, runs: Sequence[Run], layers: Sequence[Layer]) -> Figure:
     """The energy of each layer over the steps, mean and deviation over the seeds."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True)
-    colours = {"none": theme.faint, "MHE": theme.blue, "RP-CoMHE": theme.orange}
+    colors = {"none": theme.faint, "MHE": theme.blue, "RP-CoMHE": theme.orange}
     steps = runs[0].steps
     names: list[list[Annotation]] = []
     for index, (axes, layer) in enumerate(zip(panels.flat, layers, strict=True)):
         names.append([])
-        for method, colour in colours.items():
+        for method, color in colors.items():
             history = energy_history(runs, method)[:, :, index]
             mean, deviation = history.mean(0), history.std(0, ddof=1)
-            axes.plot(steps, mean, color=colour, linewidth=1.8)
+            axes.plot(steps, mean, color=color, linewidth=1.8)
             axes.fill_between(
-                steps, mean - deviation, mean + deviation, color=colour, alpha=0.15, linewidth=0
+                steps, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0
             )
             names[-1].append(
-                name_line(axes, steps[-1], mean[-1], TRAININGS[method], colour, "right")
+                name_line(axes, steps[-1], mean[-1], TRAININGS[method], color, "right")
             )
         for label, level in (("random vectors", layer.random()), ("optimum", layer.optimum())):
             if level is not None:
