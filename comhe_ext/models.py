@@ -87,22 +87,23 @@ class ViT(nn.Module):
         width: int = 768,
         heads: int = 12,
         patch: int = 16,
+        image: int = 224,
         classes: int = 1000,
-        tokens: int = 196,
     ) -> None:
         super().__init__()
         self.patch = nn.Conv2d(3, width, patch, patch)
-        self.position = nn.Parameter(torch.zeros(1, tokens, width))
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, (image // patch) ** 2 + 1, width))
         self.blocks = nn.ModuleList(ViTBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.patch(x).flatten(2).mT
-        x = x + self.position[:, : x.shape[1]]
+        patches = self.patch(x).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), patches], 1) + self.positions
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x).mean(1))
+        return self.head(self.norm(x[:, 0]))
 
 
 class LlamaBlock(nn.Module):

@@ -351,15 +351,6 @@ def test_readme_holds_the_committed_results():
 # --- whole models ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("resnet50", 25_557_032), ("vit-b", 86_567_656)])
-def test_models_are_the_published_ones(name, parameters):
-    with torch.device("meta"):
-        made = model.MODELS["cpu"][name].make()
-        outputs = made(torch.empty(2, 3, 224, 224))
-    assert sum(p.numel() for p in made.parameters()) == parameters
-    assert outputs.shape == (2, 1000)
-
-
 def test_the_naive_regularizer_is_the_same():
     torch.manual_seed(0)
     net = model.MODELS["cpu"]["digits"].make()
@@ -367,7 +358,7 @@ def test_the_naive_regularizer_is_the_same():
     found = []
     for regularizer in (
         comhe_ext.CoMHE(net, projection=None, min_distance=0.0),
-        model.NaiveCoMHE(net, None, "last"),
+        model.NaiveCoMHE(net, None, "auto"),
     ):
         value = regularizer()
         found.append([value, *torch.autograd.grad(value, weights)])

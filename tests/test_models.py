@@ -21,6 +21,15 @@ def names(comhe):
     return [layer.name for layer in comhe._layers]
 
 
+@pytest.mark.parametrize(("make", "parameters"), [(resnet50, 25_557_032), (ViT, 86_567_656)])
+def test_models_are_the_published_ones(make, parameters):
+    with torch.device("meta"):
+        model = make()
+        outputs = model(torch.empty(2, 3, 224, 224))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert outputs.shape == (2, 1000)
+
+
 def test_layers_of_resnet50():
     comhe = CoMHE(resnet50())
     found = names(comhe)
@@ -73,7 +82,7 @@ def small(kind):
         model.fc = nn.Linear(1024, 10)
         return model, torch.randn(4, 3, 64, 64)
     if kind == "vit":
-        return ViT(2, 96, 4, 8, 10), torch.randn(2, 3, 32, 32)
+        return ViT(2, 96, 4, 8, 32, 10), torch.randn(2, 3, 32, 32)
     return Llama(2, 96, 260, 4, 2, 200, tied=True), torch.randint(200, (2, 12))
 
 
