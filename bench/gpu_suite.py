@@ -7,9 +7,10 @@
 
 Stages: environment, tests of what only a GPU shows (graphs, streams, addresses above 2^31, ...),
 accuracy, speed beside peers and beside the bound of the machine, launches, memory, sanitizer, all
-other tests. Results go to bench/results/<gpu>.json after every single one. A stage that fails says
-so in the file and in the exit status, and is tried again by the next run; one that runs into the
-limit is left to it.
+other tests, and last the benchmark of all methods, whose rows go where `python -m bench` keeps
+them. Results go to bench/results/<gpu>.json after every single stage. A stage that fails says so in
+the file and in the exit status, and is tried again by the next run; one that runs into the limit is
+left to it: two runs of ten minutes see the most of it.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import backend, plan
+from comhe_ext.models import neuron_shapes, resnet50
 from comhe_ext.potentials import Potential
 from comhe_ext.testing import (
     exact_energy_and_gradient,
@@ -74,17 +76,6 @@ TINY: list[tuple[list[int], int, bool, float | None]] = [
 # instructions of a thread
 PRODUCTS_PER_CLOCK = 2048
 INSTRUCTIONS_PER_CLOCK = 128
-
-
-def resnet50() -> list[tuple[int, int]]:
-    """Filters and inputs of the 53 convolutions and the head of a ResNet-50."""
-    shapes, inputs = [(64, 3 * 49)], 64
-    for blocks, inner in ((3, 64), (4, 128), (6, 256), (3, 512)):
-        shapes.append((4 * inner, inputs))
-        for _ in range(blocks):
-            shapes += [(inner, inputs), (inner, 9 * inner), (4 * inner, inner)]
-            inputs = 4 * inner
-    return [*shapes, (1000, inputs)]
 
 
 class Suite:
@@ -275,6 +266,18 @@ def sanitize(suite: Suite, tool: str) -> Result:
     return {"summary": run.stdout.strip().splitlines()[-1]}
 
 
+def benchmark(suite: Suite, command: str, *arguments: str) -> Result:
+    """A part of `python -m bench`, which keeps its own results, in the time that is left."""
+    minutes = f"{suite.seconds_left() / 60.0:.1f}"
+    line = [sys.executable, "-m", "bench", command, *arguments, "--device", "cuda"]
+    run = subprocess.run([*line, "--budget-minutes", minutes, "--resume"], cwd=ROOT)
+    if run.returncode == 3:
+        raise subprocess.TimeoutExpired(line, suite.seconds_left())
+    if run.returncode:
+        raise RuntimeError(f"exit status {run.returncode}")
+    return {}
+
+
 def accuracy(suite: Suite, n: int, k: int, angle: float | None, half_space: bool) -> Result:
     if angle is None:
         points, bound = random_rows(n, k, device=suite.device), 2e-6
@@ -388,7 +391,7 @@ def speed(suite: Suite, sizes: list[int], k: int, half_space: bool, goal: float 
 
 def speed_projected(suite: Suite) -> Result:
     """The hidden layers of a ResNet-50 with C = 20 matrices to k = 40, and the backward GEMMs."""
-    shapes, count = ([(20, 50), (7, 30)], 2) if suite.dry else (resnet50(), 20)
+    shapes, count = ([(20, 50), (7, 30)], 2) if suite.dry else (neuron_shapes(resnet50), 20)
     weights, matrices = layers(shapes, count, 40, suite.device)
 
     def backward_gemms() -> None:
@@ -413,7 +416,7 @@ def speed_projected(suite: Suite) -> Result:
 def launches(suite: Suite) -> Result:
     """A ResNet-50 in at most five launches, copies counted too."""
     weights, matrices = layers(
-        [(20, 50), (7, 30)] if suite.dry else resnet50(), 2, 40, suite.device
+        [(20, 50), (7, 30)] if suite.dry else neuron_shapes(resnet50), 2, 40, suite.device
     )
     projected(weights, matrices, 40)
     if suite.dry:
@@ -480,6 +483,14 @@ def main() -> int:
         for file in sorted((ROOT / "tests").glob("test_*.py")):
             if file.name != "test_gpu.py":
                 suite.do(f"tests: {file.name}", partial(run_tests, suite, f"tests/{file.name}"))
+        suite.do(
+            "benchmark sweep",
+            lambda: benchmark(
+                suite, "sweep", "--shapes", "goals", "small", "layers", "scaling", "wide"
+            ),
+        )
+        suite.do("benchmark accuracy", lambda: benchmark(suite, "accuracy"))
+        suite.do("benchmark model", lambda: benchmark(suite, "model"))
     print(f"{suite.file}: {suite.failed} failed, {suite.left} left for the next run")
     return 1 if suite.failed or suite.left else 0
 

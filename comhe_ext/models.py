@@ -1,7 +1,11 @@
 """Models of known shape in plain torch, for the tests and the benchmarks: nothing to train with."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+from comhe_ext.layers import find_layers
 
 
 class Bottleneck(nn.Module):
@@ -54,6 +58,13 @@ def resnet50(classes: int = 1000) -> nn.Sequential:
     for name, layer in layers:
         model.add_module(name, layer)
     return model
+
+
+def neuron_shapes(model: Callable[[], nn.Module]) -> list[tuple[int, int]]:
+    """Neurons and inputs of each layer, one for each convolution group, without its memory."""
+    with torch.device("meta"):
+        sets = [layer.rows() for layer in find_layers(model())]
+    return [(rows.shape[1], rows.shape[2]) for rows in sets for _ in range(rows.shape[0])]
 
 
 class ViTBlock(nn.Module):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import comhe_ext
+from comhe_ext.models import neuron_shapes, resnet50
 from comhe_ext.potentials import Potential
 from comhe_ext.testing import (
     exact_energy_and_gradient,
@@ -157,17 +158,6 @@ def test_memory(n, k):
     assert torch.cuda.max_memory_allocated() - before <= max(8 * 4 * n * k, 8 << 20)
 
 
-def resnet50():
-    """Filters and inputs of the 53 convolutions and the head of a ResNet-50."""
-    shapes, inputs = [(64, 3 * 49)], 64
-    for blocks, inner in ((3, 64), (4, 128), (6, 256), (3, 512)):
-        shapes.append((4 * inner, inputs))
-        for _ in range(blocks):
-            shapes += [(inner, inputs), (inner, 9 * inner), (4 * inner, inner)]
-            inputs = 4 * inner
-    return [*shapes, (1000, inputs)]
-
-
 def project_sweep(weights, count, k):
     """The sweep under fresh matrices, and the matrices."""
     from comhe_ext.kernels import gpu
@@ -181,7 +171,7 @@ def project_sweep(weights, count, k):
 def test_a_resnet50_takes_five_launches():
     from comhe_ext.kernels import gpu
 
-    weights = [torch.randn(n, d, device="cuda") for n, d in resnet50()]
+    weights = [torch.randn(n, d, device="cuda") for n, d in neuron_shapes(resnet50)]
     assert len(weights) == 54
     _, _, matrices = project_sweep(weights, 20, 40)
     # new addresses, as of parametrized weights: nothing may depend on having seen them
