@@ -19,8 +19,9 @@ from torch import Tensor
 from .work_table import Tile, equal_runs, spread_over_rows, symmetric_tiles
 
 # r^2 below which 2 - 2c (absolute error about 2e-7, in float64 4e-16) is not trusted; for half
-# space and angles the same holds of 4 - r^2
-CLOSE = {torch.float32: 2.0**-6, torch.float64: 2.0**-20}
+# space and angles the same holds of 4 - r^2. Above the default min_distance of 1e-3, so that tiles
+# need not know of it
+CLOSE = {torch.float32: 2.0**-6, torch.float64: 2.0**-16}
 # up to this k random rows come so close that float32 misses its 2e-6 in the gradient
 FLOAT64_UP_TO = 15
 # float64 elements per array of differences when close pairs are done again
