@@ -138,7 +138,7 @@ setup(
         Extension(
             "comhe_ext.kernels.cpu._pairwise",
             list(UNITS),
-            depends=[f"{CPU}/pairwise.h", f"{CPU}/pairwise.inc", f"{CPU}/vector.inc"],
+            depends=[str(path) for path in Path(CPU).glob("*.[hi]*")],
             optional=True,
         )
     ],
