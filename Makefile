@@ -56,12 +56,12 @@ fuzz:
 		"avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma"; do \
 		set -- $$unit; name=$$1; shift; \
 		$(FUZZ_CXX) -O1 -std=c++17 $(SANITIZERS) -fsanitize=fuzzer-no-link -fno-exceptions \
-			-fno-math-errno -fno-trapping-math -ffp-contract=fast "$$@" \
+			-fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "$$@" \
 			-c kernels/cpu/$$name.cpp -o build/fuzz/$$name.o || exit 1; \
 	done
-	$(FUZZ_CXX) -O1 -std=c++17 $(SANITIZERS) -fsanitize=fuzzer tests/fuzz_cpu.cpp build/fuzz/*.o \
-		-lm -o build/fuzz/fuzz
-	build/fuzz/fuzz -runs=$(FUZZ_RUNS) -max_len=64 -len_control=0 -seed=1
+	$(FUZZ_CXX) -O1 -std=c++17 $(SANITIZERS) -fsanitize=fuzzer -fopenmp tests/fuzz_cpu.cpp \
+		build/fuzz/*.o -lm -o build/fuzz/fuzz
+	build/fuzz/fuzz -runs=$(FUZZ_RUNS) -max_len=64 -len_control=0 -seed=1 -artifact_prefix=build/fuzz/
 
 # every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; ARGS=--small for a part
 compile-gpu: $(INSTALLED)

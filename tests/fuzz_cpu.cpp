@@ -32,10 +32,11 @@ void require(bool holds) {
     if (!holds) abort();
 }
 
-// Random rows; or all close; or axes, their opposites and dead rows; or huge; or any bits (`wild`).
+// Random rows; or all close; or axes, their opposites and dead rows; or huge; or close to one of a few
+// directions and their opposites; or any bits (`wild`).
 void fill(Bytes &bytes, void *points, int64_t rows, int64_t k, int dtype, bool wild) {
     uint32_t state = bytes.next(65536) + 1;
-    const int kind = bytes.next(4);
+    const int kind = bytes.next(5);
     for (int64_t i = 0; i < rows; i++)
         for (int64_t q = 0; q < k; q++) {
             state = state * 1664525 + 1013904223;
@@ -43,6 +44,7 @@ void fill(Bytes &bytes, void *points, int64_t rows, int64_t k, int dtype, bool w
             if (kind == 1) x = q == 0 ? 1 : x * 1e-4f;
             if (kind == 2) x = i % 3 ? (q == i % k) * (i % 2 ? 1.f : -1.f) : 0;
             if (kind == 3) x *= 1e30f;
+            if (kind == 4) x = (q == i % 3) * (i % 5 < 2 ? 1.f : -1.f) + x * 1e-4f;
             uint32_t bits;
             memcpy(&bits, &x, 4);
             if (wild) bits = state;
@@ -82,7 +84,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     call.sets = rectangular ? 2 : bytes.next(5);
     call.k = bytes.next(8) ? 1 + bytes.next(70) : 250 + bytes.next(60);
     call.dtype = bytes.next(3);
-    call.threads = 1 + bytes.next(2);
+    call.threads = 1 + bytes.next(3);
     const double exponents[] = {0, 1, 2, 0.5, 3.7, 30}, distances[] = {1e-3, 0, 0.5, 1.99};
     call.pair.s = exponents[bytes.next(6)];
     call.pair.min_distance = distances[bytes.next(4)];
@@ -92,7 +94,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     int64_t sizes[4], rows = 0;
     double scales[4];
     for (int s = 0; s < call.sets; s++) {
-        sizes[s] = bytes.next(6) ? bytes.next(60) : bytes.next(420);
+        // the largest are enough work for several threads
+        sizes[s] = bytes.next(6) ? bytes.next(60) : bytes.next(6) ? bytes.next(420) : 800 + bytes.next(300);
         scales[s] = 1e-6;
         rows += sizes[s];
     }
