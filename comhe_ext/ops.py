@@ -186,14 +186,28 @@ def pad(rows: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
 
 
-def _project_all(weights: Sequence[Tensor], projections: Sequence[Tensor | None]) -> Tensor:
-    """The rows of all weights under all their matrices, set after set, [T, k]."""
+def _project_all(
+    weights: Sequence[Tensor], projections: Sequence[Tensor | None]
+) -> Iterator[Tensor]:
+    """The rows of each weight under all its matrices, its sets one after the other, [..., k]."""
     width, dtype = _width(projections), compute_dtype(*weights, *projections)
-    parts = [
-        (pad(weight, width) if matrices is None else project(weight, matrices)).to(dtype)
-        for weight, matrices in zip(weights, projections, strict=True)
-    ]
-    return torch.cat([part.reshape(-1, width) for part in parts])
+    for weight, matrices in zip(weights, projections, strict=True):
+        rows = pad(weight, width) if matrices is None else project(weight, matrices)
+        yield rows.to(dtype)
+
+
+def _project_packed(
+    weights: Sequence[Tensor], projections: Sequence[Tensor | None], sizes: Sequence[int]
+) -> Tensor:
+    """All of `_project_all`, [T, k]; copied once, from where the products left it."""
+    width, dtype = _width(projections), compute_dtype(*weights, *projections)
+    packed = weights[0].new_empty(sum(sizes), width, dtype=dtype)
+    first = 0
+    for rows in _project_all(weights, projections):
+        last = first + rows.numel() // width
+        packed[first:last].view(rows.shape).copy_(rows)
+        first = last
+    return packed
 
 
 def _width(projections: Sequence[Tensor | None]) -> int:
@@ -251,7 +265,7 @@ def _project_sweep(
     module = _load(options.backend)
     sizes = _set_sizes(weights, projections)
     if not hasattr(module, "project_sweep"):
-        return _sweep(_project_all(weights, projections), sizes, options, with_gradient)
+        return _sweep(_project_packed(weights, projections, sizes), sizes, options, with_gradient)
     sets: list[Tensor] = []
     matrices: list[Tensor | None] = []
     for weight, projection in zip(weights, projections, strict=True):
@@ -480,7 +494,9 @@ class _ProjectedEnergy(torch.autograd.Function):
         factors: Tensor | None = grad_energy
         if torch.is_grad_enabled():
             # to be differentiated again: as a function of the rows, and they of both tensors
-            points, sizes = _project_all(weights, projections), _set_sizes(weights, projections)
+            width, sizes = _width(projections), _set_sizes(weights, projections)
+            parts = [rows.reshape(-1, width) for rows in _project_all(weights, projections)]
+            points = torch.cat(parts)
             gradient = _Gradient.apply(points, grad_energy, gradient, sizes, *ctx.settings)
             factors = None
         needed = ctx.needs_input_grad[2:]
