@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bench import compare, roofline
+from bench.shapes import GOALS as SHAPES
 from bench.shapes import Case, Shape
 from bench.store import Row
 
@@ -30,11 +31,11 @@ class Goal(NamedTuple):
         return f"at most {self.most:g}{self.unit}"
 
 
-def over(shape: str, *peers: str) -> Callable[[Cases, Row | None], float | None]:
+def over(shape: Shape, *peers: str) -> Callable[[Cases, Row | None], float | None]:
     """How many times as long the fastest of the peers takes."""
 
     def reached(cases: Cases, peaks: Row | None) -> float | None:
-        rows = cases.get(Case(Shape.parse(shape), "gradient"), [])
+        rows = cases.get(Case(shape, "gradient"), [])
         mine = compare.ours(rows)
         ratios = [compare.times_faster(mine, row) for row in rows if row["method"] in peers]
         return min((ratio for ratio in ratios if ratio is not None), default=None)
@@ -42,11 +43,11 @@ def over(shape: str, *peers: str) -> Callable[[Cases, Row | None], float | None]
     return reached
 
 
-def share(shape: str) -> Callable[[Cases, Row | None], float | None]:
+def share(shape: Shape) -> Callable[[Cases, Row | None], float | None]:
     """Percent of the machine's peak."""
 
     def reached(cases: Cases, peaks: Row | None) -> float | None:
-        case = Case(Shape.parse(shape), "gradient")
+        case = Case(shape, "gradient")
         mine = compare.ours(cases.get(case, []))
         part = None if mine is None else roofline.share(case, mine, peaks)
         return None if part is None else 100 * part
@@ -54,49 +55,59 @@ def share(shape: str) -> Callable[[Cases, Row | None], float | None]:
     return reached
 
 
-def value(shape: str, column: str, scale: float) -> Callable[[Cases, Row | None], float | None]:
+def value(shape: Shape, column: str, scale: float) -> Callable[[Cases, Row | None], float | None]:
     """A column of our own row."""
 
     def reached(cases: Cases, peaks: Row | None) -> float | None:
-        mine = compare.ours(cases.get(Case(Shape.parse(shape), "gradient"), []))
+        mine = compare.ours(cases.get(Case(shape, "gradient"), []))
         return None if mine is None or not mine[column] else scale * float(mine[column])
 
     return reached
 
 
 TIMES = " times"
+*K30, K256, K1024 = SHAPES["cpu"]
+ONE_SET, _, LARGE = K30
+ON_GPU, MANY_SETS, LARGER, LARGEST = SHAPES["cuda"]
 GOALS: dict[str, Sequence[Goal]] = {
     "cpu": (
-        Goal("4,096 × 30, over naive", TIMES, over("1x4096x30", "naive"), least=25),
-        Goal("16 sets of 2,048 × 30, over naive", TIMES, over("16x2048x30", "naive"), least=25),
-        Goal("16,384 × 30, over naive", TIMES, over("1x16384x30", "naive"), least=60),
-        Goal("4,096 × 256, over naive", TIMES, over("1x4096x256", "naive"), least=5),
-        Goal("4,096 × 1,024, over naive", TIMES, over("1x4096x1024", "naive"), least=3),
-        Goal(
-            "4,096 × 30, over the best of pdist and cdist",
-            TIMES,
-            over("1x4096x30", "pdist", "cdist-mm", "cdist-direct"),
-            least=10,
+        *(
+            Goal(f"{shape.words}, over naive", TIMES, over(shape, "naive"), least=least)
+            for shape, least in zip(SHAPES["cpu"], (25, 25, 60, 5, 3), strict=True)
         ),
-        Goal("4,096 × 30, over torch.compile", TIMES, over("1x4096x30", "compile"), least=4),
-        Goal("4,096 × 30, over KeOps as shipped", TIMES, over("1x4096x30", "keops"), least=25),
-        Goal("4,096 × 30, of the peak", " %", share("1x4096x30"), least=65),
-        Goal("16,384 × 30, of the peak", " %", share("1x16384x30"), least=65),
-        Goal("16,384 × 30, memory", " MiB", value("1x16384x30", "peak_mib", 1), most=16),
-        Goal("16,384 × 30, energy's error", "", value("1x16384x30", "energy_error", 1), most=1e-6),
+        *(
+            Goal(
+                f"{shape.words}, over the best of pdist and cdist",
+                TIMES,
+                over(shape, "pdist", "cdist-mm", "cdist-direct"),
+                least=10,
+            )
+            for shape in K30
+        ),
+        *(
+            Goal(f"{shape.words}, over torch.compile", TIMES, over(shape, "compile"), least=4)
+            for shape in SHAPES["cpu"]
+        ),
+        *(
+            Goal(f"{shape.words}, over KeOps as shipped", TIMES, over(shape, "keops"), least=25)
+            for shape in K30
+        ),
+        *(
+            Goal(f"{shape.words}, of the peak", " %", share(shape), least=65)
+            for shape in (ONE_SET, LARGE, K256, K1024)
+        ),
+        Goal(f"{LARGE.words}, memory", " MiB", value(LARGE, "peak_mib", 1), most=16),
+        Goal(f"{LARGE.words}, energy's error", "", value(LARGE, "energy_error", 1), most=1e-6),
         Goal(
-            "16,384 × 30, gradient's error",
-            "",
-            value("1x16384x30", "derivative_error", 1),
-            most=2e-6,
+            f"{LARGE.words}, gradient's error", "", value(LARGE, "derivative_error", 1), most=2e-6
         ),
     ),
     "cuda": (
-        Goal("16,384 × 32", " µs", value("1x16384x32", "wall_ms", 1e3), most=250),
-        Goal("16,384 × 32, over naive", TIMES, over("1x16384x32", "naive"), least=25),
-        Goal("16,384 × 32, over KeOps", TIMES, over("1x16384x32", "keops"), least=8),
-        Goal("20 sets of 4,096 × 32", " µs", value("20x4096x32", "wall_ms", 1e3), most=300),
-        Goal("131,072 × 64", " ms", value("1x131072x64", "wall_ms", 1), most=22),
-        Goal("1,000,000 × 64", " s", value("1x1000000x64", "wall_ms", 1e-3), most=2),
+        Goal(ON_GPU.words, " µs", value(ON_GPU, "wall_ms", 1e3), most=250),
+        Goal(f"{ON_GPU.words}, over naive", TIMES, over(ON_GPU, "naive"), least=25),
+        Goal(f"{ON_GPU.words}, over KeOps", TIMES, over(ON_GPU, "keops"), least=8),
+        Goal(MANY_SETS.words, " µs", value(MANY_SETS, "wall_ms", 1e3), most=300),
+        Goal(LARGER.words, " ms", value(LARGER, "wall_ms", 1), most=22),
+        Goal(LARGEST.words, " s", value(LARGEST, "wall_ms", 1e-3), most=2),
     ),
 }

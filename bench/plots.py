@@ -16,7 +16,7 @@ from bench import accuracy, compare, roofline, sweep
 from bench.digits import METHODS as TRAININGS
 from bench.digits import Layer, Run, energy_history
 from bench.methods import METHODS, OURS
-from bench.shapes import GOALS, LAYERS, SCALING_DIM, SMALL, WIDE_DIM, Case, Shape
+from bench.shapes import GOALS, LAYERS, SCALING_DIM, SMALL, WIDE_DIM, Case
 from bench.store import Row
 
 matplotlib.use("Agg")
@@ -196,11 +196,6 @@ def setting_words(setting: compare.Setting) -> str:
     return f"{machine.split(',')[0]}, {threads} thread" + ("" if threads == "1" else "s")
 
 
-def shape_words(shape: Shape) -> str:
-    sets = "" if shape.sets == 1 else f"{shape.sets:,} sets of "
-    return f"{sets}{shape.rows:,} × {shape.dim:,}"
-
-
 ENDS = {"out of memory": "x", "timeout": ">"}
 
 
@@ -297,7 +292,7 @@ def speed_plot(theme: Theme, rows: Sequence[Row], setting: compare.Setting) -> F
             axes.text(1.08 * max(ratio, 1), place, text, va="center", fontsize=8.5)
         axes.axvline(1, color=theme.ink, linewidth=1)
         layer = LAYERS.get(case.shape, "").split(", ")[0]
-        axes.set_title(f"{layer}\n{shape_words(case.shape)}".strip(), fontsize=9)
+        axes.set_title(f"{layer}\n{case.shape.words}".strip(), fontsize=9)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     first = grid.flat[0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from bench import accuracy, compare, digits, goals, model, plots, roofline, sweep
 from bench.methods import METHODS, OURS
 from bench.model import MODELS, NONE
-from bench.plots import main_setting, shape_words
+from bench.plots import main_setting
 from bench.shapes import GOALS, LAYERS, SMALL, Case
 from bench.store import ROOT, Row
 
@@ -96,7 +96,7 @@ def speed(results: Results) -> str:
         for methods in columns.values():
             cells.append(best_of([row for row in rows if row["method"] in methods], mine))
         layer = f", {LAYERS[shape].split(', ')[0]}" if shape in LAYERS else ""
-        lines.append([shape_words(shape) + layer, *cells])
+        lines.append([shape.words + layer, *cells])
     if not lines:
         return NO_GPU if results.device == "cuda" else NOTHING
     headings = ["rows × k", "comhe_ext, ms", "of the peak", *columns]
@@ -132,7 +132,7 @@ def slower(results: Results) -> str:
 
     def lines(entries: Sequence[tuple[float, Case, str]]) -> str:
         return "\n".join(
-            f"- {shape_words(case.shape)}, {MODE_WORDS.get(case.mode, case.mode)}: "
+            f"- {case.shape.words}, {MODE_WORDS.get(case.mode, case.mode)}: "
             f"{label} takes {ratio:.2f} times as long."
             for ratio, case, label in entries
         )
@@ -178,7 +178,7 @@ def methods(results: Results) -> str:
         )
     headings = ["", "time, ms", "wall clock, ms", "first call, s", "peak, MiB"]
     headings += ["energy error", "gradient error"]
-    return f"{shape_words(case.shape)}; {caption(rows)}.\n\n{markdown(headings, lines)}"
+    return f"{case.shape.words}; {caption(rows)}.\n\n{markdown(headings, lines)}"
 
 
 def modes(results: Results) -> str:
@@ -194,7 +194,7 @@ def modes(results: Results) -> str:
         ratio = None if naive is None else compare.times_faster(mine, naive)
         lines.append(
             [
-                f"{case.mode}, {shape_words(case.shape)}",
+                f"{case.mode}, {case.shape.words}",
                 "" if time is None else number(time),
                 "" if ratio is None else f"{number(ratio)}×",
                 "" if nearest is None else f"{number(nearest[1])}×",
@@ -228,22 +228,24 @@ def reached(results: Results) -> str:
 
 
 def threads(results: Results) -> list[list[str]]:
-    """How much faster two threads are than one, by the wall clock."""
+    """How much faster two threads are than one, by the wall clock, at every goal."""
     settings = compare.by_setting(results.all_rows)
     if results.setting is None or results.device != "cpu":
         return []
     machine, device, _ = results.setting
-    case = Case(GOALS["cpu"][1], "gradient")
-    times = []
-    for count in ("1", "2"):
-        rows = compare.by_case(settings.get((machine, device, count), [])).get(case, [])
-        mine = compare.ours(rows)
-        times.append(None if mine is None else float(mine["wall_ms"]))
-    one, two = times
-    words = [f"{shape_words(case.shape)}, two threads over one", "at least 1.9 times"]
-    if one is None or two is None:
-        return [[*words, "not measured", ""]]
-    return [[*words, f"{one / two:.3g} times", "yes" if one / two >= 1.9 else "**no**"]]
+    counts = [compare.by_case(settings.get((machine, device, n), [])) for n in ("1", "2")]
+    lines = []
+    for shape in GOALS["cpu"]:
+        case = Case(shape, "gradient")
+        rows = [compare.ours(cases.get(case, [])) for cases in counts]
+        one, two = (None if row is None else float(row["wall_ms"]) for row in rows)
+        words = [f"{shape.words}, two threads over one", "at least 1.9 times"]
+        if one is None or two is None:
+            lines.append([*words, "not measured", ""])
+        else:
+            met = "yes" if one / two >= 1.9 else "**no**"
+            lines.append([*words, f"{one / two:.3g} times", met])
+    return lines
 
 
 # --- the others -----------------------------------------------------------------------------------

@@ -15,6 +15,11 @@ class Shape(NamedTuple):
         return f"{self.sets}x{self.rows}x{self.dim}"
 
     @property
+    def words(self) -> str:
+        sets = "" if self.sets == 1 else f"{self.sets:,} sets of "
+        return f"{sets}{self.rows:,} × {self.dim:,}"
+
+    @property
     def pairs(self) -> float:
         return self.sets * self.rows * (self.rows - 1) / 2
 
