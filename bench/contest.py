@@ -16,7 +16,8 @@ from pathlib import Path
 from bench.worker import Job, Lost, Reply, Turn, Worker
 
 MOST_ROUNDS, LEAST_ROUNDS = 9, 5
-SLOW = 10.0  # seconds: such calls have fewer rounds, and none for memory alone
+SLOW = 10.0  # seconds: such calls are not made for memory alone
+VERY_SLOW = 30.0  # such calls have fewer rounds than `LEAST_ROUNDS`
 SHORT = 0.02  # a round lasts at least this long, of several calls if need be
 MIB = 2.0**20
 
@@ -42,7 +43,7 @@ class Rules:
     deadline: float = math.inf  # of `time.monotonic`
 
     def number_of_rounds(self, seconds: float) -> int:
-        least = min(LEAST_ROUNDS, self.rounds) if seconds < SLOW else 1
+        least = min(LEAST_ROUNDS, self.rounds) if seconds < VERY_SLOW else 1
         return max(least, min(self.rounds, int(self.budget / seconds)))
 
 
