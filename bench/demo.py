@@ -264,7 +264,7 @@ def run(args: argparse.Namespace, threads: int, console: Console) -> None:
     console.print(cost_table(costs))
     console.print(
         f"Threads: {threads}. Time: by the wall clock, median of {plan.rules.rounds} rounds in "
-        "which the two take turns, of one where a call takes 10 s. Memory: peak above the input. "
+        "which the two take turns, of one where a call takes 30 s. Memory: peak above the input. "
         "Each in a process of its own. Errors: relative, against float64."
     )
     for sentence in cost_words(costs):
