@@ -24,6 +24,7 @@ from bench.screen import Steps, make_table
 from bench.store import Table
 from bench.worker import Call, Job, load_result
 from comhe_ext.models import LlamaBlock, ViT, resnet50
+from comhe_ext.regularizer import ProjectionName
 
 TABLE = Table(
     "model",
@@ -72,7 +73,7 @@ MODELS = {
 # --- regularizers ---------------------------------------------------------------------------------
 
 # the argument `projection` of CoMHE
-VARIANTS: dict[str, str | None] = {
+VARIANTS: dict[str, ProjectionName | None] = {
     "MHE": None,
     "RP-CoMHE": "random",
     "AP-CoMHE": "angle-preserving",

@@ -382,6 +382,14 @@ def check_number(name: str, value: float) -> float:
     return float(value)
 
 
+def check_factor(name: str, value: float) -> float:
+    """A finite number of at least 0."""
+    value = check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be finite and at least 0, got {value}")
+    return value
+
+
 def _split_columns(
     weight: Tensor, groups: int | Sequence[Sequence[int] | Tensor]
 ) -> Sequence[Tensor]:

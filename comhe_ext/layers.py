@@ -1,13 +1,14 @@
 """The layers of a model whose weights have neurons, found by type or by name."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.nn.utils.weight_norm import WeightNorm
+
+from comhe_ext import weights
 
 Selector: TypeAlias = str | type[nn.Module]
 # a number of equal parts, or the rows of each part
@@ -15,12 +16,16 @@ Split: TypeAlias = int | Sequence[int]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # found where nothing else is asked for
 DEFAULT_TYPES = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
-SUPPORTED_TYPES = (*DEFAULT_TYPES, nn.Embedding, nn.MultiheadAttention)
+SUPPORTED_TYPES = (*DEFAULT_TYPES, *EMBEDDINGS, nn.MultiheadAttention)
+# the factors of a low-rank update are Linear layers by type alone: only W + BA has neurons
+ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
-class Layer(NamedTuple):
+@dataclass(frozen=True)
+class Layer:
     """A weight, or some rows of one, whose rows are neurons that meet each other."""
 
     name: str
@@ -28,111 +33,225 @@ class Layer(NamedTuple):
     attribute: str = "weight"
     first: int = 0
     size: int | None = None  # None: all rows from `first` on
+    transpose: bool = False  # the neurons are the columns
+    padding: int | None = None  # the row of an embedding's padding_idx, which is no neuron
+    shape: tuple[int, ...] = ()  # of the weight when it was found
+    # sets, neurons of each, and inputs of a neuron: the shape of `rows`
+    sizes: tuple[int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sets, neurons, inputs = self.rows(torch.empty(self.shape, device="meta")).shape
+        object.__setattr__(self, "sizes", (sets, neurons, inputs))
 
     @property
     def weight(self) -> Tensor:
-        """Read at each use: it may have been replaced, or be computed by a parametrization."""
-        for hook in self.module._forward_pre_hooks.values():
-            # torch.nn.utils.weight_norm leaves a tensor of the last forward in its place
-            if isinstance(hook, WeightNorm) and hook.name == self.attribute:
-                return cast(Tensor, hook.compute_weight(self.module))
-        return cast(Tensor, getattr(self.module, self.attribute))
+        """What the next forward of the module would use; see `comhe_ext.weights`."""
+        return weights.read(self.module, self.attribute)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return weights.sources(self.module, self.attribute)[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return weights.sources(self.module, self.attribute)[0].device
 
     def learns(self) -> bool:
-        """Whether a gradient of the weight goes anywhere."""
-        with torch.enable_grad():
-            return self.weight.requires_grad
+        """Whether a gradient of the weight goes anywhere, in any grad mode."""
+        return weights.learns(self.module, self.attribute)
 
-    def rows(self) -> Tensor:
-        """The neurons, one set a convolution group: [groups, N, d]."""
-        weight = self.weight
+    def check(self, weight: Tensor) -> None:
+        """Raise if the weight cannot be taken, or is of another shape than when it was found."""
+        reason = weights.refusal(weight)
+        if reason is not None:
+            raise weights.error_of(reason)(f"layer {self.name!r}: {reason}")
+        if tuple(weight.shape) != self.shape:
+            raise RuntimeError(
+                f"layer {self.name!r} was found with a weight of shape {self.shape}, which now has "
+                f"{tuple(weight.shape)}: call `refresh()` after changing the model"
+            )
+
+    def rows(self, weight: Tensor | None = None) -> Tensor:
+        """The neurons, one set a convolution group: [groups, N, d]; of `weight` if it is given."""
+        rows = self._all_rows(self.weight if weight is None else weight)
+        if self.padding is None:
+            return rows
+        # views where the padding is the first or the last row, as it is in practice
+        before = rows[:, : max(self.padding - self.first, 0)]
+        after = rows[:, max(self.padding - self.first + 1, 0) :]
+        if before.shape[1] == 0 or after.shape[1] == 0:
+            return after if before.shape[1] == 0 else before
+        return torch.cat([before, after], 1)
+
+    def _all_rows(self, weight: Tensor) -> Tensor:
+        """The neurons, and the padding of an embedding."""
         if isinstance(self.module, TRANSPOSED):
             # [in, out / groups, ...]: the neurons are the columns of each group
             return weight.unflatten(0, (self.module.groups, -1)).transpose(1, 2).flatten(2)
         if isinstance(self.module, CONVOLUTIONS):
             return weight.unflatten(0, (self.module.groups, -1)).flatten(2)
-        return self._part(weight).unsqueeze(0)
+        if self.transpose:
+            weight = weight.mT
+        if weight.dim() == 3:  # a parameter of several sets
+            return weight
+        size = weight.shape[0] - self.first if self.size is None else self.size
+        return weight.narrow(0, self.first, size).unsqueeze(0)
 
     @torch.no_grad()
     def assign(self, rows: Tensor) -> None:
         """Make `rows` [groups, N, d] the neurons."""
         weight = self.weight.detach().clone()
+        every = self._all_rows(weight)
+        if self.padding is not None:
+            part = every.clone()
+            part[:, self._neurons(every.shape[1])] = rows.to(part)
+            rows = part
         if isinstance(self.module, TRANSPOSED):
             groups = weight.unflatten(0, (self.module.groups, -1)).transpose(1, 2)
             groups.copy_(rows.view(groups.shape))
-        elif isinstance(self.module, CONVOLUTIONS):
-            weight.copy_(rows.view(weight.shape))
         else:
-            self._part(weight).copy_(rows[0])
-        if parametrize.is_parametrized(self.module, self.attribute):
-            setattr(self.module, self.attribute, weight)  # by the inverse of the parametrization
-        else:
-            getattr(self.module, self.attribute).copy_(weight)
+            every.copy_(rows)
+        weights.write(self.module, self.attribute, weight)
 
-    def _part(self, weight: Tensor) -> Tensor:
-        """The rows of a Linear or an embedding that are this layer's, [N, d]."""
-        if _has_columns(self.module):
-            weight = weight.mT
-        size = weight.shape[0] - self.first if self.size is None else self.size
-        return weight.narrow(0, self.first, size)
+    def _neurons(self, count: int) -> list[int]:
+        """Which of `count` rows are neurons."""
+        padding = -1 if self.padding is None else self.padding - self.first
+        return [i for i in range(count) if i != padding]
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob pattern fits the name of the layer, or of what it is a part of."""
         return fnmatchcase(self.name, pattern) or fnmatchcase(self.name.rpartition(".")[0], pattern)
 
 
-def _has_columns(module: nn.Module) -> bool:
-    """Whether it is the Linear of Hugging Face's GPT-2, whose weight is [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+class LeftOut(NamedTuple):
+    """A layer or parameter of the model that is not regularized, and why."""
+
+    name: str
+    reason: str
+
+
+class Survey(NamedTuple):
+    """What was found in a model."""
+
+    layers: list[Layer]
+    left_out: list[LeftOut]
+
+
+class _Candidate(NamedTuple):
+    """A module, or a parameter that is no module's weight, which may have neurons."""
+
+    name: str
+    module: nn.Module
+    attribute: str | None = None  # of a bare parameter
+
+    @property
+    def bare(self) -> bool:
+        return self.attribute is not None
 
 
 def find_layers(
     model: nn.Module,
-    include: Iterable[Selector] | None = None,
-    exclude: Iterable[Selector] = (),
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] = (),
     split: Mapping[str, Split] | None = None,
+    transpose: str | Iterable[str] = (),
 ) -> list[Layer]:
-    """Layers of two neurons or more, in the order of registration; every weight once.
+    """Layers of two neurons or more, in the order of registration; see `survey`."""
+    return survey(model, include, exclude, split, transpose).layers
+
+
+def survey(
+    model: nn.Module,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] = (),
+    split: Mapping[str, Split] | None = None,
+    transpose: str | Iterable[str] = (),
+) -> Survey:
+    """Find the layers of two neurons or more, in the order of registration; every weight once.
 
     Args:
         model: where to look.
         include: types and glob patterns of names; a layer is taken if one of them fits. None takes
             Linear, convolution and transposed convolution layers. An embedding, a Linear tied to
-            one, and the packed projections of nn.MultiheadAttention count if asked for.
+            one, the packed projections of nn.MultiheadAttention, and parameters of two or three
+            dimensions that are no layer's weight count if asked for.
         exclude: types and patterns of what is left out all the same.
         split: pattern -> into how many equal parts, or parts of how many rows, a weight is to be
             split: 3 for queries, keys and values packed into one Linear.
+        transpose: patterns of the Linear layers, embeddings and parameters whose neurons are the
+            columns.
+
+    Raises:
+        TypeError: a selector is of the wrong kind, or a weight that learns is not a dense
+            floating-point tensor.
+        ValueError: a pattern fits nothing, a split does not fit, or a weight is not initialized.
     """
-    include = DEFAULT_TYPES if include is None else tuple(include)
-    exclude, split = tuple(exclude), dict(split or {})
-    for name, selectors in (("include", include), ("exclude", exclude), ("split", tuple(split))):
-        for selector in selectors:
-            is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
-            if not (isinstance(selector, str) or (is_type and name != "split")):
-                raise TypeError(f"`{name}` must hold patterns or module types, got {selector!r}")
+    chosen = DEFAULT_TYPES if include is None else as_selectors("include", include)
+    unwanted = as_selectors("exclude", exclude)
+    split = {} if split is None else split
+    as_patterns("split", split)
+    turned = as_patterns("transpose", transpose)
     candidates = list(_candidates(model))
-    names = [name for name, _ in candidates]
-    for pattern in (x for x in (*include, *exclude, *split) if isinstance(x, str)):
-        check_pattern(pattern, names)
+    unsupported = dict(_unsupported(model, candidates))
+    _check_types(chosen, candidates)
+    for pattern in (*chosen, *unwanted, *split, *turned):
+        if isinstance(pattern, str):
+            _check_pattern(pattern, candidates, unsupported)
 
     layers: list[Layer] = []
-    embeddings = {id(module.weight) for _, module in candidates if isinstance(module, nn.Embedding)}
-    seen: dict[int, Tensor] = {}  # by id; kept alive, for a parametrized weight is a temporary
-    for name, module in candidates:
-        tied = isinstance(module, nn.Linear) and id(module.weight) in embeddings
-        if not _fits(name, module, include, tied) or _fits(name, module, exclude, tied):
+    left_out: list[LeftOut] = []
+    # of every embedding, the name and the padding row, by what its weight is made of
+    embeddings = {
+        weights.identity(x.module, "weight"): x
+        for x in candidates
+        if isinstance(x.module, EMBEDDINGS)
+    }
+    seen: dict[tuple[int, ...], str] = {}
+    for candidate in candidates:
+        name, module = candidate.name, candidate.module
+        owner = None
+        if not candidate.bare and not isinstance(module, nn.MultiheadAttention):
+            owner = embeddings.get(weights.identity(module, "weight"))
+        tied = isinstance(module, nn.Linear) and owner is not None
+        if not _fits(candidate, chosen, tied):
+            reason = "it is not included"
+            if include is None:
+                kind = "a parameter" if candidate.bare else type(module).__name__
+                if tied and owner is not None:
+                    kind = f"the weight of the embedding {owner.name!r}"
+                reason = f"{kind} is taken on request only"
+            if not (candidate.bare and name.rpartition(".")[0] in unsupported):
+                left_out.append(LeftOut(name, reason))
             continue
-        for layer in _parts(name, module, split):
-            weight = layer.weight
-            key = id(weight)
-            if isinstance(weight, nn.parameter.UninitializedParameter):
-                raise ValueError(f"layer {name!r} is not initialized: run the model once before")
+        if _fits(candidate, unwanted, tied):
+            left_out.append(LeftOut(name, "it is excluded"))
+            continue
+        named = any(isinstance(x, str) and fnmatchcase(name, x) for x in chosen)
+        if not named and any(part in ADAPTERS for part in name.split(".")):
+            left_out.append(LeftOut(name, "a factor of a low-rank update has no neurons"))
+            continue
+        refused = _why_not(candidate)
+        if refused is not None:
+            left_out.append(LeftOut(name, refused))
+            continue
+        padding = getattr(owner.module, "padding_idx", None) if owner is not None else None
+        for layer in _parts(candidate, split, turned, padding):
+            key = weights.identity(module, layer.attribute)
             if key in seen and layer.first == 0:
+                left_out.append(LeftOut(name, f"its weight is that of {seen[key]!r}"))
                 break
-            seen[key] = weight
-            if layer.rows().shape[1] > 1:
+            seen[key] = name
+            _, neurons, inputs = layer.sizes
+            if neurons < 2:
+                left_out.append(LeftOut(layer.name, "fewer than two neurons make no pair"))
+            elif inputs < 2:
+                left_out.append(
+                    LeftOut(layer.name, "neurons of fewer than two inputs have nowhere to turn")
+                )
+            else:
                 layers.append(layer)
-    return layers
+    left_out += [LeftOut(name, reason) for name, reason in unsupported.items()]
+    return Survey(layers, left_out)
 
 
 def check_pattern(pattern: str, names: Sequence[str]) -> None:
@@ -141,43 +260,168 @@ def check_pattern(pattern: str, names: Sequence[str]) -> None:
         raise ValueError(f"pattern {pattern!r} matches no layer; the layers are {list(names)}")
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def as_selectors(argument: str, given: object) -> tuple[Selector, ...]:
+    """A selector, or several, as a tuple."""
+    if isinstance(given, (str, type)):
+        given = (given,)
+    if not isinstance(given, Iterable):
+        raise TypeError(f"`{argument}` must hold patterns or module types, got {given!r}")
+    selectors = tuple(given)
+    for selector in selectors:
+        is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
+        if not (isinstance(selector, str) or is_type):
+            raise TypeError(f"`{argument}` must hold patterns or module types, got {selector!r}")
+    return selectors
+
+
+def as_patterns(argument: str, given: str | Iterable[str]) -> tuple[str, ...]:
+    """A glob pattern, or several, as a tuple."""
+    patterns = tuple(x for x in as_selectors(argument, given) if isinstance(x, str))
+    if len(patterns) < len(as_selectors(argument, given)):
+        raise TypeError(f"`{argument}` must hold patterns, got {given!r}")
+    return patterns
+
+
+def _check_types(selectors: Sequence[Selector], candidates: Sequence[_Candidate]) -> None:
+    """Raise for a type of which nothing is known to be a neuron."""
+    for selector in selectors:
+        if isinstance(selector, str) or any(isinstance(x.module, selector) for x in candidates):
+            continue
+        if not any(issubclass(x, selector) or issubclass(selector, x) for x in SUPPORTED_TYPES):
+            raise TypeError(
+                f"{selector.__module__}.{selector.__qualname__} has no neurons that are known "
+                "here: `include` takes the names of its parameters, if their rows are neurons"
+            )
+
+
+def _check_pattern(
+    pattern: str, candidates: Sequence[_Candidate], unsupported: Mapping[str, str]
+) -> None:
+    """Raise for a pattern that fits no layer or parameter."""
+    if any(fnmatchcase(candidate.name, pattern) for candidate in candidates):
+        return
+    kinds = {name: why for name, why in unsupported.items() if fnmatchcase(name, pattern)}
+    if kinds:
+        what = "; ".join(f"{name!r} {why}" for name, why in kinds.items())
+        raise TypeError(f"pattern {pattern!r} matches no layer with neurons: {what}")
+    check_pattern(pattern, [x.name for x in candidates if not x.bare])
+
+
+def _candidates(model: nn.Module) -> Iterator[_Candidate]:
+    """The modules of supported types, then the bare parameters."""
+    owned: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, SUPPORTED_TYPES) or _has_columns(module):
-            yield name, module
+            owned.update(map(id, module.parameters(recurse=False)))
+            yield _Candidate(name, module)
+    for name, module in model.named_modules():
+        if "parametrizations" in name.split("."):
+            continue  # what makes another weight
+        for attribute, parameter in module.named_parameters(prefix="", recurse=False):
+            if id(parameter) in owned or isinstance(parameter, nn.parameter.UninitializedParameter):
+                continue
+            if parameter.dim() in (2, 3):
+                yield _Candidate(f"{name}.{attribute}" if name else attribute, module, attribute)
 
 
-def _fits(name: str, module: nn.Module, selectors: Sequence[Selector], tied: bool) -> bool:
+def _unsupported(model: nn.Module, candidates: Sequence[_Candidate]) -> Iterator[tuple[str, str]]:
+    """(name, what it is) of modules of other types that hold weights."""
+    holders = {id(candidate.module) for candidate in candidates if candidate.bare}
+    for name, module in model.named_modules():
+        kind = type(module)
+        is_quantized = "quantized" in kind.__module__ and hasattr(module, "weight")
+        own = kind.__module__.startswith("torch.nn.modules") and id(module) in holders
+        if is_quantized or own:
+            hint = "" if is_quantized else ": `include` takes its parameters by name"
+            quantized = "quantized " if is_quantized else ""
+            yield name, f"is a {quantized}{kind.__name__}, of unknown neurons{hint}"
+
+
+def _fits(candidate: _Candidate, selectors: Sequence[Selector], tied: bool) -> bool:
     """Whether a selector fits; to types, a Linear tied to an embedding is one itself."""
     for selector in selectors:
         if isinstance(selector, str):
-            fits = fnmatchcase(name, selector)
+            fits = fnmatchcase(candidate.name, selector)
+        elif candidate.bare:
+            fits = False
         elif tied:
             fits = issubclass(nn.Embedding, selector)
         else:
-            fits = isinstance(module, selector)
+            fits = isinstance(candidate.module, selector)
             # GPT-2's Linear goes where a Linear would
-            fits |= selector is nn.Linear and _has_columns(module)
+            fits |= selector is nn.Linear and _has_columns(candidate.module)
         if fits:
             return True
     return False
 
 
-def _parts(name: str, module: nn.Module, split: Mapping[str, Split]) -> list[Layer]:
+def _has_columns(module: nn.Module) -> bool:
+    """Whether it is the Linear of Hugging Face's GPT-2, whose weight is [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _attributes(candidate: _Candidate) -> list[str]:
+    """Where the weights of a candidate are."""
+    module = candidate.module
+    if isinstance(module, nn.MultiheadAttention):
+        separate = [f"{x}_proj_weight" for x in "qkv"]
+        return separate if module.in_proj_weight is None else ["in_proj_weight"]
+    return [candidate.attribute or "weight"]
+
+
+def _why_not(candidate: _Candidate) -> str | None:
+    """Why a frozen weight cannot be taken, or None. Raises where it learns."""
+    name, module = candidate.name, candidate.module
+    for attribute in _attributes(candidate):
+        source = weights.sources(module, attribute)[0]
+        if isinstance(source, nn.parameter.UninitializedParameter):
+            raise ValueError(f"layer {name!r} is not initialized: run the model once before")
+        reason = weights.refusal(source)
+        if reason is None:
+            continue
+        if weights.learns(module, attribute):
+            raise weights.error_of(reason)(f"layer {name!r}: {reason}")
+        return f"it is frozen, and {reason}"
+    return None
+
+
+def _parts(
+    candidate: _Candidate,
+    split: Mapping[str, Split],
+    transpose: Sequence[str],
+    padding: int | None,
+) -> list[Layer]:
     """The layer itself, or the parts that it packs."""
+    name, module = candidate.name, candidate.module
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None:
-            return [Layer(f"{name}.{x}", module, f"{x}_proj_weight") for x in "qkv"]
+            return [
+                Layer(f"{name}.{x[0]}", module, x, shape=tuple(getattr(module, x).shape))
+                for x in _attributes(candidate)
+            ]
         width = module.embed_dim
+        shape = tuple(module.in_proj_weight.shape)
         return [
-            Layer(f"{name}.{x}", module, "in_proj_weight", i * width, width)
+            Layer(f"{name}.{x}", module, "in_proj_weight", i * width, width, shape=shape)
             for i, x in enumerate("qkv")
         ]
-    whole = Layer(name, module)
+    turned = any(fnmatchcase(name, pattern) for pattern in transpose)
+    convolution = isinstance(module, (*CONVOLUTIONS, *TRANSPOSED))
+    if turned and convolution:
+        raise ValueError(
+            f"`transpose` must name Linear layers, embeddings or parameters, got the convolution "
+            f"{name!r}"
+        )
+    attribute = candidate.attribute or "weight"
+    shape = tuple(_shape(module, attribute))
+    columns = turned != _has_columns(module)
+    # of the columns of an embedding, the padding is one coordinate, not a neuron
+    padding = None if columns else padding
+    whole = Layer(name, module, attribute, transpose=columns, padding=padding, shape=shape)
     pattern = next((pattern for pattern in split if fnmatchcase(name, pattern)), None)
     if pattern is None:
         return [whole]
-    sets, n, _ = whole.rows().shape
+    sets, n = (1, shape[-1] if columns else shape[0]) if len(shape) == 2 else (2, shape[0])
     parts = split[pattern]
     if isinstance(parts, int):
         fits = parts >= 1 and n % parts == 0
@@ -185,13 +429,118 @@ def _parts(name: str, module: nn.Module, split: Mapping[str, Split]) -> list[Lay
     else:
         sizes = list(parts)
         fits = sum(sizes) == n and min(sizes, default=0) >= 1
-    if sets != 1 or isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) or not fits:
+    if sets != 1 or convolution or not fits:
         raise ValueError(
             f"`split` must divide the {n} rows of a Linear or an embedding, got {parts!r} for "
             f"layer {name!r}"
         )
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     return [
-        Layer(f"{name}.{i}", module, "weight", start, size)
+        Layer(
+            f"{name}.{i}",
+            module,
+            attribute,
+            start,
+            size,
+            columns,
+            padding if padding is not None and start <= padding < start + size else None,
+            shape,
+        )
         for i, (start, size) in enumerate(zip(starts, sizes, strict=True))
     ]
+
+
+def _shape(module: nn.Module, attribute: str) -> Sequence[int]:
+    """Of the weight, which has to be computed for it where it is computed."""
+    with torch.no_grad():
+        return weights.read(module, attribute).shape
+
+
+# --- the output layer -----------------------------------------------------------------------------
+
+
+class OutputLayer(NamedTuple):
+    """The layer that a model ends in, and how that is known."""
+
+    name: str | None
+    reason: str
+    guessed: bool = False
+
+
+def find_output_layer(model: nn.Module, layers: Sequence[Layer]) -> OutputLayer:
+    """Find which of `layers` the model ends in.
+
+    The outermost module that can answer is asked (`get_output_embeddings` as in Hugging Face's
+    models, `get_classifier` as in timm's). Where none can, the last layer of the whole model is
+    taken by its position, if it is among `layers` and nothing with parameters comes behind it.
+    """
+    answer = _ask(model)
+    if answer is not None:
+        question, head = answer
+        for module in reversed(list(head.modules())):
+            has_weight = isinstance(module, SUPPORTED_TYPES) or _has_columns(module)
+            if isinstance(module, nn.MultiheadAttention) or not has_weight:
+                continue
+            key = weights.identity(module, "weight")
+            for layer in layers:
+                # by its weight: of tied layers only one is listed
+                if weights.identity(layer.module, layer.attribute) == key:
+                    whole = layer.size is None
+                    return OutputLayer(layer.name if whole else None, f"by `{question}`")
+            return OutputLayer(None, f"the head that `{question}` names is not regularized")
+        return OutputLayer(None, f"`{question}` names no head")
+    name, module = _last_with_parameters(model)
+    for layer in layers:
+        if layer.module is module and layer.name == name and isinstance(module, DEFAULT_TYPES):
+            if _is_inside(model, name):
+                return OutputLayer(None, "the model ends in the last layer of an encoder")
+            return OutputLayer(name, "by position: it is the last layer of the model", True)
+    return OutputLayer(None, "the last layer of the model is not among those regularized")
+
+
+def _ask(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The head that the outermost module that knows one names, and by which method."""
+    for name, module in sorted(model.named_modules(), key=lambda x: x[0].count(".") + bool(x[0])):
+        for question in ("get_output_embeddings", "get_classifier"):
+            method = getattr(module, question, None)
+            if not callable(method):
+                continue
+            try:
+                head = method()
+            except (NotImplementedError, AttributeError, TypeError):
+                continue  # models have the method from their base class
+            if isinstance(head, (tuple, list)):
+                head = next((x for x in head if isinstance(x, nn.Module)), None)
+            if isinstance(head, nn.Module):
+                return f"{name}.{question}" if name else question, head
+    return None
+
+
+def _last_with_parameters(model: nn.Module) -> tuple[str, nn.Module]:
+    """The module registered last that has parameters of its own, or computed ones."""
+    last = ("", model)
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if "parametrizations" in parts:
+            continue
+        if any(True for _ in module.parameters(recurse=False)) or hasattr(
+            module, "parametrizations"
+        ):
+            last = (name, module)
+    return last
+
+
+def _is_inside(model: nn.Module, name: str) -> bool:
+    """Whether a layer is part of something whose own last layer is hidden: attention, encoders."""
+    for parent, module in model.named_modules():
+        if parent and not name.startswith(f"{parent}."):
+            continue
+        if isinstance(
+            module, (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerDecoder)
+        ):
+            return True
+        # Hugging Face: a model that is its own base model has no head
+        if getattr(type(module), "base_model_prefix", None) is not None:
+            if getattr(module, "base_model", None) is module:
+                return True
+    return False

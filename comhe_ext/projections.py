@@ -2,21 +2,28 @@
 
 A `Projection` belongs to one `CoMHE`, which binds it to its hidden layers:
 
-    projection.step()        once a training step
-    projection.matrices()    {layer: [C, k, d]} of this step
+    projection.step(rows)        once a training step
+    projection.views(rows)       what is swept: the sets of each layer, and its matrices
+    projection.matrices(rows)    {layer: [C, k, d]} of this step
 
-Its state goes with the state_dict of the regularizer. On several ranks all draw the same numbers.
+`rows` are the neurons [sets, N, d] of each layer, read once for all of them; None reads them.
+A projection of one's own overrides `matrices`. The state goes with the state_dict of the
+regularizer. On several ranks all draw the same numbers: a seed that is not given is that of the
+first rank, asked for at the first training step, which all ranks make together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from inspect import signature
+from numbers import Integral
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Generator, Tensor, nn
 
 from comhe_ext import functional, ops
-from comhe_ext.functional import AngleKind, check_count, check_number
+from comhe_ext.functional import AngleKind, check_count, check_factor
 from comhe_ext.layers import Layer
+from comhe_ext.steps import host_tensor, loaded, set_number
 
 
 def random_projection(
@@ -79,12 +86,14 @@ def _gaussian(
     device: torch.device,
 ) -> Tensor:
     """Normal numbers of step state[1] under seed state[0], the same for `every` steps in a row."""
+    if device.type == "meta":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "random matrices cannot be drawn while a CUDA graph is captured, which would repeat "
             "one draw for ever: call the regularizer outside of the graph"
         )
-    seed, steps = state.tolist()
+    seed, steps, _ = state.tolist()
     draw = max(steps - 1, 0) // every
     # three numbers into one seed, by the constants of the SplitMix64 generator
     for number in (draw, stream):
@@ -106,36 +115,49 @@ def _(
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _common_seed(seed: int | None) -> int:
-    """The seed given, or torch's own; that of the first rank where there are several."""
-    if seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"`seed` must be an int or None, got {type(seed).__name__}")
-        return seed % 2**63
-    seeds = [torch.initial_seed() % 2**63]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(seeds)
-    return seeds[0]
+@ops.define("advance(Tensor(a!) state) -> ()")
+def _advance(state: Tensor) -> None:
+    """Count a step; before the first one, agree on a seed with the other ranks."""
+    seed, steps, is_common = state.tolist()
+    if not is_common:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            seeds = [seed]
+            torch.distributed.broadcast_object_list(seeds)
+            set_number(state, 0, seeds[0])
+        set_number(state, 2, 1)
+    set_number(state, 1, steps + 1)
+
+
+@torch.library.register_fake("comhe_ext::advance", lib=ops.LIBRARY)
+def _(state: Tensor) -> None:
+    pass
 
 
 # --- projections of a model -----------------------------------------------------------------------
+
+
+Views: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class Projection(nn.Module):
     """What takes the neurons of each layer to few dimensions; the base of the four below.
 
     Args:
-        seed: of all that is drawn; None takes torch's seed, of the first rank where there are
-            several, so make it after `torch.distributed.init_process_group`.
+        seed: of all that is drawn; None takes torch's seed, and on several ranks that of the first
+            one, broadcast at the first training step.
     """
 
     dim: int | None = None  # k; a layer of no more inputs is not projected. None: any layer is
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise TypeError(f"`seed` must be an int or None, got {type(seed).__name__}")
         self._layers: list[Layer] = []
-        # seed and steps; not a buffer: it stays on the host, where the draws are seeded
-        self._state = torch.tensor([_common_seed(seed), 0])
+        number = torch.initial_seed() if seed is None else int(seed)
+        # seed, steps, and whether all ranks know the seed; not a buffer: it stays on the host,
+        # where the draws are seeded
+        self._state = host_tensor([number % 2**63, 0, int(seed is not None)])
 
     def bind(self, layers: Sequence[Layer], settings: functional.Settings) -> None:
         """Take charge of these layers, for an energy of these settings."""
@@ -143,17 +165,28 @@ class Projection(nn.Module):
             raise ValueError("`projection` already belongs to a regularizer: make one for each")
         self._layers = list(layers)
 
-    def step(self) -> None:
-        """Go on to the next training step."""
-        self._state[1] += 1
+    def rebind(self, layers: Sequence[Layer]) -> None:
+        """Take charge of these layers instead, after the model was changed."""
+        self._layers = list(layers)
 
-    def matrices(self) -> dict[str, Tensor]:
+    def step(self, rows: Mapping[str, Tensor] | None = None) -> None:
+        """Go on to the next training step."""
+        if torch.compiler.is_compiling():
+            torch.ops.comhe_ext.advance(self._state)
+        else:
+            _advance(self._state)
+
+    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """{layer: [C, k, d]} of this step, for the layers that learn."""
         raise NotImplementedError
 
-    def views(self, rows: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def views(self, rows: Mapping[str, Tensor]) -> Views:
         """The sets [V, N, d] of each layer of `rows`, and the matrices that project them."""
-        matrices = self.matrices()
+        # of one's own, `matrices` may do without the rows
+        takes_rows = len(signature(self.matrices).parameters) > 0
+        matrices = self.matrices(rows) if takes_rows else self.matrices()
+        for name, sets in rows.items():
+            self._check_matrices(name, sets, matrices)
         return {name: (sets, matrices[name]) for name, sets in rows.items()}
 
     def learning(self) -> list[Layer]:
@@ -164,15 +197,32 @@ class Projection(nn.Module):
         return self._state.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        self._state = state.clone()
+        self._state = loaded(state)
+
+    def _check_matrices(self, name: str, rows: Tensor, matrices: object) -> None:
+        """Raise if what `matrices` returned does not project the rows of a layer."""
+        what = f"`{type(self).__name__}.matrices` must return a dict of a tensor for every layer"
+        if not isinstance(matrices, Mapping):
+            raise TypeError(f"{what}, got {type(matrices).__name__}")
+        if name not in matrices:
+            raise ValueError(f"{what}, got none for {name!r}, only {sorted(matrices)}")
+        functional.check_tensor(f"matrices of layer {name!r}", matrices[name])
+        shape, inputs = tuple(matrices[name].shape), rows.shape[2]
+        if len(shape) != 3 or 0 in shape or shape[2] != inputs:
+            raise ValueError(
+                f"`matrices of layer {name!r}` must be [C, k, {inputs}], got shape {shape}"
+            )
+        if matrices[name].device != rows.device:
+            raise ValueError(
+                f"`matrices of layer {name!r}` must be on {rows.device}, got "
+                f"{matrices[name].device}"
+            )
 
     def _draw(self, layer: Layer, count: int, dim: int, every: int, stream: int) -> Tensor:
-        weight = layer.weight
-        width = layer.rows().shape[2]
-        dtype = ops.compute_dtype(weight)
-        shape = (count, dim, width)
+        dtype = torch.promote_types(layer.dtype, torch.float32)
+        shape = (count, dim, layer.sizes[2])
         drawn: Tensor = torch.ops.comhe_ext.gaussian(
-            self._state, every, stream, shape, dtype, weight.device
+            self._state, every, stream, shape, dtype, layer.device
         )
         return drawn
 
@@ -219,19 +269,18 @@ class RandomProjection(Projection):
             check_count("num_projections", num_projections)
         self.num_projections = num_projections
         self.neurons_per_projection = neurons_per_projection
-        self.dim: int = check_count("dim", dim)
+        self.dim: int = _check_dim(dim)
         self.every = check_count("every", every)
 
     def _count(self, layer: Layer) -> int:
         if self.neurons_per_projection is not None:
-            return max(layer.rows().shape[1] // self.neurons_per_projection, 1)
+            return max(layer.sizes[1] // self.neurons_per_projection, 1)
         return self.num_projections or 1
 
-    def matrices(self) -> dict[str, Tensor]:
+    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         by_kind: dict[Any, list[Layer]] = {}
         for layer in self.learning():
-            width, weight = layer.rows().shape[2], layer.weight
-            kind = (width, ops.compute_dtype(weight), weight.device)
+            kind = (layer.sizes[2], torch.promote_types(layer.dtype, torch.float32), layer.device)
             by_kind.setdefault(kind, []).append(layer)
         drawn = {}
         for (width, *_), layers in by_kind.items():
@@ -254,7 +303,8 @@ class GroupProjection(Projection):
         energy = torch.stack([hyperspherical_energy(part) for part in parts_of(weight)]).mean()
 
     Args:
-        groups: how many; a layer of fewer inputs has one input a group.
+        groups: how many; fewer where a group would have a single coordinate, whose neurons have
+            nowhere to turn.
         layout: "contiguous", neighbouring coordinates; "strided", every `groups`-th coordinate;
             "channels", input channels of a convolution with all their kernel positions
             (contiguous coordinates elsewhere).
@@ -280,24 +330,28 @@ class GroupProjection(Projection):
 
     def split(self, layer: Layer, rows: Tensor) -> list[Tensor]:
         """The columns of each group of the rows of a layer."""
+        width = rows.shape[-1]
         if self.layout == "strided":
-            return [rows[..., g :: self.groups] for g in range(min(self.groups, rows.shape[-1]))]
+            groups = min(self.groups, max(width // 2, 1))
+            return [rows[..., g::groups] for g in range(groups)]
         kernel = getattr(layer.module, "kernel_size", ()) if self.layout == "channels" else ()
-        channels = rows.unflatten(-1, (-1, torch.Size(kernel).numel()))
-        parts = channels.tensor_split(min(self.groups, channels.shape[-2]), -2)
-        return [part.flatten(-2) for part in parts]
+        # indivisible: a channel with its kernel positions, and never a coordinate alone
+        size = torch.Size(kernel).numel()
+        channels = rows.unflatten(-1, (-1, size))
+        most = width // size if size > 1 else max(width // 2, 1)
+        return [part.flatten(-2) for part in channels.tensor_split(min(self.groups, most), -2)]
 
-    def matrices(self) -> dict[str, Tensor]:
+    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         selected = {}
         for layer in self.learning():
-            width, weight = layer.rows().shape[2], layer.weight
-            identity = torch.eye(width, dtype=ops.compute_dtype(weight), device=weight.device)
+            dtype = torch.promote_types(layer.dtype, torch.float32)
+            identity = torch.eye(layer.sizes[2], dtype=dtype, device=layer.device)
             selected[layer.name] = functional.stack_parts(self.split(layer, identity)).mT
         return selected
 
-    def views(self, rows: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor | None]]:
+    def views(self, rows: Mapping[str, Tensor]) -> Views:
         """The sub-vectors themselves: cheaper than a product with zeros and ones."""
-        views: dict[str, tuple[Tensor, Tensor | None]] = {}
+        views: Views = {}
         for layer in self._layers:
             if layer.name in rows:
                 parts = self.split(layer, rows[layer.name])
@@ -325,13 +379,24 @@ class _LearnedProjection(Projection):
     ) -> None:
         super().__init__(seed)
         self.num_projections = check_count("num_projections", num_projections)
-        self.dim = check_count("dim", dim)
+        self.dim = _check_dim(dim)
         self.iterations = check_count("iterations", iterations)
-        self.lr = check_number("lr", lr)
-        self.weight_decay = check_number("weight_decay", weight_decay)
+        self.lr = lr
+        self.weight_decay = check_factor("weight_decay", weight_decay)
         if mode not in ("unrolled", "alternating"):
             raise ValueError(f"`mode` must be 'unrolled' or 'alternating', got {mode!r}")
         self.mode = mode
+        # layers whose matrices are still to be drawn: the model was not there yet
+        self._undrawn: set[str] = set()
+
+    @property
+    def lr(self) -> float:
+        """The step size, which may be set: a schedule of the network's serves both."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._lr = check_factor("lr", lr)
 
     def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
         """What the matrices descend: a sum over layers, of which each sees its own term alone."""
@@ -340,34 +405,81 @@ class _LearnedProjection(Projection):
     def bind(self, layers: Sequence[Layer], settings: functional.Settings) -> None:
         super().bind(layers, settings)
         self._settings = settings._replace(half_space=False)
-        for stream, layer in enumerate(self._layers):
-            drawn = self._draw(layer, self.num_projections, self.dim, 1, stream)
-            self.register_buffer(_buffer(layer), drawn)
+        self.rebind(layers)
 
-    def step(self) -> None:
+    def rebind(self, layers: Sequence[Layer]) -> None:
+        super().rebind(layers)
+        kept, self._buffers, undrawn = dict(self._buffers), {}, self._undrawn
+        self._undrawn = set()
+        for layer in self._layers:
+            name = _buffer(layer)
+            shape = (self.num_projections, self.dim, layer.sizes[2])
+            before = kept.get(name)
+            if before is not None and before.shape == shape and layer.name not in undrawn:
+                self.register_buffer(name, before)
+                continue
+            self._undrawn.add(layer.name)
+            self.register_buffer(name, torch.empty(shape, device="meta"))
+            if layer.device.type != "meta":
+                self._matrices_of(layer)
+
+    def step(self, rows: Mapping[str, Tensor] | None = None) -> None:
+        compiling = torch.compiler.is_compiling()
+        before = None if compiling else int(self._state[0])
         super().step()
+        if not compiling and int(self._state[0]) != before:
+            # the seed is that of the first rank now: draw the matrices that it has
+            self._undrawn.update(layer.name for layer in self._layers)
         layers = self.learning()
-        rows = [layer.rows().detach() for layer in layers]
+        constant = [x.detach() for x in self._rows(layers, rows)]
         for _ in range(self.iterations):
-            before = [self._matrices(layer) for layer in layers]
-            gradients = self._gradients(rows, before, create_graph=False)
-            for layer, matrices, gradient in zip(layers, before, gradients, strict=True):
-                after = matrices - self.lr * (gradient + self.weight_decay * matrices)
-                setattr(self, _buffer(layer), after)
+            matrices = [self._matrices_of(layer) for layer in layers]
+            gradients = self._gradients(constant, matrices, create_graph=False)
+            for layer, old, gradient in zip(layers, matrices, gradients, strict=True):
+                self._buffers[_buffer(layer)] = old - self.lr * (gradient + self.weight_decay * old)
 
-    def matrices(self) -> dict[str, Tensor]:
+    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         layers = self.learning()
-        matrices = [self._matrices(layer) for layer in layers]
+        matrices = [self._matrices_of(layer) for layer in layers]
         if self.mode == "unrolled" and torch.is_grad_enabled():
             # one more step that is not kept, as a function of the weights
-            rows = [layer.rows() for layer in layers]
-            gradients = self._gradients(rows, matrices, create_graph=True)
+            learning = self._rows(layers, rows)
+            gradients = self._gradients(learning, matrices, create_graph=True)
             matrices = [m - self.lr * g for m, g in zip(matrices, gradients, strict=True)]
         return {layer.name: m for layer, m in zip(layers, matrices, strict=True)}
 
-    def _matrices(self, layer: Layer) -> Tensor:
-        matrices: Tensor = getattr(self, _buffer(layer))
-        return matrices.to(layer.weight.device)
+    def _rows(self, layers: Sequence[Layer], rows: Mapping[str, Tensor] | None) -> list[Tensor]:
+        return [layer.rows() if rows is None else rows[layer.name] for layer in layers]
+
+    def _matrices_of(self, layer: Layer) -> Tensor:
+        """The matrices of a layer, drawn at their first use."""
+        name = _buffer(layer)
+        if layer.name in self._undrawn and layer.device.type != "meta":
+            stream = [x.name for x in self._layers].index(layer.name)
+            with torch.inference_mode(False), torch.no_grad():
+                self._buffers[name] = self._draw(layer, self.num_projections, self.dim, 1, stream)
+            self._undrawn.discard(layer.name)
+        matrices = self._buffers[name]
+        assert matrices is not None
+        return matrices.to(layer.device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for layer in self._layers:
+            given = state_dict.get(prefix + _buffer(layer))
+            if layer.name in self._undrawn and isinstance(given, Tensor) and not given.is_meta:
+                # room for what is loaded
+                own = self._buffers[_buffer(layer)]
+                assert own is not None
+                if own.shape == given.shape:
+                    self._buffers[_buffer(layer)] = torch.empty_like(given)
+                    self._undrawn.discard(layer.name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for layer in self._layers:
+            now = self._buffers[_buffer(layer)]
+            if now is not None and now.is_meta:
+                self._undrawn.add(layer.name)
 
     def _gradients(
         self, rows: Sequence[Tensor], matrices: Sequence[Tensor], create_graph: bool
@@ -384,9 +496,13 @@ class _LearnedProjection(Projection):
         # matrices follow a model to another device, not to a lower precision
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if before is not None and after is not None and after.dtype != before.dtype:
+        for layer in self._layers:
+            name = _buffer(layer)
+            before, after = kept[name], self._buffers[name]
+            assert before is not None and after is not None
+            if after.is_meta:
+                self._undrawn.add(layer.name)
+            if after.dtype != before.dtype and not before.is_meta:
                 self._buffers[name] = before.to(after.device)
         return self
 
@@ -398,8 +514,15 @@ class _LearnedProjection(Projection):
 
 
 def _buffer(layer: Layer) -> str:
-    """Name of the buffer of a layer's matrices: dots are not allowed in one."""
-    return layer.name.replace(".", "/") or "weight"
+    """Name of the buffer of a layer's matrices: no dots, nor any attribute's name."""
+    return "matrices/" + layer.name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
+
+
+def _check_dim(dim: int) -> int:
+    """A dimension to project to."""
+    if check_count("dim", dim) == 1:
+        raise ValueError("`dim` must be at least 2: in one dimension neurons have nowhere to turn")
+    return dim
 
 
 class AngleProjection(_LearnedProjection):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from comhe_ext.layers import find_layers
+from comhe_ext import CoMHE, reference
+from comhe_ext.layers import find_layers, survey
 
 
 def names(model, *args, **kwargs):
@@ -181,6 +182,9 @@ def find_parameters(module):
         (TypeError, "`include` must hold patterns or module types, got 3", dict(include=[3])),
         (TypeError, "`exclude` must hold .* <class 'int'>", dict(exclude=[int])),
         (TypeError, "`split` must hold patterns", dict(split={nn.Linear: 3})),
+        (TypeError, "`transpose` must hold patterns", dict(transpose=[nn.Linear])),
+        (TypeError, "`include` must hold .* got 3", dict(include=3)),
+        (ValueError, "pattern 'w' matches no layer", dict(transpose="w")),
     ],
 )  # fmt: skip
 def test_messages(error, message, options):
@@ -191,3 +195,130 @@ def test_messages(error, message, options):
 def test_a_convolution_is_not_split():
     with pytest.raises(ValueError, match="of a Linear or an embedding"):
         find_layers(nn.Conv2d(3, 6, 3), split={"*": 2})
+
+
+def test_one_selector_is_not_read_letter_by_letter():
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(12)])
+    assert names(model, exclude="10") == [str(i) for i in range(12) if i != 10]
+    assert names(model, include="1*") == ["1", "10", "11"]
+    assert names(model, include=nn.Linear, exclude="1?") == [str(i) for i in range(10)]
+    assert names(model, include=(x for x in ("3", "5"))) == ["3", "5"]
+    assert [layer.name for layer in CoMHE(model, include=("1", "11"), exclude="11").layers] == ["1"]
+
+
+# --- parameters that are no layer's weight --------------------------------------------------------
+
+
+class Dictionary(nn.Module):
+    """A sparse autoencoder, a codebook, and what is none of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_enc = nn.Parameter(torch.randn(8, 30))
+        self.W_dec = nn.Parameter(torch.randn(30, 8))
+        self.experts = nn.Parameter(torch.randn(3, 6, 8))
+        self.bias = nn.Parameter(torch.randn(30))
+        self.codes = nn.ParameterList([nn.Parameter(torch.randn(5, 8)) for _ in range(2)])
+        self.inner = nn.Linear(8, 9)
+        self.recurrent = nn.GRU(8, 4)
+
+
+def test_parameters_by_name():
+    model = Dictionary()
+    assert names(model) == ["inner"]
+    assert names(model, ["W_dec", nn.Linear]) == ["inner", "W_dec"]
+    assert names(model, "codes.*") == ["codes.0", "codes.1"]
+    assert names(model, ["recurrent.weight_ih*"]) == ["recurrent.weight_ih_l0"]
+    layers = find_layers(model, ["W_*", "experts"], transpose="W_enc")
+    assert [layer.name for layer in layers] == ["W_enc", "W_dec", "experts"]
+    assert [layer.sizes for layer in layers] == [(1, 30, 8), (1, 30, 8), (3, 6, 8)]
+    assert torch.equal(layers[0].rows()[0], model.W_enc.T)
+    assert torch.equal(layers[2].rows(), model.experts)
+    assert dict(survey(model).left_out)["W_dec"] == "a parameter is taken on request only"
+    for layer in layers:
+        rows = torch.randn_like(layer.rows())
+        layer.assign(rows)
+        assert torch.equal(layer.rows(), rows)
+
+
+def test_the_energy_of_parameters():
+    model = Dictionary()
+    comhe = CoMHE(model, None, include=["W_*", "experts"], transpose=["W_enc"], output_layer=None)
+    expected = sum(
+        reference.hyperspherical_energy(w.detach(), half_space=True).mean()
+        for w in (model.W_enc.T, model.W_dec, model.experts)
+    )
+    assert float(comhe().detach()) == pytest.approx(float(expected), rel=1e-6)
+    comhe().backward()
+    assert model.W_enc.grad is not None and model.experts.grad is not None
+    assert model.inner.weight.grad is None
+    # under its own name as an output layer, too
+    head = CoMHE(model, None, include="codes.0", output_layer="codes.0")
+    expected = 10 * reference.hyperspherical_energy(model.codes[0].detach())
+    assert float(head().detach()) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_columns_of_a_linear():
+    linear = nn.Linear(8, 5)
+    (layer,) = find_layers(linear, transpose="")
+    assert torch.equal(layer.rows()[0], linear.weight.T)
+    with pytest.raises(ValueError, match="`transpose` must name Linear .* the convolution '0'"):
+        find_layers(nn.Sequential(nn.Conv2d(3, 4, 3)), transpose="0")
+    parts = find_layers(linear, transpose="*", split={"*": 2})
+    assert torch.equal(torch.cat([part.rows()[0] for part in parts]), linear.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("include", "message"),
+    [
+        (nn.LSTM, r"LSTM has no neurons that are known here: `include` takes the names of its"),
+        (nn.Bilinear, "Bilinear has no neurons"),
+        ("recurrent", "pattern 'recurrent' matches no layer .*: 'recurrent' is a GRU"),
+        ("quantized", "'quantized' is a quantized Linear"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_types_without_known_neurons_are_named(include, message):
+    model = Dictionary()
+    model.quantized = torch.ao.nn.quantized.dynamic.Linear(8, 4)
+    with pytest.raises(TypeError, match=message):
+        find_layers(model, include)
+    left_out = dict(survey(model).left_out)
+    assert "GRU" in left_out["recurrent"] and "quantized" in left_out["quantized"]
+
+
+# --- padding --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [0, 3, 6, -1, None])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_the_padding_of_an_embedding_is_no_neuron(kind, padding):
+    embedding = kind(7, 5, padding_idx=padding)
+    comhe = CoMHE(embedding, None, include=kind, output_layer=None)
+    index = list(range(7))
+    if padding is not None:
+        del index[padding]
+    expected = reference.hyperspherical_energy(embedding.weight.detach()[index], half_space=True)
+    assert float(comhe().detach()) == pytest.approx(float(expected), rel=1e-6)
+    comhe().backward()
+    gradient = embedding.weight.grad
+    assert bool((gradient[index] != 0).any(1).all())
+    if padding is not None:
+        assert bool((gradient[padding] == 0).all())
+    (layer,) = find_layers(embedding, kind)
+    assert layer.sizes == (1, len(index), 5)
+    before = embedding.weight.detach().clone()
+    layer.assign(torch.ones(1, len(index), 5))
+    assert bool((embedding.weight[index] == 1).all())
+    if padding is not None:
+        assert torch.equal(embedding.weight[padding], before[padding])
+
+
+def test_padding_of_parts_and_of_tied_heads():
+    model = Language()  # padding_idx=0, and a head of the same weight
+    (head,) = find_layers(model, "head")
+    assert torch.equal(head.rows()[0], model.head.weight[1:])
+    parts = find_layers(model, "embed", split={"embed": [8, 12]})
+    assert [layer.sizes for layer in parts] == [(1, 7, 8), (1, 12, 8)]
+    assert torch.equal(parts[0].rows()[0], model.embed.weight[1:8])
+    assert torch.equal(parts[1].rows()[0], model.embed.weight[8:])

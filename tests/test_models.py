@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 
 
 def names(comhe):
-    return [layer.name for layer in comhe._layers]
+    return [layer.name for layer in comhe.layers]
 
 
 @pytest.mark.parametrize(("make", "parameters"), [(resnet50, 25_557_032), (ViT, 86_567_656)])
@@ -178,7 +178,44 @@ print("equal on both ranks")
 """
 
 
+ONE_RANK_ALONE = """
+import os, sys, torch
+from torch import nn
+from comhe_ext import CoMHE
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+torch.manual_seed(rank)
+net = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 5))
+if rank == 0:  # the rank that logs
+    for projection in ("random", "angle-preserving", "adversarial", "group", None):
+        comhe = CoMHE(net, projection)
+        comhe.energies()
+        comhe.eval()()
+        with torch.no_grad():
+            comhe.train()()
+        print(comhe.summary() and "")
+total = torch.ones(2)
+torch.distributed.all_reduce(total)
+assert total.tolist() == [2.0, 2.0]
+torch.distributed.destroy_process_group()
+print("fine")
+"""
+
+
+def test_looking_on_one_rank_alone_waits_for_nobody():
+    for out, err in on_two_ranks(ONE_RANK_ALONE):
+        assert "fine" in out, err
+
+
 def test_two_ranks_draw_and_learn_the_same():
+    for out, err in on_two_ranks(RANK):
+        assert "equal on both ranks" in out, err
+
+
+def on_two_ranks(program):
+    """What a program prints that is run with the arguments rank and port, once a rank."""
     import socket
 
     with socket.socket() as probe:
@@ -187,7 +224,7 @@ def test_two_ranks_draw_and_learn_the_same():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANK, str(rank), port],
+            [sys.executable, "-W", "ignore", "-c", program, str(rank), port],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -195,6 +232,4 @@ def test_two_ranks_draw_and_learn_the_same():
         )
         for rank in range(2)
     ]
-    results = [process.communicate(timeout=180) for process in ranks]
-    for out, err in results:
-        assert "equal on both ranks" in out, err
+    return [process.communicate() for process in ranks]

@@ -31,6 +31,11 @@ def matrices_of(comhe):
     return comhe.projection.matrices()
 
 
+def learned(projection, *names):
+    """The matrices that a projection has learned so far for some layers."""
+    return [projection.get_buffer(f"matrices/{name}").clone() for name in names]
+
+
 # --- against the dense definition -----------------------------------------------------------------
 
 
@@ -71,7 +76,7 @@ def test_training_steps_of_learned_projections(which, mode):
     comhe = CoMHE(net, projection, output_weight=2.0, backend="torch")
     weights = [net[i].weight.detach().clone().requires_grad_() for i in (0, 2, 3)]
     names = ["0", "2"]
-    matrices = [matrices.clone() for matrices in (getattr(projection, name) for name in names)]
+    matrices = learned(projection, *names)
     descent = torch.optim.SGD(net.parameters(), lr=0.1)
     for _ in range(2):
         descent.zero_grad()
@@ -102,9 +107,9 @@ def test_training_steps_of_learned_projections(which, mode):
         ]
     for index, weight in zip((0, 2, 3), weights, strict=True):
         assert relative_error(net[index].weight, weight) <= 1e-10
-    for name, expected in zip(names, matrices, strict=True):
-        assert relative_error(getattr(projection, name), expected) <= 1e-10
-        assert not getattr(projection, name).requires_grad
+    for actual, expected in zip(learned(projection, *names), matrices, strict=True):
+        assert relative_error(actual, expected) <= 1e-10
+        assert not actual.requires_grad
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -114,7 +119,7 @@ def test_learned_projections_in_float32(which, mode, backend, device):
     projection = kind(1, 5, **options, iterations=1, lr=0.02, mode=mode, seed=4)
     net = network(torch.float32).to(device)
     comhe = CoMHE(net, projection, output_layer=None, exclude=["3"], backend=backend)
-    before = [getattr(projection, name).double() for name in ("0", "2")]
+    before = [matrices.double() for matrices in learned(projection, "0", "2")]
     energy = comhe()
     gradients = torch.autograd.grad(energy, [net[0].weight, net[2].weight])
     weights = [net[i].weight.detach().double().requires_grad_() for i in (0, 2)]
@@ -253,18 +258,27 @@ def test_contiguous_groups_are_those_of_group_energy():
     net = network()
     comhe = CoMHE(net, "group", exclude=["2"], output_layer=None)
     energies = [
-        comhe_ext.group_energy(net[i].weight, min(4, net[i].in_features), half_space=True)
+        comhe_ext.group_energy(net[i].weight, min(4, net[i].in_features // 2), half_space=True)
         for i in (0, 3)
     ]
     assert relative_error(comhe(), sum(energies)) <= 1e-14
 
 
-def test_more_groups_than_coordinates():
-    layer = nn.Linear(3, 5).double()
-    comhe = CoMHE(layer, GroupProjection(8), output_layer=None)
-    assert (
-        relative_error(comhe(), comhe_ext.group_energy(layer.weight, 3, half_space=True)) <= 1e-14
-    )
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "channels"])
+def test_no_group_has_a_single_coordinate(layout):
+    # there, neurons have nowhere to turn: an energy of a million, and no gradient
+    layer = nn.Linear(7, 5).double()
+    comhe = CoMHE(layer, GroupProjection(8, layout), output_layer=None)
+    columns = [[0, 3, 6], [1, 4], [2, 5]] if layout == "strided" else [[0, 1, 2], [3, 4], [5, 6]]
+    expected = comhe_ext.group_energy(layer.weight, columns, half_space=True)
+    assert relative_error(comhe(), expected) <= 1e-14
+    conv = nn.Conv2d(3, 5, 3).double()
+    comhe = CoMHE(conv, GroupProjection(8, layout), output_layer=None, first_layer=None)
+    widths = comhe.projection.matrices()[""].sum((1, 2))
+    assert float(widths.min()) >= (9 if layout == "channels" else 2) and len(widths) <= 8
+    narrow = nn.Linear(3, 5).double()
+    comhe = CoMHE(narrow, GroupProjection(2, layout), output_layer=None)
+    assert torch.equal(comhe(), CoMHE(narrow, None, output_layer=None)())
 
 
 # --- theory ---------------------------------------------------------------------------------------
@@ -411,6 +425,83 @@ def test_no_step_without_training():
         assert first.requires_grad and comhe().requires_grad
 
 
+# --- where the state lives, and when it is made ---------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("together", [False, True])
+def test_models_that_are_made_without_memory(kind, together):
+    def make():
+        both = nn.ModuleDict({"net": network(torch.float32)})
+        both["comhe"] = CoMHE(both["net"], KINDS[kind](), warm_up=5)
+        return both
+
+    def materialize(both):
+        both["net"].to_empty(device="cpu")
+        if together:
+            both["comhe"].to_empty(device="cpu")
+        both["net"].load_state_dict(expected["net"].state_dict())
+
+    expected = make()
+    with torch.device("meta"):
+        both = make()
+    assert both["net"][0].weight.is_meta
+    assert both["comhe"].get_extra_state().device.type == "cpu"
+    materialize(both)
+    poison = [torch.full((2, 5, 12), float("nan")) for _ in range(20)]
+    del poison
+    ours = train(both["net"], both["comhe"], 3)
+    assert torch.equal(ours, train(expected["net"], expected["comhe"], 3))
+    # and a state goes over, in either direction
+    with torch.device("meta"):
+        again = make()
+    again["comhe"].load_state_dict(both["comhe"].state_dict())
+    materialize_state = {k: v.clone() for k, v in both["net"].state_dict().items()}
+    again["net"].to_empty(device="cpu")
+    again["net"].load_state_dict(materialize_state)
+    actual = train(again["net"], again["comhe"], 2)
+    assert torch.equal(actual, train(both["net"], both["comhe"], 2))
+
+
+def test_a_state_without_numbers_is_refused():
+    comhe = CoMHE(network(), RandomProjection(3, 5, seed=1))
+    state = {name: x.to("meta") for name, x in comhe.state_dict().items()}
+    with pytest.raises(ValueError, match="meta device"):
+        comhe.load_state_dict(state)
+
+
+def test_state_is_on_the_host_whatever_the_default_device():
+    for context in (torch.device("meta"), torch.inference_mode(), torch.no_grad()):
+        with context:
+            comhe = CoMHE(network(), RandomProjection(3, 5, seed=1))
+        for state in comhe.state_dict().values():
+            assert state.device.type == "cpu" and not state.is_inference()
+    for context in (torch.inference_mode(), torch.no_grad()):
+        with context:
+            net = network(torch.float32)
+            comhe = CoMHE(net, "adversarial")
+        expected = CoMHE(network(torch.float32), "adversarial")
+        assert torch.equal(comhe().detach(), expected().detach())
+
+
+@pytest.mark.parametrize("kind", ["angle", "adversarial"])
+def test_learned_matrices_of_layers_of_any_name(kind):
+    names = ["mode", "step", "kind", "dim", "training", "lr", "matrices", "forward", "a/b", "a%2Fb"]
+    net = nn.Module()
+    for name in names:
+        net._modules[name] = nn.Linear(12, 9)
+    net._modules["a"] = nn.Module()
+    net._modules["a"]._modules["b"] = nn.Linear(12, 9)
+    comhe = CoMHE(net, KINDS[kind](), output_layer=None)
+    assert comhe().isfinite()
+    found = comhe.projection.matrices()
+    assert sorted(found) == sorted([*names, "a.b"])
+    assert len({float(m.detach().sum()) for m in found.values()}) == len(names) + 1
+    again = CoMHE(net, KINDS[kind](), output_layer=None)
+    again.load_state_dict(comhe.state_dict())
+    assert torch.equal(again(), comhe())
+
+
 # --- bad use --------------------------------------------------------------------------------------
 
 
@@ -439,6 +530,20 @@ def test_no_step_without_training():
         (TypeError, "`lr` must be a number", lambda: AngleProjection(lr=None)),
         (
             ValueError,
+            "`lr` must be finite and at least 0, got nan",
+            lambda: AngleProjection(lr=math.nan),
+        ),
+        (ValueError, "`lr` must be finite .* got -0.1", lambda: AdversarialProjection(lr=-0.1)),
+        (ValueError, "`lr` must be finite", lambda: setattr(AngleProjection(), "lr", math.inf)),
+        (ValueError, "`weight_decay` must be finite", lambda: AngleProjection(weight_decay=-1e-3)),
+        (
+            ValueError,
+            "`dim` must be at least 2: .* nowhere to turn",
+            lambda: RandomProjection(dim=1),
+        ),
+        (ValueError, "`dim` must be at least 2", lambda: AngleProjection(dim=1)),
+        (
+            ValueError,
             "`iterations` must be at least 1",
             lambda: AdversarialProjection(iterations=0),
         ),
@@ -455,6 +560,30 @@ def test_a_projection_belongs_to_one_regularizer():
     CoMHE(nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 4)), projection)
     with pytest.raises(ValueError, match="already belongs to a regularizer"):
         CoMHE(nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 4)), projection)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "returned"),
+    [
+        (TypeError, "`Wrong.matrices` must return a dict .* got list", []),
+        (ValueError, "a tensor for every layer, got none for '0', only ", {}),
+        (TypeError, "`matrices of layer '0'` must be a torch.Tensor", {"0": None}),
+        (ValueError, r"`matrices of layer '0'` must be \[C, k, 12\], got shape \(3, 12\)",
+         {"0": torch.ones(3, 12)}),
+        (ValueError, r"must be \[C, k, 12\], got shape \(1, 3, 11\)", {"0": torch.ones(1, 3, 11)}),
+        (ValueError, r"must be \[C, k, 12\], got shape \(0, 3, 12\)", {"0": torch.ones(0, 3, 12)}),
+        (TypeError, "must be float16, bfloat16", {"0": torch.ones(1, 3, 12).long()}),
+        (ValueError, "must be on cpu, got meta", {"0": torch.ones(1, 3, 12, device="meta")}),
+    ],
+)  # fmt: skip
+def test_what_a_projection_of_one_s_own_returns_is_checked(error, message, returned):
+    class Wrong(Projection):
+        def matrices(self):
+            return returned
+
+    comhe = CoMHE(nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 4)), Wrong())
+    with pytest.raises(error, match=message):
+        comhe()
 
 
 def test_a_projection_of_one_s_own():

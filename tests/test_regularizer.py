@@ -2,7 +2,10 @@
 
 import copy
 import io
+import math
 import pickle
+import re
+import warnings
 
 import pytest
 import torch
@@ -37,7 +40,7 @@ class Net(nn.Module):
 
 
 def names(comhe):
-    return [layer.name for layer in comhe._layers]
+    return [layer.name for layer in comhe.layers]
 
 
 def test_finds_the_layers_that_have_pairs_of_neurons():
@@ -292,7 +295,9 @@ def test_accumulate_gradients_without_gradients_before():
     assert net[1].bias.grad is None
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    assert comhe.accumulate_gradients() == 0
+    with pytest.warns(UserWarning, match="adds nothing: all weights .* are frozen"):
+        assert comhe.accumulate_gradients() == 0
+    assert comhe.accumulate_gradients() == 0  # said once
 
 
 def test_accumulate_gradients_at_the_scale_of_a_scaler():
@@ -339,12 +344,19 @@ def test_weights_by_pattern():
     net = Net()
     with torch.no_grad():
         plain = CoMHE(net, None).energies()
-        comhe = CoMHE(net, None, weight={"conv": 3.0, "g*": 0.5, "out": 7.0}, output_weight=2.0)
-        expected = sum(
-            factor * plain[name].energy
-            for name, factor in dict(conv=3.0, grouped=0.5, hidden=1.0, out=2.0).items()
-        )
-        assert float(comhe()) == pytest.approx(expected, rel=1e-6)
+        for weight, output_weight, factors in (
+            ({"conv": 3.0, "g*": 0.5}, 2.0, dict(conv=3.0, grouped=0.5, hidden=1.0, out=2.0)),
+            ({"conv": 3.0, "g*": 0.5}, None, dict(conv=3.0, grouped=0.5, hidden=1.0, out=10.0)),
+            # what names the output layer is not overridden by the default
+            ({"out": 7.0}, None, dict(conv=1.0, grouped=1.0, hidden=1.0, out=7.0)),
+            ({"o*": 0.0, "*": 2.0}, None, dict(conv=2.0, grouped=2.0, hidden=2.0, out=0.0)),
+            ({"*": 2.0}, 3.0, dict(conv=2.0, grouped=2.0, hidden=2.0, out=3.0)),
+            (0.5, None, dict(conv=0.5, grouped=0.5, hidden=0.5, out=10.0)),
+        ):
+            comhe = CoMHE(net, None, weight=weight, output_weight=output_weight)
+            assert {layer.name: layer.factor for layer in comhe.layers} == factors
+            expected = sum(factor * plain[name].energy for name, factor in factors.items())
+            assert float(comhe()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_first_convolution_is_not_projected():
@@ -444,7 +456,17 @@ def test_layers_of_several_dtypes():
         (ValueError, "`warm_up` must be at least 0", (), dict(warm_up=-1)),
         (ValueError, r"`output_layer` must be one of \['0', '1'\]", (), dict(output_layer="head")),
         (TypeError, "`weight` must be a number, got str", (), dict(weight="1")),
-        (TypeError, "`output_weight` must be a number", (), dict(output_weight=None)),
+        (ValueError, "`weight` must be finite and at least 0, got nan", (), dict(weight=math.nan)),
+        (ValueError, "`weight` must be finite and .* got -1", (), dict(weight={"0": -1.0})),
+        (ValueError, "`output_weight` must be finite", (), dict(output_weight=math.inf)),
+        (
+            ValueError,
+            "must not both name the output layer '1', got 3 and 2",
+            (),
+            dict(weight={"1": 3.0}, output_weight=2.0),
+        ),
+        (TypeError, "`weight` must have patterns for keys", (), dict(weight={nn.Linear: 1.0})),
+        (TypeError, "`output_weight` must be a number", (), dict(output_weight="10")),
         (ValueError, "`s` must be finite", (), dict(s=-1.0)),
         (ValueError, "`min_distance` must be", (), dict(min_distance=3.0)),
         (ValueError, "`backend` must be one of", (), dict(backend="numpy")),
@@ -458,3 +480,382 @@ def test_messages(error, message, arguments, options):
         options = dict(projection=options)
     with pytest.raises(error, match=message):
         CoMHE(*model, **options)
+
+
+# --- the output layer -----------------------------------------------------------------------------
+
+
+def body(*head):
+    return nn.Sequential(nn.Linear(64, 50), nn.ReLU(), nn.Linear(50, 50), nn.ReLU(), *head)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (body(nn.Linear(50, 1)), {}),
+        (body(nn.Linear(50, 10)), dict(exclude="4")),
+        (body(nn.Linear(50, 10)), dict(include=["0", "2"])),
+        (body(nn.Linear(50, 10), nn.LayerNorm(10)), {}),
+        (body(nn.MultiheadAttention(50, 5)), {}),
+        (nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1), {}),
+    ],
+    ids=["one logit", "excluded", "not included", "a norm behind", "attention", "encoder"],
+)
+def test_a_hidden_layer_is_not_taken_for_the_output_layer(model, options):
+    comhe = CoMHE(model, None, **options)
+    assert comhe.output_layer is None
+    assert {layer.role for layer in comhe.layers} == {"hidden"}
+    assert {layer.factor for layer in comhe.layers} == {1.0}
+    expected = sum(e.energy for e in comhe.energies().values())
+    assert float(comhe().detach()) == pytest.approx(expected, rel=1e-6)
+
+
+class Language(nn.Module):
+    """A head that is registered first, and says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 20)
+        self.body = nn.Linear(8, 8)
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+class Wrapper(nn.Module):
+    """What DistributedDataParallel or a LightningModule looks like."""
+
+    def __init__(self, module, *others):
+        super().__init__()
+        self.module = module
+        self.others = nn.ModuleList(others)
+
+
+def test_the_outermost_module_that_knows_its_head_is_asked():
+    assert CoMHE(Wrapper(Language())).output_layer == "module.head"
+    assert CoMHE(Wrapper(Wrapper(Language()), nn.Linear(8, 7))).output_layer == "module.module.head"
+
+    class Outer(Wrapper):
+        def get_classifier(self):
+            return self.others[0]
+
+    comhe = CoMHE(Outer(Language(), nn.Linear(8, 7)))
+    assert comhe.output_layer == "others.0" and "by `get_classifier`" in repr(comhe)
+    # a head of several modules: its last layer
+    several = Outer(Language(), nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 6)))
+    assert CoMHE(several).output_layer == "others.0.2"
+    # the answer "none", as timm's models without classes give it
+    comhe = CoMHE(Outer(nn.Linear(8, 8), nn.Identity()))
+    assert comhe.output_layer is None and "names no head" in repr(comhe)
+
+
+def test_who_cannot_answer_is_passed_over():
+    class Abstract(Wrapper):
+        def get_output_embeddings(self):
+            raise NotImplementedError
+
+        def get_classifier(self):
+            return None
+
+    assert CoMHE(Abstract(Language())).output_layer == "module.head"
+    assert CoMHE(Abstract(body(nn.Linear(50, 10)))).output_layer == "module.4"
+
+
+def test_a_guess_by_position_is_said():
+    model = body(nn.Linear(50, 10))
+    with pytest.warns(UserWarning, match=r"takes layer '4' .* by position.* with weight 10"):
+        comhe = CoMHE(model)
+    assert "by position" in repr(comhe) and "by position" in comhe.summary()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CoMHE(model, output_layer="4")
+        CoMHE(model, output_layer=None)
+        CoMHE(Language())
+
+
+def test_heads_of_hugging_face_models():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(
+        vocab_size=100, hidden_size=48, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=96, num_labels=3,
+    )  # fmt: skip
+    config = transformers.BertConfig(**sizes)
+    classifier = transformers.BertForSequenceClassification(config)
+    assert CoMHE(classifier).output_layer == "classifier"
+    assert CoMHE(Wrapper(classifier)).output_layer == "module.classifier"
+    # an encoder has no head, wherever it stands
+    encoder = transformers.BertModel(config)
+    assert CoMHE(encoder).output_layer is None
+    assert CoMHE(Wrapper(encoder)).output_layer is None
+    gpt2 = transformers.GPT2Config(
+        n_layer=1, n_embd=64, n_head=2, vocab_size=100, n_positions=32, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    for model in (
+        transformers.GPT2LMHeadModel(gpt2),
+        transformers.GPT2Model(gpt2),
+        Wrapper(transformers.GPT2LMHeadModel(gpt2)),
+    ):
+        comhe = CoMHE(model)
+        assert comhe.output_layer is None
+        assert all(layer.factor == 1.0 for layer in comhe.layers)
+
+
+# --- what it tells of itself ----------------------------------------------------------------------
+
+
+def test_layers_and_what_is_left_out():
+    net = Net()
+    net.embed = nn.Embedding(7, 5)
+    net.lstm = nn.LSTM(5, 6)
+    net.narrow = nn.Linear(1, 9)
+    net.odd = nn.Linear(8, 9)
+    net.odd.weight = nn.Parameter(torch.ones(9, 8, dtype=torch.int8), requires_grad=False)
+    net.hidden.weight.requires_grad_(False)
+    comhe = CoMHE(net, output_layer="out", exclude=["conv"], weight={"grouped": 2.0})
+    found = {layer.name: layer for layer in comhe.layers}
+    assert list(found) == ["grouped", "hidden", "out"]
+    assert found["grouped"][2:6] == (4, 4, 27, 2.0)
+    assert found["hidden"].neurons == 50 and not found["hidden"].learns
+    assert found["out"].role == "output" and not found["out"].half_space
+    assert not found["out"].projected and found["out"].factor == 10
+    left_out = dict(comhe.left_out)
+    for name, reason in {
+        "conv": "excluded",
+        "depthwise": "fewer than two neurons",
+        "embed": "on request",
+        "lstm": "LSTM",
+        "narrow": "nowhere to turn",
+        "odd": "frozen, and .* got torch.int8",
+    }.items():
+        assert re.search(reason, left_out[name]), (name, left_out[name])
+    text = comhe.summary()
+    assert all(name in text for name in [*found, *left_out])
+    assert "hidden, frozen" in text and "Output layer: 'out', as given" in text
+    assert set(comhe.energies()) == set(found)
+
+
+def test_one_input_adds_nothing():
+    net = nn.Sequential(nn.Linear(1, 30), nn.Tanh(), nn.Linear(30, 20), nn.Linear(20, 5))
+    rest = net[2:]
+    expected = CoMHE(rest, None)()
+    assert torch.equal(CoMHE(net, None)(), expected)
+    with pytest.raises(ValueError, match="'': neurons of fewer than two inputs have nowhere"):
+        CoMHE(nn.Linear(1, 30))
+
+
+# --- models that change ---------------------------------------------------------------------------
+
+
+def change(what, net):
+    if what == "replaced":
+        net[0] = nn.Linear(60, 20)
+    elif what == "added":
+        net.append(nn.Linear(5, 4))
+    elif what == "removed":
+        del net[2]
+    elif what == "resized":
+        net[0].weight = nn.Parameter(torch.randn(25, 60))
+    elif what == "wrapped":
+        net[0] = nn.Sequential(net[0])
+
+
+@pytest.mark.parametrize("kind", ["random", "adversarial", "group", None])
+@pytest.mark.parametrize("what", ["replaced", "added", "removed", "resized", "wrapped"])
+def test_a_changed_model_is_noticed_and_found_again(what, kind):
+    net = nn.Sequential(nn.Linear(60, 20), nn.ReLU(), nn.Linear(20, 5))
+    comhe = CoMHE(net, kind)
+    comhe()
+    change(what, net)
+    for call in (comhe, comhe.accumulate_gradients, comhe.energies):
+        with pytest.raises(RuntimeError, match=r"refresh\(\)"):
+            call()
+    comhe.refresh()
+    fresh = CoMHE(net, None)
+    assert names(comhe) == names(fresh) and comhe.output_layer == fresh.output_layer
+    assert comhe().isfinite()
+    comhe().backward()
+    if kind is None:
+        assert torch.equal(comhe(), fresh())
+
+
+def test_changes_that_are_none():
+    net = nn.Sequential(nn.Linear(60, 20), nn.ReLU(), nn.Linear(20, 5))
+    comhe = CoMHE(net, None)
+    net[1] = nn.GELU()
+    nn.utils.parametrizations.weight_norm(net[0])
+    net.regularizer = comhe
+    net[2].weight = nn.Parameter(torch.randn(5, 20))
+    assert torch.equal(comhe(), CoMHE(net, None)())
+
+
+def test_refresh_keeps_what_was_learned_and_is_all_or_nothing():
+    net = nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 40), nn.Linear(40, 5))
+    comhe = CoMHE(net, "adversarial", exclude="2")
+    comhe()
+    learned = comhe.projection.matrices()["1"] if "1" in comhe.projection.matrices() else None
+    before = comhe.projection.get_buffer("matrices/0").clone()
+    net[1] = nn.Linear(20, 41)
+    comhe.refresh()
+    assert torch.equal(comhe.projection.get_buffer("matrices/0"), before)
+    assert learned is None and int(comhe.get_extra_state()) == 1
+    del net[2]
+    with pytest.raises(ValueError, match="pattern '2' matches no layer"):
+        comhe.refresh()
+    assert names(comhe) == ["0", "1"]
+
+
+# --- weights that cannot be taken -----------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+def test_weights_of_the_wrong_kind_are_refused_by_name():
+    net = nn.Sequential(nn.Linear(64, 50), nn.Linear(50, 10, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="layer '1': `weight` must be float16, .* torch.complex64"):
+        CoMHE(net)
+    net = nn.Sequential(nn.Linear(64, 50), nn.Linear(50, 10))
+    comhe = CoMHE(net)
+    net[0].to(torch.complex64)
+    with pytest.raises(TypeError, match="layer '0': .* torch.complex64"):
+        comhe()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.complex64])
+def test_a_frozen_odd_layer_is_left_out_by_name(dtype):
+    net = nn.Sequential(nn.Linear(64, 50), nn.Linear(50, 10))
+    net[0].weight = nn.Parameter(torch.ones(50, 64).to(dtype), requires_grad=False)
+    comhe = CoMHE(net, None)
+    assert list(comhe.energies()) == ["1"]
+    assert str(dtype) in dict(comhe.left_out)["0"]
+    assert torch.equal(comhe(), CoMHE(net[1:], None)())
+
+
+def test_weights_that_are_emptied_between_uses():
+    net = nn.Sequential(nn.Linear(64, 50), nn.Linear(50, 10))
+    comhe = CoMHE(net)
+    for parameter in net.parameters():
+        parameter.data = torch.empty(0)
+    for call in (comhe, comhe.energies, lambda: CoMHE(net)):
+        with pytest.raises(ValueError, match="layer '0': .* is empty: .*GatheredParam"):
+            call()
+
+
+def test_low_rank_updates():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = nn.Linear(64, 50)
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(64, 4, bias=False)})
+            self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 50, bias=False)})
+            self.base_layer.requires_grad_(False)
+
+    net = nn.Sequential(Adapted(), nn.ReLU(), nn.Linear(50, 10).requires_grad_(False))
+    comhe = CoMHE(net)
+    assert names(comhe) == ["0.base_layer", "2"]
+    assert "low-rank" in dict(comhe.left_out)["0.lora_A.default"]
+    with pytest.warns(UserWarning, match="all weights that it regularizes are frozen.*W \\+ BA"):
+        assert comhe() == 0
+    assert comhe() == 0
+
+
+# --- gradients by accumulate_gradients ------------------------------------------------------------
+
+
+def both_ways(make, **options):
+    """The gradients of parameters by accumulate_gradients and by backward, twice."""
+    results = []
+    for accumulate in (True, False):
+        torch.manual_seed(7)
+        net, parameters = make()
+        comhe = CoMHE(net, RandomProjection(2, 8, seed=3), output_layer=None, **options)
+        for scale in (1.0, 0.25):
+            if accumulate:
+                comhe.accumulate_gradients(scale=scale)
+            else:
+                (scale * comhe()).backward()
+        results.append([parameter.grad for parameter in parameters])
+    return zip(*results, strict=True)
+
+
+def plain():
+    net = nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 5))
+    return net, [net[0].weight, net[1].weight]
+
+
+def strided():
+    net = nn.Sequential(nn.ConvTranspose2d(6, 8, 3), nn.Conv2d(8, 4, 3))
+    net.to(memory_format=torch.channels_last)
+    return net, [net[0].weight, net[1].weight]
+
+
+def sum_of_two():
+    class Delta(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.d = nn.Parameter(torch.zeros(20, 60))
+
+        def forward(self, w):
+            return w + self.d
+
+    net, _ = plain()
+    nn.utils.parametrize.register_parametrization(net[0], "weight", Delta())
+    chain = net[0].parametrizations.weight
+    return net, [chain.original, chain[0].d, net[1].weight]
+
+
+def of_another_module():
+    base = nn.Parameter(torch.randn(20, 60))
+    net, _ = plain()
+    del net[0].weight
+    net[0].weight = base * 2
+    return net, [base, net[1].weight]
+
+
+def half_precision():
+    net, parameters = plain()
+    return net.bfloat16(), parameters
+
+
+@pytest.mark.parametrize("make", [plain, strided, sum_of_two, of_another_module, half_precision])
+def test_accumulated_gradients_are_those_of_backward_bit_for_bit(make):
+    if make is of_another_module:  # its graph serves one backward, as any
+        net, (base, weight) = make()
+        comhe = CoMHE(net, None)
+        comhe.accumulate_gradients()
+        actual = base.grad.clone(), weight.grad.clone()
+        base.grad = weight.grad = None
+        comhe().backward()
+        assert torch.equal(actual[0], base.grad) and torch.equal(actual[1], weight.grad)
+        return
+    for actual, expected in both_ways(make):
+        assert torch.equal(actual, expected)
+        assert actual.stride() == expected.stride() and actual.dtype == expected.dtype
+    pointers = [actual.data_ptr() for actual, _ in both_ways(make)]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_accumulated_gradients_beside_sparse_ones():
+    results = []
+    for accumulate in (True, False):
+        torch.manual_seed(7)
+        net = nn.ModuleDict({"embed": nn.Embedding(30, 12, sparse=True), "out": nn.Linear(12, 5)})
+        comhe = CoMHE(net, None, include=[nn.Linear, nn.Embedding], output_layer="out")
+        net["out"](net["embed"](torch.tensor([1, 2]))).sum().backward()
+        assert net["embed"].weight.grad.is_sparse
+        comhe.accumulate_gradients() if accumulate else comhe().backward()
+        results.append(net["embed"].weight.grad)
+    assert not results[0].is_sparse and torch.equal(*results)
+
+
+def test_accumulating_runs_the_hooks_of_tensors_but_not_those_of_accumulation():
+    net, (weight, _) = plain()
+    comhe = CoMHE(net, None, output_layer=None)
+    comhe.accumulate_gradients()
+    expected, weight.grad = 2 * weight.grad, None
+    weight.register_hook(lambda g: 2 * g)
+    accumulated = []
+    weight.register_post_accumulate_grad_hook(lambda p: accumulated.append(p))
+    comhe.accumulate_gradients()
+    assert torch.equal(weight.grad, expected) and not accumulated
+    with pytest.raises(ValueError, match="`scale` must be finite"):
+        comhe.accumulate_gradients(scale=math.nan)

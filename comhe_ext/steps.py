@@ -1,0 +1,128 @@
+"""What counts as one step of training, for whoever is only called, not told.
+
+A regularizer draws new matrices at each step, but sees calls. Each call in training mode with
+gradients enabled is a step, with two exceptions: an optimizer that evaluates its closure several
+times (LBFGS) makes one step, and a call that activation checkpointing repeats in the backward was
+counted the first time.
+"""
+
+import ctypes
+import itertools
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+_optimizer = threading.local()
+_numbers = itertools.count(1)
+
+
+def host_tensor(values: int | list[int]) -> Tensor:
+    """Whole numbers on the host, whatever the default device and mode are."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+def set_number(tensor: Tensor, index: int, value: int) -> None:
+    """Write a number into a `host_tensor`.
+
+    Not by an operator: functional transforms, in which a regularizer may run, refuse those that
+    change a tensor from outside.
+    """
+    ctypes.c_int64.from_address(tensor.data_ptr() + 8 * index).value = value
+
+
+def loaded(state: Tensor) -> Tensor:
+    """A `host_tensor` out of a state_dict that may lie anywhere."""
+    if state.is_meta:
+        raise ValueError("the state was saved on the meta device and holds no numbers")
+    return state.detach().to("cpu", torch.int64, copy=True)
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Know from now on when a thread is inside of an optimizer's step."""
+
+    def begin(*_: Any) -> None:
+        _optimizer.step = next(_numbers)
+
+    def end(*_: Any) -> None:
+        _optimizer.step = None
+
+    register_optimizer_step_pre_hook(begin)
+    register_optimizer_step_post_hook(end)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _under_checkpoint() -> bool:
+    """Whether what runs now will be run again in the backward, for its activations."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def unseen_by_checkpoint() -> AbstractContextManager[object]:
+    """For what a repetition leaves out: a checkpoint counts the tensors that are saved."""
+    if torch.compiler.is_compiling() or not _under_checkpoint():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class StepCounter:
+    """Decides which calls are steps."""
+
+    def __init__(self) -> None:
+        _watch_optimizers()
+        self._counted = False  # some call was a step
+        self._optimizer_step: int | None = None  # the last one counted
+        self._shared = False  # the last step was under a checkpoint, whose backward is to come
+        self._repeated = False  # and has begun
+        self._looked = False  # a call without gradients came after the last step
+        self._due = False  # that one was a step: its backward ran it again, with gradients
+
+    def new_steps(self) -> int:
+        """How many steps a call in training mode is to count: 1, or 0 if it is none."""
+        if torch.compiler.is_compiling():
+            return int(torch.is_grad_enabled())
+        if _in_backward():
+            # a reentrant checkpoint runs forward without gradients: its step is counted late
+            self._due |= self._looked
+            self._repeated = True
+            return 0
+        if not torch.is_grad_enabled():
+            due, self._due, self._looked = self._due, False, True
+            first = not self._counted
+            self._counted |= due
+            return due * (1 + first)  # the first one was not counted when it was due
+        self._due = self._looked = False
+        number = getattr(_optimizer, "step", None)
+        if number is not None and number == self._optimizer_step:
+            return 0
+        self._optimizer_step = number
+        under_checkpoint = _under_checkpoint()
+        if under_checkpoint and self._shared and not self._repeated:
+            # the backward of both calls is to come, and could not tell their steps apart
+            return 0
+        self._shared, self._repeated = under_checkpoint, False
+        self._counted = True
+        return 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StepCounter":
+        return StepCounter()
+
+    def __reduce__(self) -> Any:
+        return StepCounter, ()

@@ -1,0 +1,138 @@
+"""Reading the weight of a module, whatever computes it, without changing the module.
+
+A weight may be a parameter, or be made of others before each forward: by a parametrization
+(`torch.nn.utils.parametrizations`), or by the older forward hooks `weight_norm`, `spectral_norm`
+and `prune`, which leave the tensor of the last forward in the weight's place. What is read here is
+what the next forward would use, with its graph where gradients are enabled. Buffers stay as they
+are: the power iteration of a spectral norm belongs to the forward of the model alone.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from comhe_ext import functional
+
+
+def read(module: nn.Module, attribute: str) -> Tensor:
+    """The tensor that the next forward of `module` would find under `attribute`."""
+    if parametrize.is_parametrized(module, attribute):
+        return _read_parametrized(module, attribute)
+    weight: Tensor
+    hook = _hook(module, attribute)
+    if isinstance(hook, WeightNorm):
+        v, g = read(module, f"{attribute}_v"), read(module, f"{attribute}_g")
+        weight = torch._weight_norm(v, g, hook.dim)
+        return weight
+    if isinstance(hook, SpectralNorm):
+        weight = read(module, f"{attribute}_orig")
+        matrix = hook.reshape_weight_to_matrix(weight)
+        # copies, for the next forward changes both vectors in place
+        u, v = (getattr(module, f"{attribute}_{x}").clone() for x in "uv")
+        return weight / torch.dot(u, torch.mv(matrix, v))
+    if isinstance(hook, BasePruningMethod):
+        weight = read(module, f"{attribute}_orig")
+        mask: Tensor = getattr(module, f"{attribute}_mask")
+        return mask.to(weight.dtype) * weight
+    weight = getattr(module, attribute)
+    return weight
+
+
+def _read_parametrized(module: nn.Module, attribute: str) -> Tensor:
+    # not getattr(module, attribute): inside `parametrize.cached()` that would leave what is read
+    # now, maybe without a graph, to the model's own forward
+    chain = _chain(module, attribute)
+    weight: Tensor
+    if chain.training and any(True for _ in chain.buffers()):
+        # in training mode a spectral norm goes on with its power iteration: on copies
+        copies = {name: buffer.clone() for name, buffer in chain.named_buffers()}
+        weight = torch.func.functional_call(chain, copies, ())
+    else:
+        weight = chain()
+    return weight
+
+
+def write(module: nn.Module, attribute: str, weight: Tensor) -> None:
+    """Make `weight` what `read` finds, as far as what computes it allows.
+
+    Pruned entries stay zero; under a spectral norm the weight keeps its directions.
+    """
+    hook = _hook(module, attribute)
+    with torch.no_grad():
+        if parametrize.is_parametrized(module, attribute):
+            setattr(module, attribute, weight)  # by the inverse of the parametrization
+        elif isinstance(hook, WeightNorm):
+            write(module, f"{attribute}_v", weight)
+            write(module, f"{attribute}_g", torch.norm_except_dim(weight, 2, hook.dim))
+        elif isinstance(hook, (SpectralNorm, BasePruningMethod)):
+            write(module, f"{attribute}_orig", weight)
+        else:
+            getattr(module, attribute).copy_(weight)
+
+
+def sources(module: nn.Module, attribute: str) -> list[Tensor]:
+    """The tensors that a weight is made of, itself alone where nothing computes it."""
+    if parametrize.is_parametrized(module, attribute):
+        return list(_chain(module, attribute).parameters()) or [read(module, attribute)]
+    hook = _hook(module, attribute)
+    if isinstance(hook, WeightNorm):
+        return [x for part in "vg" for x in sources(module, f"{attribute}_{part}")]
+    if isinstance(hook, (SpectralNorm, BasePruningMethod)):
+        return sources(module, f"{attribute}_orig")
+    return [getattr(module, attribute)]
+
+
+def identity(module: nn.Module, attribute: str) -> tuple[int, ...]:
+    """Equal for weights that are made of the same tensors: shared, or tied to each other.
+
+    Holds while the sources live; a computed weight is a temporary, whose id says nothing.
+    """
+    return tuple(id(source) for source in sources(module, attribute))
+
+
+def learns(module: nn.Module, attribute: str) -> bool:
+    """Whether a gradient of the weight goes anywhere, in any grad mode."""
+    return any(source.requires_grad for source in sources(module, attribute))
+
+
+def refusal(weight: object) -> str | None:
+    """Why the energies cannot take a weight, or None."""
+    if not isinstance(weight, Tensor):
+        return f"`weight` must be a torch.Tensor, got {type(weight).__name__}"
+    if weight.numel() == 0 and weight.dim() < 2:
+        return (
+            "`weight` is empty: its numbers are elsewhere between uses, as under DeepSpeed's "
+            "ZeRO-3. Call inside `deepspeed.zero.GatheredParameters`"
+        )
+    try:
+        functional.check_tensor("weight", weight)
+    except TypeError as error:
+        return str(error)
+    if is_traceable_wrapper_subclass(weight):
+        return f"`weight` must be a plain tensor, got {type(weight).__name__}"
+    return None
+
+
+def error_of(reason: str) -> type[Exception]:
+    """What to raise for a `refusal`."""
+    return ValueError if "is empty" in reason else TypeError
+
+
+def _chain(module: nn.Module, attribute: str) -> nn.Module:
+    """The parametrizations of a weight, one module that returns it."""
+    chain: nn.Module = module.parametrizations[attribute]  # type: ignore[index,assignment]
+    return chain
+
+
+def _hook(module: nn.Module, attribute: str) -> object:
+    """The hook of torch.nn.utils that computes the weight before each forward, or None."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == attribute:
+            return hook
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
+            return hook
+    return None
