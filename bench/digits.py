@@ -108,9 +108,9 @@ def regularizer(method: str, model: nn.Module, seed: int) -> comhe_ext.CoMHE | N
     if method == "none":
         return None
     if method == "MHE":
-        return comhe_ext.CoMHE(model, projection=None, weight=WEIGHT)
+        return comhe_ext.CoMHE(model, None, output_layer="output", weight=WEIGHT)
     projection = RandomProjection(dim=DIM, seed=seed)
-    return comhe_ext.CoMHE(model, projection, weight=WEIGHT)
+    return comhe_ext.CoMHE(model, projection, output_layer="output", weight=WEIGHT)
 
 
 def train(run: Run, steps: int, steps_between_energies: int) -> Iterator[int]:

@@ -409,7 +409,8 @@ def _split_columns(
         raise ValueError("`groups` must name at least one group, got none")
     parts = []
     for group in groups:
-        index = torch.as_tensor(group)
+        # on the host: a default device that is a GPU would be waited for at each call
+        index = group if isinstance(group, Tensor) else torch.tensor(group, device="cpu")
         integral = index.dtype not in (torch.bool, *_DTYPES)
         if index.dim() != 1 or index.numel() == 0 or not integral:
             raise ValueError(f"each of `groups` must be a non-empty list of columns, got {group!r}")
