@@ -1,7 +1,8 @@
 """Weights of least hyperspherical energy, in the style of `torch.nn.init`."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from comhe_ext import functional, ops
-from comhe_ext.layers import Selector, Split, find_layers
+from comhe_ext.layers import Layer, Selector, Split, find_layers
 from comhe_ext.projections import random_projection
 
 
@@ -37,12 +38,16 @@ def minimum_energy_(
         for step in range(steps):    # by SGD with momentum and a cosine schedule
             energy = compressive_energy(weight, random_projection(20, 40, d), half_space=True)
 
-    The rows keep their lengths. Rows of no more than `dim` columns are not projected. Fresh
-    projections are drawn each step; the gradient descended is that of N/2 times the mean energy, so
-    that a row's step does not depend on how many there are, in units of the row's length.
+    The rows keep their lengths, whatever these are: rows of zero norm stay as they are. Rows of no
+    more than `dim` columns are not projected. Fresh projections are drawn each step; the gradient
+    descended is that of N/2 times the mean energy, so that a row's step does not depend on how many
+    there are, in units of the row's length. `weight` is written once, at the end: what ends the
+    call before leaves it unchanged.
 
     Args:
-        weight: [N, d], or [N, ...] of a convolution, whose rows are its filters.
+        weight: [N, d], or [N, ...] of a convolution, whose rows are its filters; float16, bfloat16,
+            float32 or float64, any strides. Rows of one column have nowhere to turn: they are left
+            as they are, with a warning.
         num_projections: C, matrices drawn each step.
         dim: k, the dimension projected to.
         s, half_space, angular, backend: see `comhe_ext.hyperspherical_energy`.
@@ -58,18 +63,27 @@ def minimum_energy_(
         `weight`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or out of range.
+        TypeError: `weight` is not a dense floating-point tensor or has no numbers (device meta), or
+            an option has the wrong type.
+        ValueError: a shape or an option is out of range, a row holds NaN or infinity, or a turned
+            row does not fit into the dtype.
+        RuntimeError: `weight` is expanded: several of its elements are one number in memory.
 
     Note:
         Memory: four times that of `weight`, in float32, and 2 C N k numbers.
 
     Source: RP-CoMHE of Lin et al. (2020), as an initializer: Qiu et al. (2025), POET.
     """
-    functional.check_tensor("weight", weight)
+    _check_weight("weight", weight)
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)
+    ):
+        raise RuntimeError(
+            "`weight` must not be expanded, got elements that share a place in memory: "
+            "pass weight.clone()"
+        )
     settings = functional.Settings(s, half_space, angular, backend=backend)
     settings.options([weight])
-    if weight.dim() < 2:
-        raise ValueError(f"`weight` must be at least 2-D, got shape {tuple(weight.shape)}")
     for argument, count in (
         ("num_projections", num_projections),
         ("dim", dim),
@@ -80,11 +94,23 @@ def minimum_energy_(
     for argument, number in (("lr", lr), ("momentum", momentum), ("tolerance", tolerance)):
         if not functional.check_number(argument, number) >= 0:
             raise ValueError(f"`{argument}` must be at least 0, got {number}")
+        if math.isinf(number):
+            raise ValueError(f"`{argument}` must be finite, got {number}")
+    width = weight[0].numel() if len(weight) else 0
+    if width == 1:
+        warnings.warn(
+            "`weight` has one column: its rows have nowhere to turn and are left as they are",
+            stacklevel=2,
+        )
+    if width <= 1:
+        return weight
 
-    with torch.no_grad():
-        rows = weight.flatten(1).to(ops.compute_dtype(weight), copy=True)
-        n, width = rows.shape
-        lengths = _normalize_(rows)
+    # what is computed needs autograd, also for a caller in inference mode
+    with torch.inference_mode(False), torch.no_grad():
+        rows = weight.flatten(1).to(
+            ops.compute_dtype(weight), copy=True, memory_format=torch.contiguous_format
+        )
+        largest, lengths = _normalize_(rows)
         velocity = torch.zeros_like(rows)
         plateau = _Plateau(patience, tolerance)
         with _bar(steps, progress) as advance:
@@ -100,13 +126,26 @@ def minimum_energy_(
                         dtype=rows.dtype,
                     )
                 energy, gradient = _energy_and_gradient(rows, matrices, settings)
-                velocity.mul_(momentum).add_(gradient, alpha=n)
+                velocity.mul_(momentum).add_(gradient, alpha=len(rows))
                 rows.sub_(velocity, alpha=lr * (1 + math.cos(math.pi * step / steps)) / 2)
                 _normalize_(rows)
                 advance()
                 if plateau.reached(energy):
                     break
-        return weight.copy_(rows.mul_(lengths).view(weight.shape))
+        if not bool(rows.isfinite().all()):
+            raise ValueError(
+                "the energy of `weight` or its gradient overflows: use a smaller `s` or `lr`"
+            )
+        # the length in two factors, as it may be too large for the dtype though no entry is
+        turned = rows.mul_(lengths).mul_(largest).to(weight.dtype).view(weight.shape)
+        if not bool(turned.isfinite().all()):
+            raise ValueError(
+                f"`weight` must leave room in {weight.dtype} to turn, got entries up to "
+                f"{float(largest.max()):.3g}: scale it down"
+            )
+    # an inference tensor may be written in inference mode only
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        return weight.copy_(turned)
 
 
 def minimum_energy_model_(
@@ -131,14 +170,65 @@ def minimum_energy_model_(
         `model`.
 
     Raises:
-        TypeError, ValueError: as `minimum_energy_`; no layer is changed where a name is wrong.
+        TypeError, ValueError: as `minimum_energy_`.
+
+    Note:
+        The layers are written together, at the end, and put back where one of them refuses: what
+        ends the call leaves all as they were. Memory: two copies of the layers, besides.
     """
-    for layer in find_layers(model, include, exclude, split):
+    layers = find_layers(model, include, exclude, split)
+    turning = []
+    for layer in layers:
+        rows = layer.rows()
+        _check_weight(f"{layer.name}.weight".lstrip("."), rows.flatten(0, 1))
+        if rows.shape[2] > 1:
+            turning.append(layer)
+        else:
+            warnings.warn(
+                f"layer {layer.name!r} has one input: its rows have nowhere to turn and are left "
+                "as they are",
+                stacklevel=2,
+            )
+    turned = []
+    for layer in turning:
         groups = layer.rows().detach().clone()
         for rows in groups:
             minimum_energy_(rows, progress=layer.name if progress else False, **options)
-        layer.assign(groups)
+        turned.append(groups)
+    with torch.inference_mode(any(layer.weight.is_inference() for layer in turning)):
+        _assign_all(turning, turned)
     return model
+
+
+@torch.no_grad()
+def _assign_all(layers: Sequence[Layer], rows: Sequence[Tensor]) -> None:
+    """Give each layer its rows, or none of them theirs."""
+    parameters = {p for layer in layers for p in layer.module.parameters()}
+    before = [(parameter, parameter.clone()) for parameter in parameters]
+    try:
+        for layer, groups in zip(layers, rows, strict=True):
+            layer.assign(groups)
+    except BaseException:
+        for parameter, value in before:
+            parameter.copy_(value)
+        raise
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    """Raise before anything is computed if the rows cannot be turned."""
+    functional.check_tensor(name, weight)
+    if weight.is_meta:
+        raise TypeError(
+            f"`{name}` must hold numbers, got a meta tensor: allocate it and give it values before"
+        )
+    if weight.dim() < 2:
+        raise ValueError(f"`{name}` must be at least 2-D, got shape {tuple(weight.shape)}")
+    if 0 in weight.shape[1:]:
+        raise ValueError(f"`{name}` must have at least one column, got shape {tuple(weight.shape)}")
+    finite = weight.detach().flatten(1).isfinite().all(1)
+    if not bool(finite.all()):
+        row = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity in row {row}")
 
 
 class _Plateau:
@@ -162,11 +252,16 @@ class _Plateau:
         return before - self.means[-1] < self.tolerance * (self.means[0] - self.means[-1])
 
 
-def _normalize_(rows: Tensor) -> Tensor:
-    """Unit rows in place, zero ones as they are; returns the lengths."""
-    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+def _normalize_(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit rows in place, zero ones as they are; returns two factors of their lengths.
+
+    The largest entry is divided out first: the squares of what is left neither overflow nor vanish.
+    """
+    largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True)
+    largest.masked_fill_(largest == 0, 1.0)
+    lengths = torch.linalg.vector_norm(rows.div_(largest), dim=1, keepdim=True)
     rows.div_(lengths.masked_fill(lengths == 0, 1.0))
-    return lengths
+    return largest, lengths
 
 
 def _energy_and_gradient(

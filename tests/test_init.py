@@ -51,6 +51,166 @@ def test_lengths_and_dead_rows_stay():
     assert not weight[4].any()
 
 
+def magnitude_and_directions(weight):
+    """Lengths as a factor and a rest that no square of can overflow, and unit rows, in float64."""
+    rows = weight.detach().double()
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    rest = (rows / largest).norm(dim=1, keepdim=True)
+    return largest, rest, rows / largest / rest.clamp_min(1.0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(torch.float16, x) for x in (1e-3, 1.0, 1e4)]
+    + [(torch.bfloat16, x) for x in (1e-37, 1e-19, 1e19, 1e37)]
+    + [(torch.float32, x) for x in (1e-37, 1e-30, 1e-22, 1e19, 1e30, 5e37)]
+    + [(torch.float64, x) for x in (1e-300, 1e-38, 1e38, 1e300)],
+)
+@pytest.mark.parametrize("width", [12, 60])
+def test_rows_of_any_length(dtype, scale, width):
+    weight = (random_rows(30, width, dtype=torch.float64) * scale).to(dtype)
+    weight[4] = 0
+    weight[5] /= 16  # rows of one weight may differ
+    largest, rest, directions = magnitude_and_directions(weight)
+    before = comhe_ext.hyperspherical_energy(directions, half_space=True)
+    random = bounds.random_energy(30, width, half_space=True)
+    minimum_energy_(weight, steps=100, generator=generator())
+    assert weight.isfinite().all() and not weight[4].any()
+    new_largest, new_rest, directions = magnitude_and_directions(weight)
+    after = comhe_ext.hyperspherical_energy(directions, half_space=True)
+    lowest = bounds.lowest_energy(30, width, half_space=True)
+    assert after - lowest < 0.3 * (min(float(before), random) - lowest)
+    lengths = (new_largest / largest) * new_rest
+    assert float((lengths - rest).abs().max()) <= 8 * torch.finfo(dtype).eps * float(rest.max())
+
+
+def test_a_dead_row_does_not_change_what_the_others_do():
+    weight = random_rows(20, 12)
+    weight[3] = 0
+    minimum_energy_(weight, half_space=False, steps=500)
+    others = torch.cat([weight[:3], weight[4:]])
+    # 19 rows in 12 dimensions: every energy near the least is near the simplex bound of its own
+    alone = minimum_energy_(torch.cat([random_rows(20, 12)[:3], random_rows(20, 12)[4:]]),
+                            half_space=False, steps=500)  # fmt: skip
+    assert excess(others) < excess(alone) + 0.02
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_row_that_is_not_finite_is_named_and_nothing_is_changed(bad, dtype):
+    weight = random_rows(9, 5, dtype=dtype)
+    weight[7, 2] = bad
+    before = weight.clone()
+    with pytest.raises(ValueError, match="`weight` must be finite, got NaN or infinity in row 7"):
+        minimum_energy_(weight, steps=3)
+    assert torch.equal(weight.nan_to_num(), before.nan_to_num())
+    net = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 9), nn.Conv2d(4, 8, 3, groups=2))
+    net[2].weight.data[5, 1, 1, 1] = bad  # of the second group
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match=r"`2\.weight` must be finite, .* row 5$"):
+        minimum_energy_model_(net, steps=3)
+    for one, other in zip(net.parameters(), before, strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_ends_it_leaves_everything_unchanged(error, monkeypatch):
+    net = nn.Sequential(
+        nn.Linear(6, 9), nn.utils.parametrizations.weight_norm(nn.Linear(9, 7)), nn.Linear(7, 5)
+    )
+    before = [p.detach().clone() for p in net.parameters()]
+
+    def unchanged():
+        return all(map(torch.equal, net.parameters(), before))
+
+    def end_at(owner, name, call):
+        function, calls = getattr(owner, name), []
+
+        def ending(*args, **options):
+            calls.append(None)
+            if len(calls) == call:
+                raise error
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, ending)
+
+    with monkeypatch.context():
+        end_at(comhe_ext.functional, "total_energy", 7)  # in the midst of the second layer's steps
+        with pytest.raises(error):
+            minimum_energy_model_(net, steps=5)
+        assert unchanged()
+        monkeypatch.undo()
+        end_at(comhe_ext.functional, "total_energy", 3)
+        with pytest.raises(error):
+            minimum_energy_(net[0].weight, steps=5)
+        assert unchanged()
+        monkeypatch.undo()
+        end_at(comhe_ext.layers.Layer, "assign", 3)  # two layers are written by then
+        with pytest.raises(error):
+            minimum_energy_model_(net, steps=5)
+        assert unchanged()
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (5, 1, 1)])
+def test_rows_of_one_column_have_nowhere_to_turn(shape):
+    weight = torch.randn(shape)
+    before = weight.clone()
+    with pytest.warns(UserWarning, match="`weight` has one column: .* left as they are"):
+        assert minimum_energy_(weight, steps=3) is weight
+    assert torch.equal(weight, before)
+    net = nn.Sequential(nn.Linear(1, 9), nn.Linear(9, 5), nn.Conv1d(4, 8, 1, groups=4))
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.warns(UserWarning) as warned:
+        minimum_energy_model_(net, steps=3)
+    assert [str(w.message).partition(" has ")[0] for w in warned] == ["layer '0'", "layer '2'"]
+    changed = [not torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True)]
+    assert changed == [False, False, True, False, False, False]
+
+
+def test_weights_of_every_storage():
+    expected = minimum_energy_(random_rows(12, 30), steps=9)
+    assert torch.equal(minimum_energy_(random_rows(12, 30).T.contiguous().T, steps=9), expected)
+    every_other = torch.zeros(12, 60)[:, ::2].copy_(random_rows(12, 30))
+    assert torch.equal(minimum_energy_(every_other, steps=9), expected)
+    filters = random_rows(12, 30).view(12, 5, 2, 3).to(memory_format=torch.channels_last)
+    assert torch.equal(minimum_energy_(filters, steps=9), expected.view(12, 5, 2, 3))
+    parameter = nn.Parameter(random_rows(12, 30))
+    assert torch.equal(minimum_energy_(parameter, steps=9), expected) and parameter.is_leaf
+    with torch.inference_mode():
+        inferred = random_rows(12, 30)
+        assert torch.equal(minimum_energy_(random_rows(12, 30), steps=9), expected)
+        plain = nn.Parameter(random_rows(12, 30))
+        assert torch.equal(minimum_energy_(plain, steps=9), expected)
+        net = nn.Linear(30, 12)
+    assert inferred.is_inference() and torch.equal(minimum_energy_(inferred, steps=9), expected)
+    before = net.weight.clone()
+    minimum_energy_model_(net, steps=9)
+    assert net.weight.is_inference() and not torch.equal(net.weight, before)
+
+    one = random_rows(1, 30)
+    with pytest.raises(RuntimeError, match="`weight` must not be expanded"):
+        minimum_energy_(one.expand(12, 30), steps=9)
+    assert torch.equal(one, random_rows(1, 30))
+    assert minimum_energy_(torch.empty(0, 5)).shape == (0, 5)
+    alone = random_rows(1, 5)
+    assert relative_error(minimum_energy_(alone.clone(), steps=3), alone) <= 1e-6
+
+
+def test_what_leaves_no_room_is_not_written():
+    weight = torch.full((3, 40), 60000.0, dtype=torch.float16)
+    weight[1, ::2], weight[2, ::3] = -60000.0, -60000.0
+    before = weight.clone()
+    with pytest.raises(ValueError, match="must leave room in torch.float16 to turn, got .* 6e"):
+        minimum_energy_(weight, half_space=False, steps=200, lr=5.0)
+    assert torch.equal(weight, before)
+    close = random_rows(4, 5)
+    close[1] = close[0] + 1e-3
+    before = close.clone()
+    with pytest.raises(ValueError, match="overflows: use a smaller `s` or `lr`"):
+        minimum_energy_(close, s=14.0, half_space=False, steps=3)
+    assert torch.equal(close, before)
+
+
 def test_a_generator_decides():
     first, second, third = (random_rows(30, 60) for _ in range(3))
     minimum_energy_(first, steps=5, generator=generator())
@@ -148,6 +308,20 @@ def test_messages(error, message, options):
 
 
 def test_what_is_not_a_weight():
+    with pytest.raises(ValueError, match=r"`weight` must have at least one column, got .*\(5, 0\)"):
+        minimum_energy_(torch.empty(5, 0))
+    with pytest.raises(ValueError, match=r"at least one column, got shape \(5, 3, 0\)"):
+        minimum_energy_(torch.empty(5, 3, 0))
+    with pytest.raises(TypeError, match="`weight` must hold numbers, got a meta tensor"):
+        minimum_energy_(torch.empty(5, 3, device="meta"))
+    with torch.device("meta"):
+        net = nn.Linear(5, 3)
+    with pytest.raises(TypeError, match="`weight` must hold numbers, got a meta tensor"):
+        minimum_energy_model_(net)
+    for option in ("lr", "momentum", "tolerance"):
+        for number in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"`{option}` must be"):
+                minimum_energy_(random_rows(5, 4), **{option: number})
     with pytest.raises(ValueError, match="at least 2-D"):
         minimum_energy_(torch.ones(3))
     with pytest.raises(TypeError, match="must be a torch.Tensor"):
