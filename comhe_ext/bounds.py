@@ -1,85 +1,239 @@
 """What the energy of a set may be compared with: random directions, and the least there can be.
 
-The pair functions r^-s, log(1/r) and those of the angle are sums of non-negative powers of the
-cosine c, hence convex in c, and in half space f(c) + f(-c) is convex in c^2. So Jensen's inequality
-turns the least mean of c, -1/(N - 1) (the simplex), and of c^2, (N - d)/(d (N - 1)) (Welch 1974),
-into lower bounds of the mean energy.
+Why there is a bound: the pair function F of the cosine c grows with c and, by chord, is convex. The
+Riesz functions are sums of non-negative powers of c, and the tangent line in the distance that
+takes over below `min_distance` is convex in c as well. In half space F(c) + F(-c) is convex in c^2.
+So Jensen's inequality turns the least mean of c, -1/(n - 1) (the simplex), and of c^2,
+(n - d)/(d (n - 1)) (Welch 1974), into lower bounds of the mean energy.
+
+Rows need not be unit vectors: rho = |v|^2 is 0 for a dead row, and below 1 for all where eps > 0.
+A pair still is a function of c = <v_i, v_j> alone, as if of unit vectors of more dimensions, so the
+bound of full space holds as it is. In half space shorter rows are nearer to orthogonal, but nearer
+to their antipodes too, at r^2 = 2 + 2 rho: the bound is the least over the sums of rho.
+
+By angle F is not convex in c everywhere, it falls ever faster towards c = -1; what is used instead
+is said there.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
+from comhe_ext.potentials import Potential
 
 
 def random_energy(
-    n: int, d: int, s: float = 2.0, *, half_space: bool = False, angular: bool = False
+    n: int,
+    d: int,
+    s: float = 2.0,
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    min_distance: float = 0.0,
 ) -> float:
-    """Expected mean energy of `n` independent uniform directions in `d` dimensions.
+    """Give the expected mean energy of `n` independent uniform directions in `d` dimensions.
 
-    Infinite where s >= d - 1. By chord r^2/4 has the Beta distribution of a = b = (d - 1)/2; by
-    angle the integral over sin^(d - 2) is done numerically.
+    What a layer of random initial weights has, to hold a layer's energy against: below it the rows
+    are spread better than chance. Rows are unit vectors (eps = 0, none dead).
+
+    Args:
+        n: number of rows.
+        d: number of columns.
+        s, half_space, angular: see `comhe_ext.hyperspherical_energy`.
+        min_distance: see there, but 0 by default, the pure definition. It matters where close pairs
+            do: s near d - 1 or above.
+
+    Returns:
+        The mean over pairs; 0 without pairs; infinite where min_distance = 0 and s >= d - 1.
+
+    Source: by chord r^2/4 has the Beta distribution of a = b = (d - 1)/2; by angle, and with a
+    tangent line, the integral over sin^(d - 2) is done numerically.
     """
+    pair = Potential(s, False, angular, min_distance)
     if n < 2:
-        pair = 0.0
-    elif d < 2 or s >= d - 1:
-        pair = math.inf
-    elif angular:
-        pair = _mean_over_angles(d, s)
+        mean = 0.0
+    elif min_distance == 0 and s >= d - 1:
+        mean = math.inf
+    elif d == 1:
+        mean = (_value(pair, 1.0) + _value(pair, -1.0)) / 2
+    elif angular or min_distance > 0:
+        mean = _mean_over_angles(d, pair)
+    elif s == 0:
+        psi = torch.digamma(torch.tensor([(d - 1) / 2, d - 1], dtype=torch.float64))
+        mean = -(math.log(4) + float(psi[0] - psi[1])) / 2
     else:
         a = (d - 1) / 2
-        if s == 0:
-            psi = torch.digamma(torch.tensor([a, 2 * a], dtype=torch.float64))
-            pair = -(math.log(4) + float(psi[0] - psi[1])) / 2
-        else:
-            gammas = [a - s / 2, 2 * a, a, 2 * a - s / 2]
-            signs = [1, 1, -1, -1]
-            log = sum(sign * math.lgamma(x) for sign, x in zip(signs, gammas, strict=True))
-            pair = 2.0**-s * math.exp(log)
-    return _with_antipodes(n, 2 * pair, s, angular) if half_space else pair
+        gammas = [a - s / 2, 2 * a, a, 2 * a - s / 2]
+        signs = [1, 1, -1, -1]
+        log = sum(sign * math.lgamma(x) for sign, x in zip(signs, gammas, strict=True))
+        mean = 2.0**-s * math.exp(log)
+    if not half_space or n == 0:
+        return mean
+    return (n * (n - 1) * 2 * mean + n * _value(pair, -1.0)) / (n * (2 * n - 1))
 
 
 def lowest_energy(
-    n: int, d: int, s: float = 2.0, *, half_space: bool = False, angular: bool = False
+    n: int,
+    d: int,
+    s: float = 2.0,
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    eps: float = 0.0,
+    min_distance: float = 1e-3,
+    dead: int | None = None,
 ) -> float:
-    """Lower bound of the mean energy of `n` directions in `d` dimensions.
+    """Give a lower bound of the mean energy of `n` rows in `d` dimensions, whatever they are.
 
-    Reached by the simplex, where n <= d + 1; in half space by orthogonal rows, where n <= d, and
-    by equiangular tight frames.
+    Reached by the simplex, where n <= d + 1 (by angle for s from about 1 on); in half space by
+    orthogonal rows, where n <= d, and, if no row is dead, by equiangular tight frames.
+
+    Args:
+        n: number of rows.
+        d: number of columns.
+        s, half_space, angular, eps, min_distance: see `comhe_ext.hyperspherical_energy`.
+        dead: how many of the rows are zero; None allows any number. In half space dead rows, which
+            are orthogonal to all others, undercut the bound of live ones where n > d. Without
+            effect where eps > 0, which allows rows of any length.
+
+    Returns:
+        The bound; 0 without pairs.
     """
-    if n < 2:
-        both = 0.0
-    elif not half_space:
-        return _pair(-1.0 / (n - 1), s, angular)
-    else:
-        c = math.sqrt(max(n - d, 0) / (d * (n - 1)))
-        both = _pair(c, s, angular) + _pair(-c, s, angular)
-    return _with_antipodes(n, both, s, angular) if half_space else both
-
-
-def _pair(c: float, s: float, angular: bool) -> float:
-    """f at the cosine c."""
-    t = math.acos(c) if angular else math.sqrt(2 - 2 * c)
-    if t == 0:
-        return math.inf
-    return -math.log(t) if s == 0 else t**-s
-
-
-def _with_antipodes(n: int, both: float, s: float, angular: bool) -> float:
-    """Mean over the pairs of 2n points, of which n are antipodal and the others mean both/2."""
+    single = Potential(s, False, angular, min_distance)
+    if not half_space:
+        return _lowest_of_full_space(n, single) if n > 1 else 0.0
     if n == 0:
         return 0.0
-    return (n * (n - 1) * both + n * _pair(-1.0, s, angular)) / (n * (2 * n - 1))
+    folded = Potential(s, True, angular, min_distance)
+    orthogonal = folded.of_cosine(_number(2.0), _number(2.0))[0]
+    welch = max(n - d, 0) / (d * (n - 1)) if n > 1 else 0.0
+    convex = _has_supporting_line(welch, folded)
+
+    def of_squares(squares: Tensor) -> Tensor:
+        """A bound of the mean of F(c) + F(-c) where the mean of c^2 is at least `squares`."""
+        if not convex:
+            return orthogonal.expand_as(squares)
+        c = squares.clamp(min=0).sqrt()
+        return folded.of_cosine(2 - 2 * c, 2 + 2 * c)[0]
+
+    def of_lengths(total: Tensor) -> Tensor:
+        """A bound of the sum where those of rho are `total`: sum c^2 >= total^2/d - sum rho^2."""
+        mean = total / n
+        distance = math.pi / 2 * (1 + mean) if angular else (2 + 2 * mean).sqrt()
+        antipodes = n * single.of_distance(distance)[0]
+        if n == 1:
+            return antipodes
+        squares = (total.square() / d - total) / (n * (n - 1))
+        return n * (n - 1) * of_squares(squares) + antipodes
+
+    def of_live_rows(live: Tensor) -> Tensor:
+        """A bound of the sum where so many rows are unit vectors and the others are dead."""
+        pairs = live * (live - 1)
+        squares = (live - d) / (d * (live - 1).clamp(min=1))
+        # one live row has no pair, and in one dimension an infinite bound of it
+        apart = torch.where(pairs > 0, pairs * of_squares(squares), 0.0)
+        antipodes = live * _value(single, -1.0) + (n - live) * _value(single, 0.0)
+        return apart + (n * (n - 1) - pairs) * orthogonal + antipodes
+
+    if eps > 0:
+        total = _least_on_interval(of_lengths, 0.0, float(n))
+    elif dead is not None:
+        total = float(of_live_rows(_number(n - dead)))
+    else:
+        # up to d rows live is better: they can be orthogonal, too
+        live = torch.arange(min(n, d), n + 1, dtype=torch.float64)
+        total = float(of_live_rows(live).min())
+    return total / (n * (2 * n - 1))
 
 
-def _mean_over_angles(d: int, s: float) -> float:
-    """Mean of the pair function of the angle, by the tanh-sinh rule: 0 may be singular."""
-    u = torch.linspace(-6.0, 6.0, 2001, dtype=torch.float64)
+def _number(x: float) -> Tensor:
+    return torch.tensor(x, dtype=torch.float64, device="cpu")
+
+
+def _value(pair: Potential, c: float) -> float:
+    """F at the cosine c."""
+    return float(pair.one_sided(_number(2 - 2 * c), _number(2 + 2 * c))[0])
+
+
+def _lowest_of_full_space(n: int, pair: Potential) -> float:
+    """The bound of F's mean over the pairs of `n` rows."""
+    c = -1.0 / (n - 1)
+    value, slope, curve = (float(x) for x in pair.one_sided(_number(2 - 2 * c), _number(2 + 2 * c)))
+    if not pair.angular:
+        return value
+    # the line that touches F at c supports it if F is convex from c on, as it is if it is there
+    # and the tangent line ends where c is positive, and if F(-1) is above the line, too
+    supported = (
+        pair.min_distance <= math.pi / 2
+        and curve >= 0
+        and _value(pair, -1.0) >= value - slope * (1 + c)
+    )
+    # f is convex in the angle, and no n rows have a larger mean angle: a random plane through the
+    # origin parts two rows with probability angle/pi, and at most so many pairs
+    parted = (n // 2) * (n - n // 2)
+    mean_angle = math.pi * parted / (n * (n - 1) / 2)
+    by_angle = float(pair.of_distance(_number(mean_angle))[0])
+    return max(value, by_angle) if supported else by_angle
+
+
+def _has_supporting_line(squares: float, folded: Potential) -> bool:
+    """Whether F(c) + F(-c), as a function of c^2, lies above its tangent at c^2 = `squares`.
+
+    Its power series has no negative coefficients, so it does up to where the tangent line of the
+    pair function takes over, at the cosine b. Beyond, c times its derivative grows with c, so it
+    rises nowhere slower than b times its slope at b.
+    """
+    bound = folded.min_distance
+    if bound == 0 or squares == 0:
+        return True
+    half = bound / 2
+    near = 4 * math.sin(half) ** 2 if folded.angular else bound**2
+    b, c = 1 - near / 2, math.sqrt(squares)
+    if not c < b:
+        return False
+    at_bound = folded.of_cosine(_number(near), _number(4 - near))[1]
+    at_squares = folded.of_cosine(_number(2 - 2 * c), _number(2 + 2 * c))[1]
+    return bool(at_bound >= at_squares / c)
+
+
+def _least_on_interval(function: Callable[[Tensor], Tensor], low: float, high: float) -> float:
+    """The minimum of a convex function, by ever finer grids."""
+    for _ in range(5):
+        grid = torch.linspace(low, high, 1001, dtype=torch.float64, device="cpu")
+        values = function(grid)
+        at = int(values.argmin())
+        low, high = float(grid[max(at - 1, 0)]), float(grid[min(at + 1, 1000)])
+    return float(values.min())
+
+
+def _mean_over_angles(d: int, pair: Potential) -> float:
+    """Mean of the pair function of random directions, by the tanh-sinh rule: 0 may be singular.
+
+    Once below and once above the angle where the tangent line takes over, for f has a kink there.
+    """
+    s, bound = pair.s, pair.min_distance
+    kink = bound if pair.angular else 2 * math.asin(bound / 2)
+    u = torch.linspace(-6.0, 6.0, 2001, dtype=torch.float64, device="cpu")
     # the distances of the nodes from both ends, each exact where it is small
-    theta = math.pi / (1 + torch.exp(-math.pi * torch.sinh(u)))
-    # in logarithms: at the ends the density may vanish faster than a float, and the energy explode
-    sine = torch.minimum(theta, theta.flip(0)).sin()
-    log_density = theta.log() + theta.flip(0).log() + torch.cosh(u).log() + (d - 2) * sine.log()
-    total = log_density.exp().sum()
-    if s == 0:
-        return float((-theta.log() * log_density.exp()).sum() / total)
-    return float((log_density - s * theta.log()).exp().sum() / total)
+    x = 1 / (1 + torch.exp(-math.pi * torch.sinh(u)))
+    log_weight = x.log() + x.flip(0).log() + torch.cosh(u).log()
+    total = mean = 0.0
+    for begin, end in ((0.0, kink), (kink, math.pi)):
+        if begin == end:
+            continue
+        theta, rest = begin + (end - begin) * x, math.pi - end + (end - begin) * x.flip(0)
+        # in logarithms: at the ends the density may vanish faster than a float, and f explode
+        log_density = math.log(end - begin) + log_weight
+        log_density += (d - 2) * torch.minimum(theta, rest).sin().log()
+        t = theta if pair.angular else 2 * (theta / 2).sin()
+        reach = t.clamp(min=bound)
+        beyond = 1 - t / reach  # how far along the tangent line
+        if s == 0:
+            part = (beyond - reach.log()) * log_density.exp()
+        else:
+            part = (log_density - s * reach.log()).exp() * (1 + s * beyond)
+        total += float(log_density.exp().sum())
+        mean += float(part.sum())
+    return mean / total
