@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 try:
+    from accelerate.state import GradientState
     from transformers import TrainingArguments
 except ImportError as error:
     raise ImportError("this needs transformers: pip install 'comhe-ext[transformers]'") from error
@@ -20,11 +21,11 @@ def regularized(
 
     Torch equivalent::
 
-        lambda outputs, labels, num_items_in_batch: loss(...) + comhe() / batches_of_a_step
+        comhe().backward()    # once before each step of the optimizer, and before clipping
 
-    The Trainer does not divide what a `compute_loss_func` returns by the batches that it gathers
-    for one step, and multiplies it by the number of processes where tokens are averaged across
-    them; the regularizer's share makes up for both, so that a step sees it once.
+    The regularizer is added to the loss of the last batch that the Trainer gathers for a step, so a
+    step sees it once, and it takes one step of its own, however many batches there are: also at the
+    end of an epoch, where they may be fewer.
 
     Args:
         comhe: the regularizer of the model.
@@ -35,11 +36,15 @@ def regularized(
     def compute_loss(
         outputs: Any, labels: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        parts = args.gradient_accumulation_steps
-        if args.average_tokens_across_devices and num_items_in_batch is not None:
-            parts *= args.world_size
         task = loss(outputs, labels, num_items_in_batch=num_items_in_batch)
-        # an evaluation reports the loss of the task
-        return task + comhe() / parts if task.requires_grad else task
+        # an evaluation reports the loss of the task; the Trainer tells Accelerate before each batch
+        # whether a step follows it
+        if not task.requires_grad or not GradientState().sync_gradients:
+            return task
+        energy = comhe()
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
+            # the Trainer multiplies what it gets by this number
+            energy = energy / (args.n_gpu if args.n_gpu > 1 else args.world_size)
+        return task + energy
 
     return compute_loss
