@@ -22,6 +22,9 @@ product); a third derivative raises instead of being silently wrong.
 """
 
 import importlib
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -87,9 +90,27 @@ def unavailable(name: str) -> str | None:
     return module.unavailable()
 
 
-# a constant to torch.compile: tracing must not follow the search for libraries and GPUs. This is
+_untold = threading.Lock()  # taken by the one thread that warns, and never given back
+
+
+def _tell_what_is_missing(name: str) -> None:
+    """Warn once a process where it could have a compiled kernel, which its build left out quietly.
+
+    pip hides what a build prints, so a compiler that fails would go unnoticed.
+    """
+    if sys.platform in ("linux", "darwin") and _untold.acquire(blocking=False):
+        warnings.warn(
+            f"{unavailable(name)}. Until then backend 'torch' does its work, several times slower "
+            "(backend='torch' asks for it without this warning). The kernel needs g++, or clang++ "
+            "with OpenMP; `pip install -v` shows what the compiler says",
+            stacklevel=3,
+        )
+
+
+# constants to torch.compile: tracing must not follow the search for libraries and GPUs. This is
 # all that torch.compiler.assume_constant_result does, but that imports Dynamo and with it Triton
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_tell_what_is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -97,8 +118,12 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
     if name is None:
         best = _DEFAULT_ON.get(device.type, "torch")
         # the compiled backends compute in float32
-        usable = dtype != torch.float64 and best != "torch" and unavailable(best) is None
-        return best if usable else "torch"
+        if best == "torch" or dtype == torch.float64:
+            return "torch"
+        if unavailable(best) is None:
+            return best
+        _tell_what_is_missing(best)
+        return "torch"
     if name not in BACKENDS:
         raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {name!r}")
     if name == "torch":

@@ -3,14 +3,19 @@
 import shutil
 import subprocess
 import sys
+import threading
+import warnings
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 import comhe_ext
 from comhe_ext import ops
+from comhe_ext.kernels.cpu import binding
+from comhe_ext.testing import random_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,3 +112,64 @@ def test_compiled_kernel_is_there_where_a_compiler_is():
     compiler = shutil.which("g++") or shutil.which("clang++")
     if sys.platform == "linux" and compiler:
         assert ops.unavailable("cpu") is None
+
+
+@pytest.fixture
+def missing(monkeypatch, tmp_path):
+    """As if the build had left the kernel out, and nothing had been called."""
+    monkeypatch.setattr(binding, "LIBRARY", tmp_path / "_pairwise.so")
+    monkeypatch.setattr(ops, "_untold", threading.Lock())
+    binding.unavailable.cache_clear()
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        yield warned
+    monkeypatch.undo()
+    binding.unavailable.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_a_kernel_that_was_left_out_is_missed_once(missing):
+    weight = random_rows(9, 5)
+    expected = comhe_ext.hyperspherical_energy(weight, backend="torch")
+    comhe_ext.hyperspherical_energy(weight.double())
+    comhe_ext.hyperspherical_energy(weight.to("meta"))
+    with pytest.raises(RuntimeError, match="the compiled CPU kernel is not installed"):
+        comhe_ext.hyperspherical_energy(weight, backend="cpu")
+    assert not missing
+
+    def call():
+        assert torch.equal(comhe_ext.hyperspherical_energy(weight), expected)
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    call()
+    comhe_ext.CoMHE(torch.nn.Linear(9, 5))().backward()
+    assert [w.category for w in missing] == [UserWarning]
+    message = str(missing[0].message)
+    for words in ("is not installed; reinstall", "backend='torch'", "g++", "`pip install -v`"):
+        assert words in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_torch_compile_misses_it_too(missing, dtype):
+    weight = random_rows(9, 5, dtype=dtype)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def compiled(x):
+        return comhe_ext.hyperspherical_energy(x) * 2
+
+    expected = comhe_ext.hyperspherical_energy(weight, backend="torch") * 2
+    for _ in range(2):
+        assert torch.equal(compiled(weight), expected)
+    told = [w for w in missing if "compiled CPU kernel" in str(w.message)]
+    assert len(told) == 1
+
+
+def test_where_no_kernel_is_built_none_is_missed(missing, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    comhe_ext.hyperspherical_energy(random_rows(9, 5))
+    assert not missing
