@@ -7,6 +7,7 @@ install goes on without it.
 
 import platform
 import re
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -37,6 +38,9 @@ INTEGRATIONS = {
     "table": ["tabulate>=0.9"],
     "transformers": ["accelerate>=1.1", "transformers>=5.0"],
 }
+
+# of an editable installation
+LINKS = ".editable"
 
 CPU = "kernels/cpu"
 # one unit per instruction set; the library picks at run time
@@ -89,6 +93,29 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+def package_dir() -> dict[str, str]:
+    """Where the packages lie.
+
+    `kernels` alone is the import name of another well-known package: ours lives inside comhe_ext.
+    An editable installation of a folder that is mapped so hides both packages from mypy, pyright
+    and editors, which look for files and know nothing of import hooks. It is made of links instead:
+    in a folder where comhe_ext is all there is to import, comhe_ext/kernels where it belongs.
+    """
+    if "editable_wheel" in sys.argv:
+        (ROOT / LINKS).mkdir(exist_ok=True)
+        try:
+            for link, target in (
+                (ROOT / LINKS / "comhe_ext", "../comhe_ext"),
+                (ROOT / "comhe_ext" / "kernels", "../kernels"),
+            ):
+                if not link.is_symlink():
+                    link.symlink_to(target, target_is_directory=True)
+            return {"": LINKS}
+        except OSError:  # Windows asks for a privilege; there only the types are missed
+            pass
+    return {"comhe_ext.kernels": "kernels"}
+
+
 setup(
     name="comhe-ext",
     version=VERSION,
@@ -131,8 +158,7 @@ setup(
         "comhe_ext.kernels.cpu",
         "comhe_ext.kernels.gpu",
     ],
-    # `kernels` alone is the import name of another well-known package: ours lives inside comhe_ext
-    package_dir={"comhe_ext.kernels": "kernels"},
+    package_dir=package_dir(),
     package_data={"comhe_ext": ["py.typed"]},
     ext_modules=[
         Extension(
@@ -143,4 +169,5 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": AnyPython},
+    options={"egg_info": {"egg_base": "."}},
 )

@@ -325,9 +325,10 @@ def _projected_energy_and_gradient(
 def _hessian_vector_product(
     points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any
 ) -> Tensor:
-    rows, *rest = _sweep_arguments(points, sizes, Options(*settings))
+    rows, sizes, scales, pair, eps = _sweep_arguments(points, sizes, Options(*settings))
+    tangents = tangents.reshape(rows.shape)
     # the portable tiles serve every device: second order is asked for rarely
-    product = portable.hessian_vector_product(rows, tangents.reshape(rows.shape), *rest)
+    product = portable.hessian_vector_product(rows, tangents, sizes, scales, pair, eps)
     return product.view(points.shape)
 
 

@@ -1,9 +1,11 @@
 """The wheel: what it holds, and that it works outside of the checkout."""
 
+import os
 import shutil
 import subprocess
 import sys
 import threading
+import venv
 import warnings
 import zipfile
 from importlib import metadata
@@ -20,15 +22,20 @@ from comhe_ext.testing import random_rows
 ROOT = Path(__file__).parents[1]
 
 
+def copy_sources(folder):
+    """What a build reads, so that nothing is left behind in the checkout."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("comhe_ext", "kernels"):
+        # comhe_ext/kernels is a link that an editable installation makes
+        ignored = ["__pycache__", "*.so", "*.egg-info"] + ["kernels"] * (name == "comhe_ext")
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(*ignored))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of the sources, so that nothing is left behind in the checkout."""
     sources, output = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, sources)
-    for name in ("comhe_ext", "kernels"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-        shutil.copytree(ROOT / name, sources / name, ignore=ignored)
+    copy_sources(sources)
     result = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
         + ["--disable-pip-version-check", "--no-index", "--wheel-dir", str(output), str(sources)],
@@ -48,7 +55,8 @@ def test_wheel_holds_the_package_alone(wheel):
     assert f"{info}/licenses/LICENSE" in names
     # every module of the checkout, kernels/ as comhe_ext/kernels/, and no other
     expected = {f"comhe_ext/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
-    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "comhe_ext").rglob("*.py")}
+    own = [path.relative_to(ROOT) for path in (ROOT / "comhe_ext").rglob("*.py")]
+    expected |= {str(path) for path in own if path.parts[1] != "kernels"}
     assert {name for name in names if name.endswith(".py")} == expected
 
 
@@ -96,6 +104,85 @@ def test_wheel_works_outside_of_the_checkout(wheel, tmp_path):
     assert "torch" in lines
     if ops.unavailable("cpu") is None:  # what could be built here can be built again
         assert "cpu" in lines
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory):
+    """The Python of an environment with an editable installation, made without a compiler."""
+    sources, output = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("editable")
+    copy_sources(sources)
+    # what pip calls
+    build = "import setuptools.build_meta, sys; setuptools.build_meta.build_editable(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", build, str(output)],
+        cwd=sources,
+        env={**os.environ, "CC": "false", "CXX": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "the compiled CPU kernel is left out" in result.stdout + result.stderr
+    environment = output / "environment"
+    venv.create(environment, symlinks=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(next(output.glob("*.whl"))) as archive:
+        archive.extractall(packages)
+    return environment / "bin" / "python", sources
+
+
+USER = """
+import comhe_ext
+from comhe_ext import bounds
+from comhe_ext.kernels.cpu import binding
+
+reveal_type(bounds.lowest_energy(3, 2))
+reveal_type(binding.instruction_set())
+comhe_ext.CoMHE(every="never")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links ask for a privilege there")
+def test_type_checkers_see_an_editable_installation(editable, tmp_path):
+    pytest.importorskip("mypy")
+    python, _ = editable
+    (tmp_path / "user.py").write_text(USER)
+    # torch is left out: to read it takes a minute
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python)]
+    command += ["--config-file", os.devnull, "--cache-dir", str(tmp_path / "cache")]
+    result = subprocess.run([*command, "user.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert [line.split(": ", 1)[1] for line in result.stdout.splitlines() if ":" in line] == [
+        'note: Revealed type is "float"',
+        'note: Revealed type is "str"',
+        'error: Missing positional argument "model" in call to "CoMHE"  [call-arg]',
+        'error: Argument "every" to "CoMHE" has incompatible type "str"; expected "int"  '
+        "[arg-type]",
+    ], result.stdout + result.stderr
+
+
+def test_an_editable_installation_works_and_misses_its_compiler(editable, tmp_path):
+    python, sources = editable
+    (sources / "comhe_ext" / "added.py").write_text("from comhe_ext.kernels import portable\n")
+    program = f"""
+import importlib.util, sys, warnings
+sys.path += {sys.path!r}
+import torch
+import comhe_ext, comhe_ext.added
+
+assert importlib.util.find_spec("comhe_ext.kernels").origin.startswith({str(sources)!r})
+spec = importlib.util.find_spec("kernels")  # another package, if there is one
+assert spec is None or not (spec.origin or "").startswith({str(sources)!r})
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        comhe_ext.hyperspherical_energy(torch.ones(3, 2))
+print([str(w.message).partition(";")[0] for w in warned])
+"""
+    result = subprocess.run(
+        [str(python), "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    expected = ["the compiled CPU kernel is not installed"] if sys.platform != "win32" else []
+    assert result.stdout.strip() == str(expected)
 
 
 def test_version_is_that_of_the_metadata():
