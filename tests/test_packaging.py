@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import venv
 import warnings
@@ -183,6 +184,40 @@ print([str(w.message).partition(";")[0] for w in warned])
     assert result.returncode == 0, result.stderr
     expected = ["the compiled CPU kernel is not installed"] if sys.platform != "win32" else []
     assert result.stdout.strip() == str(expected)
+
+
+def tracked_files():
+    """What git tracks, or, where there is no git, what this sdist says it was made of."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(ROOT), "ls-files"]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    else:
+        listing = (ROOT / "comhe_ext.egg-info" / "SOURCES.txt").read_text()
+    # one that was deleted and not committed yet is no file of the sdist
+    return [name for name in listing.splitlines() if (ROOT / name).exists()]
+
+
+def test_sdist_holds_everything(tmp_path):
+    """So that it passes `make test` itself; and nothing that work in a checkout leaves behind."""
+    sources, output = tmp_path / "sources", tmp_path / "sdist"
+    for name in tracked_files():
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, sources / name)
+    for name in ("tests/__pycache__/a.pyc", "kernels/cpu/_pairwise.so", "build/a.py", ".venv/a.py"):
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / name).touch()
+    (sources / "comhe_ext" / "kernels").symlink_to("../kernels")
+    build = "import setuptools.build_meta, sys; setuptools.build_meta.build_sdist(sys.argv[1])"
+    result = subprocess.run(
+        [sys.executable, "-c", build, str(output)], cwd=sources, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    (path,) = output.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = [member.name.partition("/")[2] for member in archive if member.isfile()]
+    made = {"PKG-INFO", "setup.cfg"} | {name for name in names if ".egg-info/" in name}
+    left_out = {".ci/run", ".gitignore"}
+    assert set(names) - made == {*tracked_files()} - made - left_out
 
 
 def test_version_is_that_of_the_metadata():
