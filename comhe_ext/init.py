@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from comhe_ext import functional, ops
-from comhe_ext.layers import Layer, Selector, Split, find_layers
+from comhe_ext.layers import NOWHERE_TO_TURN, Layer, Selector, Split, survey
 from comhe_ext.projections import random_projection
 
 
@@ -151,9 +151,10 @@ def minimum_energy_(
 def minimum_energy_model_(
     model: nn.Module,
     *,
-    include: Iterable[Selector] | None = None,
-    exclude: Iterable[Selector] = (),
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] = (),
     split: Mapping[str, Split] | None = None,
+    transpose: str | Iterable[str] = (),
     progress: bool = False,
     **options: Any,
 ) -> nn.Module:
@@ -162,7 +163,7 @@ def minimum_energy_model_(
     Args:
         model: its layers are found as `comhe_ext.CoMHE` finds them, its output layer among them;
             filters of different convolution groups do not meet.
-        include, exclude, split: see `comhe_ext.CoMHE`.
+        include, exclude, split, transpose: see `comhe_ext.CoMHE`.
         progress: show a bar for each layer; needs the package tqdm.
         options: see `minimum_energy_`.
 
@@ -176,27 +177,20 @@ def minimum_energy_model_(
         The layers are written together, at the end, and put back where one of them refuses: what
         ends the call leaves all as they were. Memory: two copies of the layers, besides.
     """
-    layers = find_layers(model, include, exclude, split)
-    turning = []
+    layers, left_out = survey(model, include, exclude, split, transpose)
+    for name, reason in left_out:
+        if reason == NOWHERE_TO_TURN:
+            warnings.warn(f"layer {name!r} is left as it is: {reason}", stacklevel=2)
     for layer in layers:
-        rows = layer.rows()
-        _check_weight(f"{layer.name}.weight".lstrip("."), rows.flatten(0, 1))
-        if rows.shape[2] > 1:
-            turning.append(layer)
-        else:
-            warnings.warn(
-                f"layer {layer.name!r} has one input: its rows have nowhere to turn and are left "
-                "as they are",
-                stacklevel=2,
-            )
+        _check_weight(f"{layer.name}.weight".lstrip("."), layer.rows().flatten(0, 1))
     turned = []
-    for layer in turning:
+    for layer in layers:
         groups = layer.rows().detach().clone()
         for rows in groups:
             minimum_energy_(rows, progress=layer.name if progress else False, **options)
         turned.append(groups)
-    with torch.inference_mode(any(layer.weight.is_inference() for layer in turning)):
-        _assign_all(turning, turned)
+    with torch.inference_mode(any(layer.weight.is_inference() for layer in layers)):
+        _assign_all(layers, turned)
     return model
 
 

@@ -20,6 +20,7 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # found where nothing else is asked for
 DEFAULT_TYPES = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 SUPPORTED_TYPES = (*DEFAULT_TYPES, *EMBEDDINGS, nn.MultiheadAttention)
+NOWHERE_TO_TURN = "neurons of fewer than two inputs have nowhere to turn"
 # the factors of a low-rank update are Linear layers by type alone: only W + BA has neurons
 ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
@@ -245,9 +246,7 @@ def survey(
             if neurons < 2:
                 left_out.append(LeftOut(layer.name, "fewer than two neurons make no pair"))
             elif inputs < 2:
-                left_out.append(
-                    LeftOut(layer.name, "neurons of fewer than two inputs have nowhere to turn")
-                )
+                left_out.append(LeftOut(layer.name, NOWHERE_TO_TURN))
             else:
                 layers.append(layer)
     left_out += [LeftOut(name, reason) for name, reason in unsupported.items()]

@@ -300,12 +300,29 @@ class CoMHE(nn.Module):
             rows = self._rows_of(layer, layer.weight)
             settings = self._settings_of(layer)
             energy = functional.set_energies([rows], settings.options([rows])).mean()
-            shape = (rows.shape[1], rows.shape[2], float(settings.s))
-            options = {"half_space": settings.half_space, "angular": settings.angular}
+            # of the sets of a layer, those whose dead rows allow the least
+            dead = {int(count) for count in (rows == 0).all(2).sum(1)}
+            n, d, s = rows.shape[1], rows.shape[2], float(settings.s)
+            half_space, angular = settings.half_space, settings.angular
+            bound = settings.min_distance
             energies[layer.name] = LayerEnergy(
                 float(energy),
-                bounds.random_energy(*shape, **options),
-                bounds.lowest_energy(*shape, **options),
+                bounds.random_energy(
+                    n, d, s, half_space=half_space, angular=angular, min_distance=bound
+                ),
+                min(
+                    bounds.lowest_energy(
+                        n,
+                        d,
+                        s,
+                        half_space=half_space,
+                        angular=angular,
+                        eps=settings.eps,
+                        min_distance=bound,
+                        dead=count,
+                    )
+                    for count in dead
+                ),
             )
         return energies
 

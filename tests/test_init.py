@@ -163,7 +163,7 @@ def test_rows_of_one_column_have_nowhere_to_turn(shape):
     before = [p.detach().clone() for p in net.parameters()]
     with pytest.warns(UserWarning) as warned:
         minimum_energy_model_(net, steps=3)
-    assert [str(w.message).partition(" has ")[0] for w in warned] == ["layer '0'", "layer '2'"]
+    assert [str(w.message).partition(" is left ")[0] for w in warned] == ["layer '0'", "layer '2'"]
     changed = [not torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True)]
     assert changed == [False, False, True, False, False, False]
 

@@ -406,8 +406,9 @@ def test_energies_beside_what_they_may_be():
     exact = reference.hyperspherical_energy(weight, 1.0, half_space=True)
     hidden = energies["hidden"]
     assert hidden.energy == pytest.approx(float(exact), rel=1e-6)
-    assert hidden.random == bounds.random_energy(50, 16, 1.0, half_space=True)
-    assert hidden.lowest == bounds.lowest_energy(50, 16, 1.0, half_space=True)
+    expected = bounds.random_energy(50, 16, 1.0, half_space=True, min_distance=1e-3)
+    assert hidden.random == expected
+    assert hidden.lowest == bounds.lowest_energy(50, 16, 1.0, half_space=True, dead=0)
     assert energies["out"].lowest == bounds.lowest_energy(10, 50, 1.0)
     assert all(e.lowest < e.energy < 1.1 * e.random for e in energies.values())
     net.hidden.weight.requires_grad_(False)
@@ -415,6 +416,20 @@ def test_energies_beside_what_they_may_be():
     table = energies.table()
     assert all(name in table for name in [*energies, "energy", "random", "lowest"])
     assert f"{hidden.energy:.4f}" in table
+
+
+@pytest.mark.parametrize("options", [{}, dict(eps=1e-4), dict(min_distance=1.9), dict(s=0.0)])
+def test_no_layer_undercuts_its_bound(options):
+    net = nn.Sequential(nn.Linear(10, 50), nn.Linear(50, 30), nn.Linear(30, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[0].weight.zero_()
+        net[1].weight.mul_(1e-2)
+        net[2].weight[3:] = 0.0
+        net[3].weight.copy_(torch.eye(3, 8))
+    for half_space in (True, False):
+        comhe = CoMHE(net, None, half_space=half_space, output_layer=None, **options)
+        for name, layer in comhe.energies().items():
+            assert layer.energy >= layer.lowest - 1e-6 * abs(layer.lowest), name
 
 
 def test_parametrized_weights_count_without_gradients_too():
