@@ -14,7 +14,36 @@ import torch
 from torch import Tensor
 
 from comhe_ext.kernels import angles
-from comhe_ext.ops import LIBRARY, compute_dtype, define, register_vmap
+from comhe_ext.ops import (
+    LIBRARY,
+    check_device,
+    check_like,
+    check_rows,
+    compute_dtype,
+    define,
+    register_vmap,
+)
+
+
+def _check(rows: Tensor, projected: Tensor) -> None:
+    check_rows("rows", rows, (3,))
+    check_rows("projected", projected, (3,))
+    if rows.shape[:2] != projected.shape[:2]:
+        raise ValueError(
+            f"`projected` must have as many sets and rows as `rows`, got {tuple(projected.shape)} "
+            f"and {tuple(rows.shape)}"
+        )
+    check_device("projected", projected, "rows", rows)
+
+
+def _check_tangents(
+    rows: Tensor, projected: Tensor, rows_tangents: Tensor | None, projected_tangents: Tensor | None
+) -> None:
+    _check(rows, projected)
+    if rows_tangents is not None:
+        check_like("rows_tangents", rows_tangents, "rows", rows)
+    if projected_tangents is not None:
+        check_like("projected_tangents", projected_tangents, "projected", projected)
 
 
 @define(
@@ -24,6 +53,7 @@ from comhe_ext.ops import LIBRARY, compute_dtype, define, register_vmap
 def _angle_difference(
     rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(rows, projected)
     total, to_rows, to_projected = angles.sweep(rows, projected, angle, rows_gradient)
     return total, to_projected.new_empty(0) if to_rows is None else to_rows, to_projected
 
@@ -39,6 +69,7 @@ def _angle_difference_hvp(
     projected_tangents: Tensor | None,
     angle: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_tangents(rows, projected, rows_tangents, projected_tangents)
     return angles.hessian_vector_product(rows, projected, rows_tangents, projected_tangents, angle)
 
 
@@ -46,6 +77,7 @@ def _angle_difference_hvp(
 def _(
     rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check(rows, projected)
     dtype = compute_dtype(rows, projected)
     return (
         rows.new_empty(rows.shape[0], dtype=dtype),
@@ -55,7 +87,14 @@ def _(
 
 
 @torch.library.register_fake("comhe_ext::angle_difference_hvp", lib=LIBRARY)
-def _(rows: Tensor, projected: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _(
+    rows: Tensor,
+    projected: Tensor,
+    rows_tangents: Tensor | None,
+    projected_tangents: Tensor | None,
+    angle: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_tangents(rows, projected, rows_tangents, projected_tangents)
     dtype = compute_dtype(rows, projected)
     return (
         rows.new_empty(rows.shape, dtype=dtype),
@@ -63,8 +102,8 @@ def _(rows: Tensor, projected: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-register_vmap("angle_difference", num_tensors=2, num_outputs=3, packed=False)
-register_vmap("angle_difference_hvp", num_tensors=4, num_outputs=2, packed=False)
+register_vmap("angle_difference", num_tensors=2, packed=False)
+register_vmap("angle_difference_hvp", num_tensors=4, packed=False)
 
 
 class _AngleDifference(torch.autograd.Function):

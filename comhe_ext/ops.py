@@ -4,9 +4,9 @@
     comhe_ext::energy_and_gradient            points -> energy [B], gradient like points
     comhe_ext::projected_energy               weights, projections -> energy [B]
     comhe_ext::projected_energy_and_gradient  and the gradient in the projected rows, [T, k]
-    comhe_ext::scale_rows                     gradient, grad of energy [B] -> like points
-    comhe_ext::dot_rows                       tangents, gradient -> [B]
     comhe_ext::hessian_vector_product         points, tangents -> like points
+    comhe_ext::scale_rows                     rows, a factor of each set [B] -> like rows
+    comhe_ext::dot_rows                       rows, rows -> [B]
 
 Points are B sets of N rows, [B, N, k], with `sizes` empty; or sets of the B `sizes` one after
 another, [T, k]. The first form keeps a symbolic N out of the arguments under torch.compile.
@@ -22,12 +22,12 @@ product); a third derivative raises instead of being silently wrong.
 """
 
 import importlib
+import math
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from torch import Tensor
 from comhe_ext.kernels import portable, work_table
 from comhe_ext.potentials import Potential
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BACKENDS = ("triton", "cpu", "torch")
 _MODULES = {
     "triton": "comhe_ext.kernels.gpu",
@@ -59,7 +60,25 @@ class Options(NamedTuple):
     eps: float = 0.0
     min_distance: float = 1e-3
     backend: str = "torch"
-    factors: Sequence[float] = ()  # of the sets' energies, in turn, from the start again if fewer
+    factors: Sequence[float] = ()  # of the sets' energies, one a set; none: all 1
+
+    def check(self) -> None:
+        """Refuse numbers and names out of range; the types are known to be right."""
+        if not 0 <= self.s < math.inf:
+            raise ValueError(f"`s` must be finite and at least 0, got {self.s}")
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"`eps` must be finite and at least 0, got {self.eps}")
+        if not 0 <= self.min_distance < 2:
+            raise ValueError(
+                f"`min_distance` must be at least 0 and less than 2, got {self.min_distance}"
+            )
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"`reduction` must be 'mean' or 'sum', got {quote(self.reduction)}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"`backend` must be one of {BACKENDS}, got {quote(self.backend)}")
+        for factor in self.factors:
+            if not -math.inf < factor < math.inf:
+                raise ValueError(f"`factors` must be finite, got {factor}")
 
     def scales(self, sizes: Sequence[int]) -> list[float]:
         """From each set's sum over unordered pairs to its energy, factor included."""
@@ -67,10 +86,15 @@ class Options(NamedTuple):
         scales = [pair.scale(n, self.reduction) for n in sizes]
         if not self.factors:
             return scales
-        return [scale * factor for scale, factor in zip(scales, cycle(self.factors), strict=False)]
+        return [scale * factor for scale, factor in zip(scales, self.factors, strict=True)]
 
     def pair_function(self) -> Potential:
         return Potential(self.s, self.half_space, self.angular, self.min_distance)
+
+
+def quote(value: object) -> str:
+    """A wrong name as it was given; of all else the type, for a tensor's numbers fill pages."""
+    return repr(value) if isinstance(value, str) else type(value).__name__
 
 
 # --- backends -------------------------------------------------------------------------------------
@@ -125,7 +149,7 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
         _tell_what_is_missing(best)
         return "torch"
     if name not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {name!r}")
+        raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {quote(name)}")
     if name == "torch":
         return name
     if (reason := unavailable(name)) is not None:
@@ -162,18 +186,26 @@ def no_autocast(device_type: str) -> Iterator[None]:
         yield
 
 
-def define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the decorated function as the implementation of an operator on every device."""
+def define(
+    schema: str, *, composite: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the implementation of an operator on every device.
+
+    composite: it is made of torch's own operators, which also give it shapes and derivatives.
+    """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
         def full_precision(*args: Any) -> Any:
-            first = args[0][0] if isinstance(args[0], Sequence) else args[0]
-            with no_autocast(first.device.type):
+            first = args[0][:1] if isinstance(args[0], Sequence) else args[:1]
+            with no_autocast(first[0].device.type if first else "cpu"):
                 return implementation(*args)
 
-        LIBRARY.impl(name, full_precision, "CompositeExplicitAutograd")
+        if composite:
+            LIBRARY.impl(name, implementation, "CompositeImplicitAutograd")
+        else:
+            LIBRARY.impl(name, full_precision, "CompositeExplicitAutograd")
         return implementation
 
     return register
@@ -182,14 +214,8 @@ def define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _packed(points: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Sequence[int]]:
     """Either form of points as rows [T, k], and the size of each set."""
     if points.dim() == 2:
-        if sum(sizes) != points.shape[0] or min(sizes, default=0) < 0:
-            raise ValueError(f"`sizes` must add up to {points.shape[0]} rows, got {list(sizes)}")
         return points.contiguous(), sizes
     return points.flatten(0, 1).contiguous(), [points.shape[1]] * points.shape[0]
-
-
-def _num_sets(points: Tensor, sizes: Sequence[int]) -> int:
-    return len(sizes) if points.dim() == 2 else points.shape[0]
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -253,6 +279,117 @@ def _count(matrices: Tensor | None) -> int:
     return 1 if matrices is None else matrices.shape[0]
 
 
+# What an operator is handed may come from anywhere: it is checked before any kernel, and by the
+# shape functions too, so that a compiler's trace fails where the eager call fails.
+
+
+def check_rows(name: str, rows: Tensor, dims: Sequence[int]) -> None:
+    """Refuse what is no dense floating-point tensor of so many dimensions."""
+    if rows.dtype not in DTYPES:
+        raise TypeError(f"`{name}` must be float16, bfloat16, float32 or float64, got {rows.dtype}")
+    if rows.layout != torch.strided:
+        raise TypeError(f"`{name}` must be a dense tensor, got layout {rows.layout}")
+    shape = rows.shape
+    if len(shape) not in dims:
+        expected = " or ".join(f"{dim}-D" for dim in dims)
+        raise ValueError(f"`{name}` must be {expected}, got shape {tuple(shape)}")
+    if shape[-1] == 0:
+        raise ValueError(f"`{name}` must have at least one column, got shape {tuple(shape)}")
+
+
+def check_like(name: str, rows: Tensor, other: str, like: Tensor) -> None:
+    """Refuse rows of another shape or device than those they belong to."""
+    check_rows(name, rows, (like.dim(),))
+    if rows.shape != like.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of `{other}`, got {tuple(rows.shape)} and "
+            f"{tuple(like.shape)}"
+        )
+    check_device(name, rows, other, like)
+
+
+def check_device(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"`{name}` must be on the device of `{other}`, got {tensor.device} and {like.device}"
+        )
+
+
+def _count_sets(name: str, points: Tensor, sizes: Sequence[int]) -> int:
+    """How many sets points of either form hold, checked."""
+    check_rows(name, points, (2, 3))
+    if points.dim() == 3:
+        if len(sizes) > 0:
+            raise ValueError(f"`sizes` must be empty where `{name}` is 3-D, got {list(sizes)}")
+        return points.shape[0]
+    if sum(sizes) != points.shape[0] or min(sizes, default=0) < 0:
+        raise ValueError(
+            f"`sizes` must be at least 0 and add up to {points.shape[0]} rows, got {list(sizes)}"
+        )
+    return len(sizes)
+
+
+def _check_options(settings: Sequence[Any], sets: int, *tensors: Tensor | None) -> Options:
+    """The settings of an operator on so many sets, made from these tensors."""
+    options = Options(*settings)
+    options.check()
+    factors = options.factors
+    if len(factors) > 0 and len(factors) != sets:
+        raise ValueError(f"`factors` must be empty or one a set ({sets}), got {len(factors)}")
+    if options.backend == "torch":
+        return options
+    first = tensors[0]
+    if options.backend == "cpu" and first is not None and first.device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs tensors on cpu, got {first.device}")
+    if compute_dtype(*tensors) == torch.float64:
+        raise TypeError(
+            f"backend {options.backend!r} computes in float32, got float64: use backend='torch'"
+        )
+    return options
+
+
+def _check_points(
+    points: Tensor, sizes: Sequence[int], settings: Sequence[Any]
+) -> tuple[int, Options]:
+    sets = _count_sets("points", points, sizes)
+    return sets, _check_options(settings, sets, points)
+
+
+def _check_weights(
+    weights: Sequence[Tensor], projections: Sequence[Tensor | None], settings: Sequence[Any]
+) -> tuple[list[int], Options]:
+    """Sizes of the sets that weights and projections make, and the settings."""
+    if len(weights) == 0:
+        raise ValueError("`weights` must hold at least one tensor, got none")
+    if len(projections) != len(weights):
+        raise ValueError(
+            f"`projections` must have one entry a weight ({len(weights)}), got {len(projections)}"
+        )
+    if all(matrices is None for matrices in projections):
+        raise ValueError("`projections` must hold at least one tensor, got only None")
+    width = _width(projections)
+    for weight, matrices in zip(weights, projections, strict=True):
+        check_rows("weights", weight, (3,))
+        check_device("weights", weight, "weights[0]", weights[0])
+        if matrices is None:
+            if weight.shape[2] > width:
+                raise ValueError(
+                    f"`weights` without a projection must have at most the {width} columns of the "
+                    f"projected rows, got shape {tuple(weight.shape)}"
+                )
+            continue
+        check_rows("projections", matrices, (3,))
+        check_device("projections", matrices, "weights", weight)
+        count, rows, columns = matrices.shape
+        if count == 0 or rows != width or width == 0 or columns != weight.shape[2]:
+            raise ValueError(
+                f"`projections` must be [C, {max(width, 1)}, {weight.shape[2]}] for a weight of "
+                f"shape {tuple(weight.shape)}, got shape {tuple(matrices.shape)}"
+            )
+    sizes = _set_sizes(weights, projections)
+    return sizes, _check_options(settings, len(sizes), *weights, *projections)
+
+
 def _sweep(
     points: Tensor, sizes: Sequence[int], options: Options, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -271,24 +408,26 @@ def _sweep_arguments(
 
 @define(f"energy(Tensor points, {_PACKED}) -> Tensor")
 def _energy(points: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
-    return _sweep(points, sizes, Options(*settings), with_gradient=False)[0]
+    _, options = _check_points(points, sizes, settings)
+    return _sweep(points, sizes, options, with_gradient=False)[0]
 
 
 @define(f"energy_and_gradient(Tensor points, {_PACKED}) -> (Tensor, Tensor)")
 def _energy_and_gradient(
     points: Tensor, sizes: Sequence[int], *settings: Any
 ) -> tuple[Tensor, Tensor | None]:
-    return _sweep(points, sizes, Options(*settings), with_gradient=True)
+    _, options = _check_points(points, sizes, settings)
+    return _sweep(points, sizes, options, with_gradient=True)
 
 
 def _project_sweep(
     weights: Sequence[Tensor],
     projections: Sequence[Tensor | None],
-    options: Options,
+    settings: Sequence[Any],
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
+    sizes, options = _check_weights(weights, projections, settings)
     module = _load(options.backend)
-    sizes = _set_sizes(weights, projections)
     if not hasattr(module, "project_sweep"):
         return _sweep(_project_packed(weights, projections, sizes), sizes, options, with_gradient)
     sets: list[Tensor] = []
@@ -311,97 +450,108 @@ def _project_sweep(
 def _projected_energy(
     weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any
 ) -> Tensor:
-    return _project_sweep(weights, projections, Options(*settings), with_gradient=False)[0]
+    return _project_sweep(weights, projections, settings, with_gradient=False)[0]
 
 
 @define(f"projected_energy_and_gradient({_PROJECTED}) -> (Tensor, Tensor)")
 def _projected_energy_and_gradient(
     weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any
 ) -> tuple[Tensor, Tensor | None]:
-    return _project_sweep(weights, projections, Options(*settings), with_gradient=True)
+    return _project_sweep(weights, projections, settings, with_gradient=True)
 
 
 @define(f"hessian_vector_product(Tensor points, Tensor tangents, {_PACKED}) -> Tensor")
 def _hessian_vector_product(
     points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any
 ) -> Tensor:
-    rows, sizes, scales, pair, eps = _sweep_arguments(points, sizes, Options(*settings))
+    _, options = _check_points(points, sizes, settings)
+    check_like("tangents", tangents, "points", points)
+    rows, sizes, scales, pair, eps = _sweep_arguments(points, sizes, options)
     tangents = tangents.reshape(rows.shape)
     # the portable tiles serve every device: second order is asked for rarely
     product = portable.hessian_vector_product(rows, tangents, sizes, scales, pair, eps)
     return product.view(points.shape)
 
 
-@define("scale_rows(Tensor rows, Tensor factors, int[] sizes) -> Tensor")
+@define("scale_rows(Tensor rows, Tensor factors, int[] sizes) -> Tensor", composite=True)
 def _scale_rows(rows: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
+    sets = _count_sets("rows", rows, sizes)
+    check_device("factors", factors, "rows", rows)
+    if factors.dim() != 1 or factors.shape[0] != sets:
+        raise ValueError(f"`factors` must be one a set ({sets},), got {tuple(factors.shape)}")
     if rows.dim() == 3:
         return rows * factors[:, None, None]
-    return rows * work_table.spread_over_rows(factors.contiguous(), sizes)
+    return rows * work_table.spread_over_rows(factors, sizes)
 
 
-@define("dot_rows(Tensor left, Tensor right, int[] sizes) -> Tensor")
+@define("dot_rows(Tensor left, Tensor right, int[] sizes) -> Tensor", composite=True)
 def _dot_rows(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
+    _count_sets("left", left, sizes)
+    check_like("right", right, "left", left)
     if left.dim() == 3:
         return (left * right).sum((1, 2))
-    products = (left * right).sum(1)
-    dots = products.new_zeros(len(sizes))
-    for run in work_table.equal_runs(sizes):
-        dots[run.sets] = run.view(products).sum(1)
-    return dots
+    return work_table.sum_over_rows((left * right).sum(1), sizes)
 
 
 @torch.library.register_fake("comhe_ext::energy", lib=LIBRARY)
 def _(points: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
-    return points.new_empty(_num_sets(points, sizes), dtype=compute_dtype(points))
+    sets, _ = _check_points(points, sizes, settings)
+    return points.new_empty(sets, dtype=compute_dtype(points))
 
 
 @torch.library.register_fake("comhe_ext::energy_and_gradient", lib=LIBRARY)
 def _(points: Tensor, sizes: Sequence[int], *settings: Any) -> tuple[Tensor, Tensor]:
+    sets, _ = _check_points(points, sizes, settings)
     dtype = compute_dtype(points)
-    energy = points.new_empty(_num_sets(points, sizes), dtype=dtype)
-    return energy, points.new_empty(points.shape, dtype=dtype)
+    return points.new_empty(sets, dtype=dtype), points.new_empty(points.shape, dtype=dtype)
 
 
 @torch.library.register_fake("comhe_ext::projected_energy", lib=LIBRARY)
 def _(weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any) -> Tensor:
-    count = len(_set_sizes(weights, projections))
-    return weights[0].new_empty(count, dtype=compute_dtype(*weights, *projections))
+    sizes, _ = _check_weights(weights, projections, settings)
+    return weights[0].new_empty(len(sizes), dtype=compute_dtype(*weights, *projections))
 
 
 @torch.library.register_fake("comhe_ext::projected_energy_and_gradient", lib=LIBRARY)
 def _(
     weights: Sequence[Tensor], projections: Sequence[Tensor | None], *settings: Any
 ) -> tuple[Tensor, Tensor]:
-    sizes, dtype = _set_sizes(weights, projections), compute_dtype(*weights, *projections)
+    sizes, _ = _check_weights(weights, projections, settings)
+    dtype = compute_dtype(*weights, *projections)
     gradient = weights[0].new_empty(sum(sizes), _width(projections), dtype=dtype)
     return weights[0].new_empty(len(sizes), dtype=dtype), gradient
 
 
 @torch.library.register_fake("comhe_ext::hessian_vector_product", lib=LIBRARY)
 def _(points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
+    _check_points(points, sizes, settings)
+    check_like("tangents", tangents, "points", points)
     return points.new_empty(points.shape, dtype=compute_dtype(points))
-
-
-@torch.library.register_fake("comhe_ext::scale_rows", lib=LIBRARY)
-def _(rows: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
-    return rows.new_empty(rows.shape, dtype=torch.promote_types(rows.dtype, factors.dtype))
-
-
-@torch.library.register_fake("comhe_ext::dot_rows", lib=LIBRARY)
-def _(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
-    dtype = torch.promote_types(left.dtype, right.dtype)
-    return left.new_empty(_num_sets(left, sizes), dtype=dtype)
 
 
 # --- vmap: the batch becomes more sets of the same launch -----------------------------------------
 
 
-def _flat(x: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
-    """The batch dimension in front, merged with the first one."""
-    if x is None:
-        return None
-    x = x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+def _in_front(x: Tensor, dim: int | None, batch: int) -> Tensor:
+    """The batch dimension as the first one."""
+    return x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def over_batch(
+    call: Callable[..., Any], info: Any, in_dims: Sequence[Any], tensors: Sequence[Any], *rest: Any
+) -> tuple[Any, Any]:
+    """What a batching rule returns, by a call on the sets of all elements of the batch at once."""
+    batch = info.batch_size
+    flat = []
+    for x, dim in zip(tensors, in_dims, strict=False):
+        if x is not None:
+            x = _in_front(x, dim, batch)
+            x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+        flat.append(x)
+    results = call(*flat, *rest)
+    if isinstance(results, Tensor):
+        return _split(results, batch), 0
+    return tuple(_split(x, batch) for x in results), (0,) * len(results)
 
 
 def _split(x: Tensor, batch: int) -> Tensor:
@@ -413,6 +563,12 @@ def _each(x: Tensor | None, dim: int | None, batch: int) -> list[Tensor | None]:
     return [x] * batch if x is None or dim is None else list(x.unbind(dim))
 
 
+def _repeat_factors(settings: Sequence[Any], batch: int) -> Options:
+    """The settings of an operator for all sets of the batch."""
+    options = Options(*settings)
+    return options._replace(factors=list(options.factors) * batch)
+
+
 def _register_vmap_of_lists(name: str) -> None:
     """Batching rule of an operator on lists: the lists of every element, one after the other."""
     op = getattr(torch.ops.comhe_ext, name).default
@@ -422,7 +578,7 @@ def _register_vmap_of_lists(name: str) -> None:
         for tensors, dims in zip(args[:2], in_dims[:2], strict=True):
             by_tensor = [_each(x, d, batch) for x, d in zip(tensors, dims, strict=True)]
             lists.append([x for element in zip(*by_tensor, strict=True) for x in element])
-        results = op(*lists, *args[2:])
+        results = op(*lists, *_repeat_factors(args[2:], batch))
         if isinstance(results, Tensor):
             return _split(results, batch), 0
         return tuple(_split(r, batch) for r in results), (0, 0)
@@ -430,26 +586,25 @@ def _register_vmap_of_lists(name: str) -> None:
     torch.library.register_vmap(f"comhe_ext::{name}", rule, lib=LIBRARY)
 
 
-def register_vmap(name: str, num_tensors: int, num_outputs: int = 1, packed: bool = True) -> None:
-    """Batching rule of an operator on some tensors of many sets, then, if `packed`, their sizes."""
+def register_vmap(name: str, num_tensors: int, packed: bool = True) -> None:
+    """Batching rule of an operator on some tensors of many sets.
+
+    packed: the sets' sizes come after them, and the settings of an energy where it is one.
+    """
     op = getattr(torch.ops.comhe_ext, name).default
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
-        batch = info.batch_size
-        tensors = [_flat(x, d, batch) for x, d in zip(args[:num_tensors], in_dims, strict=False)]
-        rest = list(args[num_tensors:])
+        tensors, rest = args[:num_tensors], args[num_tensors:]
         if packed:
-            rest[0] = list(rest[0]) * batch
-        results = op(*tensors, *rest)
-        if num_outputs == 1:
-            return _split(results, batch), 0
-        return tuple(_split(r, batch) for r in results), (0,) * num_outputs
+            sizes, settings = list(rest[0]) * info.batch_size, rest[1:]
+            rest = (sizes, *(_repeat_factors(settings, info.batch_size) if settings else ()))
+        return over_batch(op, info, in_dims, tensors, *rest)
 
     torch.library.register_vmap(f"comhe_ext::{name}", rule, lib=LIBRARY)
 
 
 register_vmap("energy", num_tensors=1)
-register_vmap("energy_and_gradient", num_tensors=1, num_outputs=2)
+register_vmap("energy_and_gradient", num_tensors=1)
 _register_vmap_of_lists("projected_energy")
 _register_vmap_of_lists("projected_energy_and_gradient")
 register_vmap("hessian_vector_product", num_tensors=2)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
 
@@ -73,8 +74,22 @@ def symmetric_tiles(sizes: Sequence[int], block: int) -> Iterator[Tile]:
 
 
 def spread_over_rows(per_set: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The value [B] of each set on each of its rows, [T, 1]."""
-    spread = per_set.new_empty(sum(sizes), 1)
-    for run in equal_runs(sizes):
-        run.view(spread).copy_(per_set[run.sets].view(-1, 1, 1).expand(-1, run.size, 1))
-    return spread
+    """The value [B] of each set on each of its rows, [T, 1]; differentiable."""
+    lengths = [(size, sum(1 for _ in group)) for size, group in groupby(sizes)]
+    parts = per_set.split([count for _, count in lengths])
+    spread = [
+        values.unsqueeze(1).expand(-1, size).flatten()
+        for values, (size, _) in zip(parts, lengths, strict=True)
+    ]
+    return torch.cat([per_set[:0], *spread]).unsqueeze(1)
+
+
+def sum_over_rows(per_row: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The sum over the rows of each set of a value [T] of each row, [B]; differentiable."""
+    lengths = [(size, sum(1 for _ in group)) for size, group in groupby(sizes)]
+    parts = per_row.split([size * count for size, count in lengths])
+    sums = [
+        values.view(count, size).sum(1)
+        for values, (size, count) in zip(parts, lengths, strict=True)
+    ]
+    return torch.cat([per_row[:0], *sums])

@@ -44,12 +44,215 @@ def test_opcheck(name, dtype, backend, device):
     torch.library.opcheck(op, OPERATORS[name](batch, [], more))
 
 
-def test_sizes_that_do_not_add_up_are_refused(backend, device):
-    points = random_rows(10, 3, device=device)
-    for sizes in ([5, 10], [5, 4], [-5, 15], []):
-        for op in (torch.ops.comhe_ext.energy, torch.ops.comhe_ext.energy_and_gradient):
-            with pytest.raises((RuntimeError, ValueError)):
-                op(points, sizes, *settings(backend))
+OPS = torch.ops.comhe_ext
+POINTS, BATCH = torch.ones(10, 3), torch.ones(2, 5, 3)
+WEIGHT, MATRICES = torch.ones(2, 5, 6), torch.ones(4, 3, 6)
+SETTINGS = settings("torch")
+
+
+def changed(**options):
+    return settings("torch", **options)
+
+
+# an operator, the tensors and sizes it is handed, the settings, and the error that has to come
+MISTAKES = [
+    ("energy", (POINTS, [5, 4]), SETTINGS, "ValueError: `sizes` must be .* add up to 10 rows"),
+    ("energy", (POINTS, [-5, 15]), SETTINGS, "ValueError: `sizes` must be at least 0"),
+    ("energy", (POINTS, []), SETTINGS, "ValueError: `sizes` must be at least 0 and add up"),
+    ("energy", (BATCH, [5, 5]), SETTINGS, "ValueError: `sizes` must be empty where `points` is 3"),
+    ("energy", (POINTS[0], []), SETTINGS, r"ValueError: `points` must be 2-D or 3-D, .* \(3,\)"),
+    ("energy", (POINTS[:, :0], [10]), SETTINGS, "ValueError: `points` must have at least one col"),
+    ("energy", (POINTS.int(), [10]), SETTINGS, "TypeError: `points` must be float16, .*int32"),
+    ("energy", (POINTS + 0j, [10]), SETTINGS, "TypeError: `points` must be float16, .*complex64"),
+    ("energy", (POINTS, [10]), changed(reduction="avg"), "ValueError: `reduction` .* got 'avg'"),
+    ("energy", (POINTS, [10]), settings("numpy"), "ValueError: `backend` must be .* got 'numpy'"),
+    ("energy", (POINTS, [10]), changed(s=-1.0), "ValueError: `s` must be finite and at least 0"),
+    ("energy", (POINTS, [10]), changed(s=float("nan")), "ValueError: `s` must be finite"),
+    ("energy", (POINTS, [10]), changed(eps=float("nan")), "ValueError: `eps` must be finite"),
+    ("energy", (POINTS, [10]), changed(eps=float("inf")), "ValueError: `eps` must be finite"),
+    ("energy", (POINTS, [10]), changed(min_distance=2.0), "ValueError: `min_distance` must be"),
+    ("energy", (POINTS, [10]), changed(min_distance=float("nan")), "ValueError: `min_distance`"),
+    (
+        "energy",
+        (POINTS, [10]),
+        changed(factors=[1.0, 2.0]),
+        r"ValueError: `factors` .*\(1\), got 2",
+    ),
+    ("energy", (BATCH, []), changed(factors=[1.0]), r"ValueError: `factors` .*\(2\), got 1"),
+    ("energy", (BATCH, []), changed(factors=[1.0, float("nan")]), "ValueError: `factors` .* nan"),
+    ("energy", (POINTS.double(), [10]), settings("cpu"), "TypeError: backend 'cpu' computes in fl"),
+    (
+        "hessian_vector_product",
+        (POINTS, POINTS.view(5, 6), [10]),
+        SETTINGS,
+        r"ValueError: `tangents` must have the shape of `points`, got \(5, 6\) and \(10, 3\)",
+    ),
+    ("hessian_vector_product", (BATCH, POINTS, []), SETTINGS, "ValueError: `tangents` must be 3-D"),
+    ("hessian_vector_product", (BATCH, BATCH.int(), []), SETTINGS, "TypeError: `tangents` must be"),
+    ("scale_rows", (POINTS, torch.ones(3), [5, 5]), (), "ValueError: `factors` must be one a set"),
+    ("scale_rows", (BATCH, torch.ones(1), []), (), "ValueError: `factors` must be one a set"),
+    ("scale_rows", (BATCH, torch.ones(2, 1), []), (), "ValueError: `factors` must be one a set"),
+    ("scale_rows", (POINTS, torch.ones(2), [5, 4]), (), "ValueError: `sizes` must be at least 0"),
+    ("dot_rows", (POINTS, POINTS[:, :1], [10]), (), "ValueError: `right` must have the shape of"),
+    ("dot_rows", (POINTS, POINTS, [11]), (), "ValueError: `sizes` must be at least 0"),
+    ("projected_energy", ([], []), SETTINGS, "ValueError: `weights` must hold at least one tensor"),
+    ("projected_energy", ([WEIGHT], [None]), SETTINGS, "ValueError: `projections` must hold at le"),
+    (
+        "projected_energy",
+        ([WEIGHT, WEIGHT], [MATRICES]),
+        SETTINGS,
+        r"ValueError: `projections` must have one entry a weight \(2\), got 1",
+    ),
+    (
+        "projected_energy",
+        ([WEIGHT, WEIGHT], [MATRICES, None]),
+        SETTINGS,
+        "ValueError: `weights` without a projection must have at most the 3 columns",
+    ),
+    (
+        "projected_energy",
+        ([WEIGHT], [MATRICES[..., :5]]),
+        SETTINGS,
+        r"ValueError: `projections` must be \[C, 3, 6\] for a weight .* got shape \(4, 3, 5\)",
+    ),
+    (
+        "projected_energy",
+        ([WEIGHT, WEIGHT], [MATRICES, MATRICES[:, :2]]),
+        SETTINGS,
+        r"ValueError: `projections` must be \[C, 3, 6\] for a weight .* got shape \(4, 2, 6\)",
+    ),
+    ("projected_energy", ([WEIGHT], [MATRICES[:0]]), SETTINGS, "ValueError: `projections` must be"),
+    ("projected_energy", ([WEIGHT], [MATRICES[:, :0]]), SETTINGS, "ValueError: `projections` must"),
+    ("projected_energy", ([WEIGHT[0]], [MATRICES]), SETTINGS, "ValueError: `weights` must be 3-D"),
+    (
+        "projected_energy",
+        ([WEIGHT], [MATRICES[0]]),
+        SETTINGS,
+        "ValueError: `projections` must be 3",
+    ),
+    ("projected_energy", ([WEIGHT], [MATRICES.int()]), SETTINGS, "TypeError: `projections` must b"),
+    (
+        "projected_energy",
+        ([WEIGHT], [MATRICES]),
+        changed(factors=[1.0, 2.0]),
+        r"ValueError: `factors` must be empty or one a set \(8\), got 2",
+    ),
+    (
+        "projected_energy",
+        ([WEIGHT.half()], [MATRICES.double()]),
+        settings("cpu"),
+        "TypeError: backend 'cpu' computes in float32, got float64",
+    ),
+    ("angle_difference", (POINTS, BATCH), (True, True), "ValueError: `rows` must be 3-D"),
+    ("angle_difference", (BATCH, BATCH[:, 1:]), (True, True), "ValueError: `projected` must have"),
+    ("angle_difference", (BATCH, BATCH.int()), (True, True), "TypeError: `projected` must be fl"),
+    (
+        "angle_difference_hvp",
+        (BATCH, BATCH, BATCH[..., :2], None),
+        (True,),
+        "ValueError: `rows_tangents` must have the shape of `rows`",
+    ),
+    (
+        "angle_difference_hvp",
+        (BATCH, BATCH, None, BATCH[:1]),
+        (True,),
+        "ValueError: `projected_tangents` must have the shape of `projected`",
+    ),
+]
+# the same holds of the operators that give the gradient as well
+MISTAKES += [
+    (f"{name}_and_gradient", *rest)
+    for name, *rest in MISTAKES
+    if name in ("energy", "projected_energy")
+]
+
+
+def refused(words):
+    name, message = words.split(": ", 1)
+    return pytest.raises({"TypeError": TypeError, "ValueError": ValueError}[name], match=message)
+
+
+def every_tensor(change, arguments):
+    if isinstance(arguments, torch.Tensor):
+        return change(arguments)
+    if isinstance(arguments, list | tuple):
+        return type(arguments)(every_tensor(change, x) for x in arguments)
+    return arguments
+
+
+@pytest.mark.parametrize(("name", "arguments", "more", "error"), MISTAKES)
+def test_what_an_operator_cannot_mean_is_refused(name, arguments, more, error):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    op = getattr(OPS, name)
+    with refused(error):
+        op(*arguments, *more)
+    # by the shapes alone, where nothing is computed
+    mode = FakeTensorMode()
+    with mode, refused(error):
+        op(*every_tensor(mode.from_tensor, arguments), *more)
+    if "cpu" not in more:
+        with refused(error):
+            op(*every_tensor(lambda x: x.to("meta"), arguments), *more)
+    # and of each element of a batch; messages may count the rows of all of them
+    kind = TypeError if error.startswith("TypeError") else ValueError
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    if tensors and name != "angle_difference_hvp":
+        rest = arguments[len(tensors) :]
+        with pytest.raises(kind):
+            torch.vmap(lambda *x: op(*x, *rest, *more))(*[torch.stack([x, x]) for x in tensors])
+
+
+@pytest.mark.parametrize("name", ["energy", "energy_and_gradient"])
+def test_an_operator_never_falls_back_to_another_device(name):
+    with refused("ValueError: backend 'cpu' needs tensors on cpu, got meta"):
+        getattr(OPS, name)(POINTS.to("meta"), [10], *settings("cpu"))
+    with pytest.raises((RuntimeError, ValueError), match="triton"):
+        getattr(OPS, name)(POINTS, [10], *settings("triton"))
+    for arguments, message in (
+        ((POINTS, POINTS.to("meta"), [10], *SETTINGS), "`tangents` must be on the device"),
+        ((POINTS.to("meta"), POINTS, [10], *SETTINGS), "`tangents` must be on the device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OPS.hessian_vector_product(*arguments)
+    with refused("ValueError: `projections` must be on the device of `weights`, got meta and cpu"):
+        OPS.projected_energy([WEIGHT], [MATRICES.to("meta")], *SETTINGS)
+    with refused("ValueError: `factors` must be on the device of `rows`, got meta and cpu"):
+        OPS.scale_rows(BATCH, torch.ones(2, device="meta"), [])
+
+
+def test_factors_belong_to_the_sets_of_every_element_of_a_batch(backend, device):
+    points = random_rows(24, 3, device=device).view(2, 12, 3)
+    more = settings(backend, s=1.0, factors=[1.0, -2.0, 0.5])
+    plain = settings(backend, s=1.0)
+    for arguments, sets in (((), points.view(2, 3, 4, 3)), (([4, 4, 4],), points)):
+        sizes = arguments[0] if arguments else []
+        energies = torch.vmap(lambda p, sizes=sizes: OPS.energy(p, sizes, *more))(sets)
+        expected = torch.stack([OPS.energy(p, sizes, *plain) for p in sets])
+        expected = expected * torch.tensor([1.0, -2.0, 0.5], device=device)
+        assert relative_error(energies, expected) <= 1e-6
+    weight, matrices = random_rows(8, 6, device=device).view(2, 1, 4, 6), random_rows(9, 6)
+    matrices = matrices.view(3, 3, 6).to(device)
+    energies = torch.vmap(lambda w: OPS.projected_energy([w], [matrices], *more))(weight)
+    expected = torch.stack([OPS.projected_energy([w], [matrices], *plain) for w in weight])
+    expected = expected * torch.tensor([1.0, -2.0, 0.5], device=device)
+    assert relative_error(energies, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("mixed", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_several_dtypes_in_one_sweep(mixed):
+    weights = [WEIGHT * torch.arange(1.0, 7.0) + random_rows(10, 6).view(2, 5, 6)] * 2
+    weights = [weights[0].to(mixed), weights[1]]
+    matrices = [random_rows(12, 6).view(4, 3, 6), random_rows(6, 6, seed=1).view(2, 3, 6)]
+    energies = OPS.projected_energy(weights, matrices, *SETTINGS)
+    expected = torch.cat(
+        [
+            OPS.projected_energy([w.double()], [m.double()], *SETTINGS)
+            for w, m in zip(weights, matrices, strict=True)
+        ]
+    )
+    assert energies.dtype == (torch.float64 if mixed == torch.float64 else torch.float32)
+    assert relative_error(energies, expected) <= 1e-5
 
 
 # --- torch.compile --------------------------------------------------------------------------------

@@ -529,7 +529,7 @@ def test_operators_of_weights_reach_the_projecting_kernel():
     projections = [matrices(3, 12, 20, 0), None]
     results = []
     for name in ("triton", "torch"):
-        options = ops.Options(s=1.0, half_space=True, backend=name, factors=[1.0, 2.0])
+        options = ops.Options(s=1.0, half_space=True, backend=name, factors=[1.0, 2.0] * 3 + [1.0])
         leaves = [w.clone().requires_grad_() for w in weights]
         matrix = projections[0].clone().requires_grad_()
         LAUNCHES.clear()
