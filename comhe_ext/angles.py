@@ -3,11 +3,11 @@
     comhe_ext::angle_difference      rows [M, N, d], projected [M, N, k] -> S [M], gradients of both
     comhe_ext::angle_difference_hvp  rows, projected, tangents of both -> like rows, like projected
 
-S is a number a set, so its gradient comes out of the forward sweep and the backward only scales;
-the gradient is differentiable by closed-form Hessian-vector products, as in `comhe_ext.ops`.
+S is a number a set, so its gradient comes out of the forward sweep, and the backward only scales
+it; both modes and the second derivatives are made as in `comhe_ext.ops`.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ from comhe_ext.ops import (
     check_rows,
     compute_dtype,
     define,
+    differentiable_jvp,
+    differentiated,
+    final,
+    forward_mode,
+    over_batch,
     register_vmap,
 )
 
@@ -107,7 +112,7 @@ register_vmap("angle_difference_hvp", num_tensors=4, packed=False)
 
 
 class _AngleDifference(torch.autograd.Function):
-    """rows, projected -> S [M]; the gradients come out beside it to be kept for the backward."""
+    """rows, projected -> S [M]; the gradients come out beside it to be kept for the derivatives."""
 
     generate_vmap_rule = True
 
@@ -131,81 +136,152 @@ class _AngleDifference(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_total is None:
             return None, None, None, None
-        # as in comhe_ext.ops: without grad mode the values are enough
-        scale: Callable[..., Any] = _Gradient.forward
-        if torch.is_grad_enabled():
-            scale = _Gradient.apply
-        grads = scale(grad_total, *ctx.saved_tensors, ctx.angle)
-        return grads[0] if ctx.rows_gradient else None, grads[1], None, None
+        rows, projected, to_rows, to_projected = ctx.saved_tensors
+        # as in comhe_ext.ops: without grad mode or tangents the values are enough
+        if torch.is_grad_enabled() or forward_mode():
+            to_rows, to_projected = _Gradient.apply(*ctx.saved_tensors, ctx.angle)
+        factor = grad_total[:, None, None]
+        return (
+            (to_rows * factor).to(rows.dtype) if ctx.rows_gradient else None,
+            (to_projected * factor).to(projected.dtype),
+            None,
+            None,
+        )
+
+
+class _AngleDifferenceWithTangents(_AngleDifference):
+    """The same in forward mode too; apart, because Dynamo refuses a Function that has a jvp."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _AngleDifference.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2], *output[1:])
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(
+        ctx: Any,
+        rows: Tensor,
+        projected: Tensor,
+        to_rows: Tensor,
+        to_projected: Tensor,
+        *tangents: Tensor | None,
+    ) -> tuple[Tensor, None, None]:
+        gradients = _Gradient.apply(rows, projected, to_rows, to_projected, ctx.angle)
+        slopes = [
+            (gradient * tangent).sum((1, 2))
+            for gradient, tangent in zip(gradients, tangents[:2], strict=True)
+            if tangent is not None
+        ]
+        return sum(slopes[1:], slopes[0]), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        apply = _AngleDifferenceWithTangents.apply
+        return over_batch(apply, info, in_dims, arguments[:2], *arguments[2:])
 
 
 class _Gradient(torch.autograd.Function):
-    """The kept gradients times grad_total, as functions of everything they came from."""
-
-    generate_vmap_rule = True
+    """The gradients that a sweep has made, as functions of the rows in both spaces."""
 
     @staticmethod
     def forward(
-        grad_total: Tensor,
+        rows: Tensor, projected: Tensor, to_rows: Tensor, to_projected: Tensor, angle: bool
+    ) -> tuple[Tensor, Tensor]:
+        return to_rows.clone(), to_projected.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        rows, projected, to_rows, _, ctx.angle = inputs
+        # left out where the rows are constant
+        ctx.rows_gradient = to_rows.dim() == rows.dim()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(rows, projected)
+        ctx.save_for_forward(rows, projected)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not ctx.rows_gradient:
+            cotangents = (None, cotangents[1])
+        points = ctx.saved_tensors
+        products = _HessianProducts.apply(*_final(points), *cotangents, ctx.angle)
+        to_rows, to_projected = (
+            product.to(x.dtype) for product, x in zip(products, points, strict=True)
+        )
+        return to_rows, to_projected, None, None, None
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(
+        ctx: Any, rows: Tensor, projected: Tensor, *tangents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        to_rows, to_projected = _HessianProducts.apply(
+            *_final((rows, projected)), *tangents[:2], ctx.angle
+        )
+        return to_rows if ctx.rows_gradient else to_rows.new_zeros(0), to_projected
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        return over_batch(_Gradient.apply, info, in_dims, arguments[:4], arguments[4])
+
+
+class _HessianProducts(torch.autograd.Function):
+    """H t in both spaces, linear in the tangents t of both; the rows have to be `final`."""
+
+    @staticmethod
+    def forward(
         rows: Tensor,
         projected: Tensor,
-        to_rows: Tensor,
-        to_projected: Tensor,
-        angle: bool,
-    ) -> tuple[Tensor, Tensor]:
-        factor = grad_total[:, None, None]
-        scaled = to_rows * factor if to_rows.dim() == 3 else to_rows.clone()
-        return scaled.to(rows.dtype), (to_projected * factor).to(projected.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.angle = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_SecondOrder.apply(*tangents, *ctx.saved_tensors, ctx.angle), None, None, None
-
-
-class _SecondOrder(torch.autograd.Function):
-    """What `_Gradient` owes to grad_total, rows and projected."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
         rows_tangents: Tensor | None,
         projected_tangents: Tensor | None,
-        grad_total: Tensor,
-        rows: Tensor,
-        projected: Tensor,
-        to_rows: Tensor,
-        to_projected: Tensor,
         angle: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dots = torch.zeros_like(grad_total)
-        for tangents, gradient in ((rows_tangents, to_rows), (projected_tangents, to_projected)):
-            if tangents is not None and gradient.dim() == 3:
-                dots = dots + (tangents * gradient).sum((1, 2)).to(dots.dtype)
+    ) -> tuple[Tensor, Tensor]:
         to_rows, to_projected = torch.ops.comhe_ext.angle_difference_hvp(
             rows, projected, rows_tangents, projected_tangents, angle
         )
-        factor = grad_total[:, None, None]
-        return dots, (to_rows * factor).to(rows.dtype), (to_projected * factor).to(projected.dtype)
+        return to_rows, to_projected
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        rows, projected, *tangents, ctx.angle = inputs
+        ctx.given = [tangent is not None for tangent in tangents]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(rows, projected)
+        ctx.save_for_forward(rows, projected)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise NotImplementedError(
-            "comhe_ext: the loss is differentiable twice; third derivatives are not implemented"
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        points = ctx.saved_tensors
+        products = _HessianProducts.apply(*points, *cotangents, ctx.angle)
+        return (
+            *[torch.zeros_like(x) for x in points],
+            *[
+                product if given else None
+                for product, given in zip(products, ctx.given, strict=True)
+            ],
+            None,
         )
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(
+        ctx: Any, rows: Tensor, projected: Tensor, _: None, __: None, *tangents: Any
+    ) -> tuple[Tensor, Tensor]:
+        return _HessianProducts.apply(rows, projected, *tangents[:2], ctx.angle)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        return over_batch(_HessianProducts.apply, info, in_dims, arguments[:4], arguments[4])
+
+
+def _final(points: Sequence[Tensor]) -> list[Tensor]:
+    return [final(x, "loss") for x in points]
 
 
 def angle_difference(rows: Tensor, projected: Tensor, angle: bool) -> Tensor:
     """Squared differences of cosines or angles, summed over ordered pairs, of M sets -> [M]."""
-    total: Tensor = _AngleDifference.apply(rows, projected, angle, rows.requires_grad)[0]
-    return total
+    if forward_mode():
+        return _AngleDifferenceWithTangents.apply(rows, projected, angle, True)[0]
+    return _AngleDifference.apply(rows, projected, angle, differentiated(rows))[0]

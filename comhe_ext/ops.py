@@ -16,9 +16,11 @@ None where its rows are taken as they are, filled up with zeros to k columns. We
 by set, matrix by matrix they make the sets of one sweep, V C sets of N rows each. A backend may
 project and sweep in one go, and nothing keeps the projected rows for the backward.
 
-The energy of a set is one number, so the forward sweep makes the gradient along with it and the
-backward only scales. The gradient is a differentiable function too (closed-form Hessian-vector
-product); a third derivative raises instead of being silently wrong.
+The energy of a set is one number, so the forward sweep makes the gradient along with it: the
+backward only scales it, and the derivative along tangents (forward mode) is its product with them.
+The gradient is a differentiable function too, in both modes, by a closed-form Hessian-vector
+product; a third derivative raises instead of being silently wrong. `energy` and `projected_energy`
+at the end put this together; the operators of sweeps themselves have no derivative.
 """
 
 import importlib
@@ -27,12 +29,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from comhe_ext.kernels import portable, work_table
 from comhe_ext.potentials import Potential
@@ -100,6 +105,7 @@ def quote(value: object) -> str:
 # --- backends -------------------------------------------------------------------------------------
 
 
+@cache
 def _load(name: str) -> ModuleType:
     """The module of a backend; imported at first use, so that importing us never needs Triton."""
     return importlib.import_module(_MODULES[name])
@@ -175,15 +181,12 @@ _PROJECTED = f"Tensor[] weights, Tensor?[] projections, {_SETTINGS}"
 LIBRARY = torch.library.Library("comhe_ext", "DEF")
 
 
-@contextmanager
-def no_autocast(device_type: str) -> Iterator[None]:
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Autocast would lower the products to half precision, and the energy with them."""
     # a meta tensor's device has no autocast to ask for
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        yield
-        return
-    with torch.autocast(device_type, enabled=False):
-        yield
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def define(
@@ -227,9 +230,19 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def project(weight: Tensor, projection: Tensor) -> Tensor:
     """Rows [V, N, d] under each of the matrices [C, k, d] -> [V, C, N, k], as one product."""
     dtype = compute_dtype(weight, projection)
-    with no_autocast(weight.device.type):
-        rows = weight.to(dtype) @ projection.to(dtype).flatten(0, 1).mT
-    return rows.unflatten(-1, projection.shape[:2]).transpose(1, 2)
+    rows = weight.to(dtype).flatten(0, 1)
+    products = _product(rows, projection.to(dtype).flatten(0, 1).mT)
+    return (
+        products.unflatten(0, weight.shape[:2]).unflatten(-1, projection.shape[:2]).transpose(1, 2)
+    )
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of two matrices, which autocast lowers in none of its derivatives."""
+    # compiled derivatives are traced while autocast is off, and Dynamo refuses a jvp
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(left.device.type):
+        return left @ right
+    return _Product.apply(left, right)
 
 
 def pad(rows: Tensor, width: int) -> Tensor:
@@ -259,6 +272,15 @@ def _project_packed(
         packed[first:last].view(rows.shape).copy_(rows)
         first = last
     return packed
+
+
+def _project_points(
+    weights: Sequence[Tensor], projections: Sequence[Tensor | None]
+) -> tuple[Tensor, list[int]]:
+    """The same by torch's differentiable operators, and the size of each set."""
+    width = _width(projections)
+    parts = [rows.reshape(-1, width) for rows in _project_all(weights, projections)]
+    return torch.cat(parts), _set_sizes(weights, projections)
 
 
 def _width(projections: Sequence[Tensor | None]) -> int:
@@ -615,8 +637,53 @@ register_vmap("dot_rows", num_tensors=2)
 # --- autograd -------------------------------------------------------------------------------------
 
 
+def forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, so that any tensor may be dual."""
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, jvp, vmap) is running, or a level of forward mode.
+
+    Under vmap a tensor does not tell whether it, or a tangent of it, is being differentiated.
+    """
+    return forward_mode() or torch._C._are_functorch_transforms_active()
+
+
+# constants to torch.compile, as `unavailable` is: Dynamo makes a new trace where they change
+forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether somebody may ask for a derivative in one of the tensors, in reverse mode."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return transformed()
+
+
+def differentiable_jvp(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the jvp of a Function, called as jvp(ctx, *saved, *tangents), be differentiated again.
+
+    Around a jvp torch turns forward mode off, for the levels of torch.func further out too: their
+    derivative of it would be zero. Instead the saved tensors lose the tangents of this level.
+    Under vmap they could not, so such a Function has a vmap rule of its own, without a batch in it.
+    """
+
+    @wraps(jvp)
+    def within_outer_levels(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            saved = [forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
+            return jvp(ctx, *saved, *tangents)
+
+    return within_outer_levels
+
+
 class _Energy(torch.autograd.Function):
-    """points -> energy [B]; the gradient comes out beside it to be kept for the backward."""
+    """points -> energy [B]; the gradient comes out beside it to be kept for the derivatives."""
 
     generate_vmap_rule = True
 
@@ -639,10 +706,43 @@ class _Energy(torch.autograd.Function):
         if grad_energy is None:
             return None, *nothing
         points, gradient = ctx.saved_tensors
-        # nobody differentiates what runs without grad mode: then the operator itself will do, also
-        # because Dynamo (2.13) cannot trace a setup_context Function inside a backward
-        scale = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
-        return scale(points, grad_energy, gradient, ctx.sizes, *ctx.settings), *nothing
+        # nobody differentiates what runs without grad mode or tangents: then the values will do,
+        # also because Dynamo (2.13) cannot trace a setup_context Function inside a backward
+        if torch.is_grad_enabled() or forward_mode():
+            gradient = _Gradient.apply(points, gradient, _Sets(ctx.sizes, ctx.settings))
+        scaled = torch.ops.comhe_ext.scale_rows(gradient, grad_energy, ctx.sizes)
+        return scaled.to(points.dtype), *nothing
+
+
+class _EnergyWithTangents(torch.autograd.Function):
+    """The same in forward mode too; apart, because Dynamo refuses a Function that has a jvp."""
+
+    @staticmethod
+    def forward(points: Tensor, sets: "_Sets") -> tuple[Tensor, Tensor]:
+        return _Energy.forward(points, sets.sizes, *sets.settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        points, sets = inputs
+        _Energy.setup_context(ctx, (points, sets.sizes, *sets.settings), output)
+        ctx.save_for_forward(points, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_energy: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        return _Energy.backward(ctx, grad_energy, None)[0], None
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(
+        ctx: Any, points: Tensor, gradient: Tensor, tangents: Tensor, _: None
+    ) -> tuple[Tensor, None]:
+        gradient = _Gradient.apply(points, gradient, _Sets(ctx.sizes, ctx.settings))
+        return torch.ops.comhe_ext.dot_rows(gradient, tangents, ctx.sizes), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], points: Tensor, sets: "_Sets") -> tuple[Any, Any]:
+        sets = sets.repeat(info.batch_size)
+        return over_batch(_EnergyWithTangents.apply, info, in_dims, [points], sets)
 
 
 class _ProjectedEnergy(torch.autograd.Function):
@@ -673,12 +773,11 @@ class _ProjectedEnergy(torch.autograd.Function):
         gradient, *tensors = ctx.saved_tensors
         weights, projections = tensors[: ctx.num_weights], tensors[ctx.num_weights :]
         factors: Tensor | None = grad_energy
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or forward_mode():
             # to be differentiated again: as a function of the rows, and they of both tensors
-            width, sizes = _width(projections), _set_sizes(weights, projections)
-            parts = [rows.reshape(-1, width) for rows in _project_all(weights, projections)]
-            points = torch.cat(parts)
-            gradient = _Gradient.apply(points, grad_energy, gradient, sizes, *ctx.settings)
+            points, sizes = _project_points(weights, projections)
+            gradient = _Gradient.apply(points, gradient, _Sets(sizes, ctx.settings))
+            gradient = torch.ops.comhe_ext.scale_rows(gradient, grad_energy, sizes)
             factors = None
         needed = ctx.needs_input_grad[2:]
         return None, None, *_pull_back(gradient, factors, weights, projections, needed)
@@ -716,11 +815,10 @@ def _pull_back(
             grad_weight = part[:, 0, :, :d]
         else:
             by_row = part.transpose(1, 2).reshape(sets * n, count * gradient.shape[1])
-            with no_autocast(part.device.type):
-                if needed[index]:
-                    grad_weight = by_row @ matrices.to(part.dtype).flatten(0, 1)
-                if needed[len(weights) + index]:
-                    grad_matrices = by_row.mT @ weight.to(part.dtype).flatten(0, 1)
+            if needed[index]:
+                grad_weight = _product(by_row, matrices.to(part.dtype).flatten(0, 1))
+            if needed[len(weights) + index]:
+                grad_matrices = _product(by_row.mT, weight.to(part.dtype).flatten(0, 1))
         grad_weights.append(
             grad_weight if grad_weight is None else grad_weight.view(weight.shape).to(weight.dtype)
         )
@@ -732,69 +830,175 @@ def _pull_back(
     return [*grad_weights, *grad_projections]
 
 
-class _Gradient(torch.autograd.Function):
-    """gradient of sum_b grad_energy_b E_b in the points, out of the saved one: scaled, and cast."""
+@dataclass(frozen=True)
+class _Sets:
+    """Sizes and settings as one argument: torch would look for tangents of a list's elements."""
 
-    generate_vmap_rule = True
+    sizes: Sequence[int]
+    settings: Sequence[Any]
+
+    def repeat(self, batch: int) -> "_Sets":
+        return _Sets(list(self.sizes) * batch, _repeat_factors(self.settings, batch))
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient that a sweep has made, as a function of the points."""
 
     @staticmethod
-    def forward(
-        points: Tensor, grad_energy: Tensor, gradient: Tensor, sizes: Sequence[int], *settings: Any
-    ) -> Tensor:
-        scaled: Tensor = torch.ops.comhe_ext.scale_rows(gradient, grad_energy, sizes)
-        return scaled.to(points.dtype)
+    def forward(points: Tensor, gradient: Tensor, sets: _Sets) -> Tensor:
+        return gradient.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        points, grad_energy, gradient, ctx.sizes, *ctx.settings = inputs
+        points, gradient, ctx.sets = inputs
+        ctx.dtype = gradient.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(points, grad_energy, gradient)
+        ctx.save_for_backward(points)
+        ctx.save_for_forward(points)
 
     @staticmethod
-    def backward(ctx: Any, tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * (2 + len(ctx.settings))
-        if tangents is None:
-            return None, None, *nothing
-        points, grad_energy, gradient = ctx.saved_tensors
-        product, dots = _SecondOrder.apply(
-            points, tangents, grad_energy, gradient, ctx.sizes, *ctx.settings
+    def backward(ctx: Any, cotangents: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if cotangents is None:
+            return None, None, None
+        (points,) = ctx.saved_tensors
+        product = _HessianProduct.apply(final(points, "energy"), cotangents, ctx.sets)
+        return product.to(points.dtype), None, None
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(ctx: Any, points: Tensor, tangents: Tensor, *_: None) -> Tensor:
+        return _HessianProduct.apply(final(points, "energy"), tangents.to(ctx.dtype), ctx.sets)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Sequence[Any], points: Tensor, gradient: Tensor, sets: _Sets
+    ) -> tuple[Any, Any]:
+        sets = sets.repeat(info.batch_size)
+        return over_batch(_Gradient.apply, info, in_dims, [points, gradient], sets)
+
+
+class _HessianProduct(torch.autograd.Function):
+    """H t of each set, linear in the tangents t; the points have to be `final`."""
+
+    @staticmethod
+    def forward(points: Tensor, tangents: Tensor, sets: _Sets) -> Tensor:
+        product: Tensor = torch.ops.comhe_ext.hessian_vector_product(
+            points, tangents, sets.sizes, *sets.settings
         )
-        return product, dots, *nothing
+        return product
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        points, _, ctx.sets = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(points)
+        ctx.save_for_forward(points)
+
+    @staticmethod
+    def backward(ctx: Any, cotangents: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if cotangents is None:
+            return None, None, None
+        (points,) = ctx.saved_tensors
+        product = _HessianProduct.apply(points, cotangents, ctx.sets)
+        return torch.zeros_like(points), product, None
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(ctx: Any, points: Tensor, _: None, tangents: Tensor, __: None) -> Tensor:
+        return _HessianProduct.apply(points, tangents, ctx.sets)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Sequence[Any], points: Tensor, tangents: Tensor, sets: _Sets
+    ) -> tuple[Any, Any]:
+        sets = sets.repeat(info.batch_size)
+        return over_batch(_HessianProduct.apply, info, in_dims, [points, tangents], sets)
 
 
-class _SecondOrder(torch.autograd.Function):
-    """grad_energy_b H_b t and <gradient, t>: what `_Gradient` owes to points and grad_energy."""
+class _Product(torch.autograd.Function):
+    """left @ right, [..., n, m], and all its derivatives, whatever autocast says."""
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor) -> Tensor:
+        with no_autocast(left.device.type):
+            return left @ right
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if grad is None:
+            return None, None
+        left, right = ctx.saved_tensors
+        to_left, to_right = ctx.needs_input_grad
+        return (
+            _Product.apply(grad, right.mT) if to_left else None,
+            _Product.apply(left.mT, grad) if to_right else None,
+        )
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(
+        ctx: Any, left: Tensor, right: Tensor, to_left: Tensor | None, to_right: Tensor | None
+    ) -> Tensor:
+        if to_left is None:
+            return _Product.apply(left, to_right)
+        if to_right is None:
+            return _Product.apply(to_left, right)
+        return _Product.apply(to_left, right) + _Product.apply(left, to_right)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Sequence[int | None], left: Tensor, right: Tensor
+    ) -> tuple[Tensor, int]:
+        left, right = (
+            _in_front(x, dim, info.batch_size)
+            for x, dim in zip((left, right), in_dims, strict=True)
+        )
+        return _Product.apply(left, right), 0
+
+
+class _Final(torch.autograd.Function):
+    """The identity; any derivative raises, and only if it is really on the way to a result."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        points: Tensor,
-        tangents: Tensor,
-        grad_energy: Tensor,
-        gradient: Tensor,
-        sizes: Sequence[int],
-        *settings: Any,
-    ) -> tuple[Tensor, Tensor]:
-        ops = torch.ops.comhe_ext
-        product = ops.hessian_vector_product(points, tangents, sizes, *settings)
-        product = ops.scale_rows(product, grad_energy, sizes).to(points.dtype)
-        return product, ops.dot_rows(tangents, gradient, sizes).to(grad_energy.dtype)
+    def forward(points: Tensor, what: str) -> Tensor:
+        return points.view_as(points)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.what = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         raise NotImplementedError(
-            "comhe_ext: the energy is differentiable twice; third derivatives are not implemented"
+            f"comhe_ext: the {ctx.what} is differentiable twice; "
+            "third derivatives are not implemented"
         )
+
+    jvp = backward
+
+
+def final(points: Tensor, what: str) -> Tensor:
+    """The points of a second derivative, of which a third one raises.
+
+    A second derivative is linear in its tangents, and a function of them may be differentiated
+    (torch.autograd.functional.hvp does). What it is in the points must not come out as zero.
+    """
+    return _Final.apply(points, what)
 
 
 def energy(points: Tensor, sizes: Sequence[int], options: Options) -> Tensor:
     """Energies [B] of sets of rows: [B, N, k], or [T, k] and `sizes`; differentiable twice."""
-    if torch.is_grad_enabled() and points.requires_grad:
+    if forward_mode():
+        return _EnergyWithTangents.apply(points, _Sets(sizes, options))[0]
+    if differentiated(points):
         return _Energy.apply(points, sizes, *options)[0]
     return torch.ops.comhe_ext.energy(points, sizes, *options)
 
@@ -803,7 +1007,10 @@ def projected_energy(
     weights: Sequence[Tensor], projections: Sequence[Tensor | None], options: Options
 ) -> Tensor:
     """Energies [B] of the projected rows of weights [V, N, d], in one sweep; see the top."""
+    if forward_mode():
+        # torch's own products carry the tangents of weights and projections to the rows
+        return energy(*_project_points(weights, projections), options)
     tensors = [*weights, *projections]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if differentiated(*tensors):
         return _ProjectedEnergy.apply(len(weights), options, *tensors)[0]
     return torch.ops.comhe_ext.projected_energy(weights, projections, *options)
