@@ -139,7 +139,8 @@ class _AngleDifference(torch.autograd.Function):
         rows, projected, to_rows, to_projected = ctx.saved_tensors
         # as in comhe_ext.ops: without grad mode or tangents the values are enough
         if torch.is_grad_enabled() or forward_mode():
-            to_rows, to_projected = _Gradient.apply(*ctx.saved_tensors, ctx.angle)
+            gradients = to_rows, to_projected
+            to_rows, to_projected = _Gradient.apply(rows, projected, *gradients, ctx.angle)
         factor = grad_total[:, None, None]
         return (
             (to_rows * factor).to(rows.dtype) if ctx.rows_gradient else None,
