@@ -25,6 +25,7 @@ from comhe_ext.ops import (
     differentiated,
     final,
     forward_mode,
+    leave_trace,
     over_batch,
     register_vmap,
 )
@@ -284,5 +285,6 @@ def _final(points: Sequence[Tensor]) -> list[Tensor]:
 def angle_difference(rows: Tensor, projected: Tensor, angle: bool) -> Tensor:
     """Squared differences of cosines or angles, summed over ordered pairs, of M sets -> [M]."""
     if forward_mode():
+        leave_trace()
         return _AngleDifferenceWithTangents.apply(rows, projected, angle, True)[0]
     return _AngleDifference.apply(rows, projected, angle, differentiated(rows))[0]

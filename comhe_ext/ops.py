@@ -31,12 +31,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import wraps
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
 from comhe_ext.kernels import portable, work_table
@@ -105,10 +106,14 @@ def quote(value: object) -> str:
 # --- backends -------------------------------------------------------------------------------------
 
 
-@cache
+_loaded: dict[str, ModuleType] = {}
+
+
 def _load(name: str) -> ModuleType:
     """The module of a backend; imported at first use, so that importing us never needs Triton."""
-    return importlib.import_module(_MODULES[name])
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(_MODULES[name])
+    return _loaded[name]
 
 
 def unavailable(name: str) -> str | None:
@@ -208,7 +213,7 @@ def define(
         if composite:
             LIBRARY.impl(name, implementation, "CompositeImplicitAutograd")
         else:
-            LIBRARY.impl(name, full_precision, "CompositeExplicitAutograd")
+            LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         return implementation
 
     return register
@@ -220,6 +225,14 @@ def _packed(points: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Sequence[int]
         return points.contiguous(), sizes
     return points.flatten(0, 1).contiguous(), [points.shape[1]] * points.shape[0]
 
+
+        untraced = _disable_dynamo(full_precision)
+
+        def kernel(*args: Any) -> Any:
+            # after a trace has ended Dynamo tries every frame that runs, but a kernel is no frame
+            # for it; it is not told so where it is not used, for its import takes seconds
+            call = untraced if "torch._dynamo" in sys.modules else full_precision
+            return call(*args)
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 if one of the tensors is."""
@@ -642,17 +655,26 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def transformed() -> bool:
-    """Whether a transform of torch.func (grad, jvp, vmap) is running, or a level of forward mode.
+def under_vmap() -> bool:
+    """Whether a vmap is running: its tensors do not tell whether they are being differentiated."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
-    Under vmap a tensor does not tell whether it, or a tangent of it, is being differentiated.
-    """
-    return forward_mode() or torch._C._are_functorch_transforms_active()
+
+def leave_trace() -> None:
+    """End a trace of torch.compile: it would lose what follows, and the result a derivative."""
 
 
 # constants to torch.compile, as `unavailable` is: Dynamo makes a new trace where they change
 forward_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+under_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# all that torch.compiler.disable does here, but that imports Dynamo and with it Triton
+leave_trace._torchdynamo_disable = True  # type: ignore[attr-defined]
+leave_trace._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "comhe_ext: not in a trace are forward mode, and vmap where gradients may be asked for"
+)
 
 
 def differentiated(*tensors: Tensor | None) -> bool:
@@ -662,7 +684,10 @@ def differentiated(*tensors: Tensor | None) -> bool:
     for tensor in tensors:
         if tensor is not None and tensor.requires_grad:
             return True
-    return transformed()
+    if under_vmap():
+        leave_trace()
+        return True
+    return False
 
 
 def differentiable_jvp(jvp: Callable[..., Any]) -> Callable[..., Any]:
@@ -1013,4 +1038,5 @@ def projected_energy(
     tensors = [*weights, *projections]
     if differentiated(*tensors):
         return _ProjectedEnergy.apply(len(weights), options, *tensors)[0]
+        leave_trace()
     return torch.ops.comhe_ext.projected_energy(weights, projections, *options)

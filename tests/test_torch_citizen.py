@@ -335,6 +335,49 @@ def test_compile_a_batch_of_changing_size(backend, device):
     compiled_forward_and_backward(function, compiled, (30, 36, 51), 5, device)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script:DeprecationWarning",
+    "ignore:.*not a leaf Tensor is being accessed:UserWarning",  # by Dynamo itself
+)
+def test_compile_gives_up_what_it_would_get_wrong():
+    # Dynamo drops the jvp of a Function without a word, and vmap hides who asks for a gradient
+    batch = random_rows(24, 4).view(3, 8, 4)
+    tangents = random_rows(24, 4, seed=1).view(3, 8, 4)
+    projection = random_rows(6, 4, seed=2).view(1, 6, 4)
+
+    def energy(w):
+        one = comhe_ext.hyperspherical_energy(w) + comhe_ext.compressive_energy(w, projection)
+        return one + comhe_ext.angle_preserving_loss(w, projection)
+
+    def slope(w, t):
+        return torch.func.jvp(energy, (w,), (t,))[1]
+
+    def energies(w):
+        return torch.vmap(energy)(w)
+
+    for function, arguments in ((slope, (batch, tangents)), (energies, (batch,))):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, backend="aot_eager")
+        leaf = batch.clone().requires_grad_()
+        expected = function(leaf, *arguments[1:])
+        (gradient,) = torch.autograd.grad(expected.sum(), leaf)
+        assert float(gradient.norm()) > 0
+        actual = compiled(leaf, *arguments[1:])
+        assert relative_error(actual, expected) <= 1e-6
+        assert relative_error(torch.autograd.grad(actual.sum(), leaf)[0], gradient) <= 1e-6
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="torch.compiler.disable"):
+            torch.compile(function, backend="aot_eager", fullgraph=True)(*arguments)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda w: torch.vmap(comhe_ext.hyperspherical_energy)(w),
+            backend="aot_eager",
+            fullgraph=True,
+        )
+        assert torch.equal(compiled(batch), comhe_ext.hyperspherical_energy(batch))
+
+
 # --- torch.func -----------------------------------------------------------------------------------
 
 
