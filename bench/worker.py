@@ -23,6 +23,8 @@ from torch import Tensor
 
 from bench import machine
 
+LONGEST = 1e6  # seconds; what a connection waits for has to fit 31 bits of milliseconds
+
 Call = Callable[[], tuple[Tensor | None, ...]]
 
 # a server that has imported torch forks a fresh process in milliseconds; spawn where there is none
@@ -81,7 +83,7 @@ class Worker:
         self.busy = True
         try:
             self.connection.send(turn)
-            if not self.connection.poll(limit):
+            if not self.connection.poll(min(limit, LONGEST)):
                 raise Lost("timeout", f"more than {limit:.0f} s")
             answer = self.connection.recv()
         except (EOFError, OSError):

@@ -151,9 +151,9 @@ from torch.nn.parallel import DistributedDataParallel
 from comhe_ext import CoMHE
 from comhe_ext.projections import AngleProjection
 
-rank, port = int(sys.argv[1]), sys.argv[2]
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
-torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+rank, meeting = int(sys.argv[1]), "file://" + sys.argv[2]
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
 torch.manual_seed(rank)  # as one does for the data
 net = nn.Sequential(nn.Linear(60, 50), nn.Tanh(), nn.Linear(50, 5))
 model = DistributedDataParallel(net)
@@ -183,9 +183,9 @@ import os, sys, torch
 from torch import nn
 from comhe_ext import CoMHE
 
-rank, port = int(sys.argv[1]), sys.argv[2]
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
-torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+rank, meeting = int(sys.argv[1]), "file://" + sys.argv[2]
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
 torch.manual_seed(rank)
 net = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 5))
 if rank == 0:  # the rank that logs
@@ -204,27 +204,22 @@ print("fine")
 """
 
 
-def test_looking_on_one_rank_alone_waits_for_nobody():
-    for out, err in on_two_ranks(ONE_RANK_ALONE):
+def test_looking_on_one_rank_alone_waits_for_nobody(tmp_path):
+    for out, err in on_two_ranks(ONE_RANK_ALONE, tmp_path):
         assert "fine" in out, err
 
 
-def test_two_ranks_draw_and_learn_the_same():
-    for out, err in on_two_ranks(RANK):
+def test_two_ranks_draw_and_learn_the_same(tmp_path):
+    for out, err in on_two_ranks(RANK, tmp_path):
         assert "equal on both ranks" in out, err
 
 
-def on_two_ranks(program):
-    """What a program prints that is run with the arguments rank and port, once a rank."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+def on_two_ranks(program, folder):
+    """What a program prints that is run with its rank and a place to meet, once a rank."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", program, str(rank), port],
+            [sys.executable, "-W", "ignore", "-c", program, str(rank), str(folder / "meeting")],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import comhe_ext
 from comhe_ext.potentials import pair_count
 from comhe_ext.testing import random_rows, relative_error
 
-SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
+SETTINGS = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],  # the machine may be busy
+)
 OPTIONS = st.fixed_dictionaries(
     {
         "s": st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]),
