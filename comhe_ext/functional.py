@@ -1,20 +1,20 @@
 """The public functions: checks, layout, and one call of the operator."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from comhe_ext import angles, ops
-from comhe_ext.ops import Options
+from comhe_ext.ops import Options, quote
 
 Reduction = Literal["mean", "sum"]
 Backend = Literal["triton", "cpu", "torch"]
 AngleKind = Literal["cosine", "angle"]
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def hyperspherical_energy(
@@ -113,7 +113,7 @@ def compressive_energy(
     _check_weight(weight)
     _check_projection(weight, projection)
     settings = Settings(s, half_space, angular, reduction, eps, min_distance, backend)
-    options = settings.options((weight, projection))
+    options = settings.options((weight, projection), projection.shape[1])
     sets = weight if weight.dim() == 3 else weight.unsqueeze(0)
     energies = ops.projected_energy([sets], [projection], options)
     return energies.view(*weight.shape[:-2], projection.shape[0]).mean(-1)
@@ -154,8 +154,8 @@ def group_energy(
     """
     _check_weight(weight)
     settings = Settings(s, half_space, angular, reduction, eps, min_distance, backend)
-    options = settings.options((weight,))
     parts = stack_parts(_split_columns(weight, groups))
+    options = settings.options((weight,), parts.shape[-1])
     sets = parts if parts.dim() == 3 else parts.flatten(0, 1)
     return set_energies([sets], options).view(parts.shape[:-2]).mean(-1)
 
@@ -194,7 +194,7 @@ def angle_preserving_loss(
     _check_weight(weight)
     _check_projection(weight, projection)
     if kind not in ("cosine", "angle"):
-        raise ValueError(f"`kind` must be 'cosine' or 'angle', got {kind!r}")
+        raise ValueError(f"`kind` must be 'cosine' or 'angle', got {quote(kind)}")
     sets = weight if weight.dim() == 3 else weight.unsqueeze(0)
     total = angle_differences(sets, projection, kind)
     if kind == "cosine":
@@ -217,27 +217,28 @@ class Settings(NamedTuple):
     min_distance: float = 1e-3
     backend: str | None = None
 
-    def options(self, tensors: Sequence[Tensor]) -> Options:
-        """The same, checked, with the backend chosen for what is computed from `tensors`."""
-        s = check_number("s", self.s)
-        if not 0 <= s < math.inf:
-            raise ValueError(f"`s` must be finite and at least 0, got {s}")
-        eps = check_number("eps", self.eps)
-        if not 0 <= eps < math.inf:
-            raise ValueError(f"`eps` must be finite and at least 0, got {eps}")
-        min_distance = check_number("min_distance", self.min_distance)
-        if not 0 <= min_distance < 2:
-            raise ValueError(
-                f"`min_distance` must be at least 0 and less than 2, got {min_distance}"
-            )
-        for name, flag in (("half_space", self.half_space), ("angular", self.angular)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"`{name}` must be a bool, got {type(flag).__name__}")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"`reduction` must be 'mean' or 'sum', got {self.reduction!r}")
-        dtype = ops.compute_dtype(*tensors)
-        backend = ops.choose_backend(self.backend, tensors[0].device, dtype)
-        return Options(s, self.half_space, self.angular, self.reduction, eps, min_distance, backend)
+    def options(self, tensors: Sequence[Tensor], columns: int | None = None) -> Options:
+        """The same, checked, with the backend chosen for what is computed from `tensors`.
+
+        columns: of the rows that are swept; those of the first tensor if None.
+        """
+        backend = ops.choose_backend(
+            self.backend,
+            tensors[0].device,
+            ops.compute_dtype(*tensors),
+            tensors[0].shape[-1] if columns is None else columns,
+        )
+        options = Options(
+            check_number("s", self.s),
+            check_flag("half_space", self.half_space),
+            check_flag("angular", self.angular),
+            self.reduction,
+            check_number("eps", self.eps),
+            check_number("min_distance", self.min_distance),
+            backend,
+        )
+        options.check()
+        return options
 
 
 def angle_differences(sets: Tensor, projection: Tensor, kind: str) -> Tensor:
@@ -272,7 +273,7 @@ def total_energy(
     views: Sequence[Tensor],
     matrices: Sequence[Tensor | None],
     factors: Sequence[float],
-    options_for: Callable[[Sequence[Tensor]], Options],
+    options_for: Callable[[Sequence[Tensor], int], Options],
 ) -> Tensor:
     """Sum over layers of a factor times the mean energy of its sets under its matrices -> [].
 
@@ -283,7 +284,7 @@ def total_energy(
         views: [V, N, d] of each layer, at least one.
         matrices: [C, k, d], or None for rows that are to be taken as they are.
         factors: one a layer.
-        options_for: the options for the tensors of a sweep.
+        options_for: the options for the tensors of a sweep, and the columns of its rows.
     """
     places = [(rows.dtype, rows.device) for rows in views]
     projected = {p: m.shape[1] for p, m in zip(places, matrices, strict=True) if m is not None}
@@ -295,13 +296,13 @@ def total_energy(
         packs.setdefault((*place, width), []).append(index)
 
     totals = []
-    for pack in packs.values():
+    for (*_, width), pack in packs.items():
         weights, projections = [views[i] for i in pack], [matrices[i] for i in pack]
         per_set: list[float] = []
         for i, weight, projection in zip(pack, weights, projections, strict=True):
             count = weight.shape[0] * (1 if projection is None else projection.shape[0])
             per_set += [factors[i] / count] * count
-        options = options_for([*weights, *(p for p in projections if p is not None)])
+        options = options_for([*weights, *(p for p in projections if p is not None)], width)
         options = options._replace(factors=per_set)
         if any(projection is not None for projection in projections):
             totals.append(ops.projected_energy(weights, projections, options).sum())
@@ -331,7 +332,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
     if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in ops.DTYPES:
         raise TypeError(
             f"`{name}` must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
         )
@@ -368,18 +369,30 @@ def _check_projection(weight: Tensor, projection: Tensor) -> None:
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
-    """A whole number of at least `least` (symbolic under torch.compile)."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    """A whole number of at least `least` (symbolic under torch.compile), NumPy's too."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}")
-    return value
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
 
 
 def check_number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A real number, NumPy's too; a tensor is none, for no gradient would reach it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     return float(value)
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """True or False, NumPy's too, which are known by name: NumPy may not be there."""
+    kind = type(value)
+    if kind is not bool and (kind.__module__, kind.__name__) not in _NUMPY_BOOLS:
+        raise TypeError(f"`{name}` must be a bool, got {kind.__name__}")
+    return bool(value)
+
+
+_NUMPY_BOOLS = (("numpy", "bool"), ("numpy", "bool_"))
 
 
 def check_factor(name: str, value: float) -> float:
@@ -395,28 +408,36 @@ def _split_columns(
 ) -> Sequence[Tensor]:
     """The columns of each group."""
     features = weight.shape[-1]
-    if isinstance(groups, bool) or not isinstance(groups, int | Sequence):
+    if isinstance(groups, (bool, str)) or not isinstance(groups, (int, Integral, Sequence)):
         raise TypeError(
             f"`groups` must be an int or a sequence of index sequences, got {type(groups).__name__}"
         )
-    if isinstance(groups, int):
+    if not isinstance(groups, Sequence):
         if not 1 <= groups <= features:
             raise ValueError(
                 f"`groups` must be between 1 and the {features} columns of `weight`, got {groups}"
             )
-        return weight.tensor_split(groups, -1)
+        return weight.tensor_split(check_count("groups", groups), -1)
     if len(groups) == 0:
         raise ValueError("`groups` must name at least one group, got none")
     parts = []
-    for group in groups:
-        # on the host: a default device that is a GPU would be waited for at each call
-        index = group if isinstance(group, Tensor) else torch.tensor(group, device="cpu")
-        integral = index.dtype not in (torch.bool, *_DTYPES)
+    for number, group in enumerate(groups):
+        try:
+            # on the host: a default device that is a GPU would be waited for at each call
+            index = group if isinstance(group, Tensor) else torch.tensor(group, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"`groups[{number}]` must be a list of columns: {error}") from None
+        integral = index.dtype not in (torch.bool, *ops.DTYPES)
         if index.dim() != 1 or index.numel() == 0 or not integral:
-            raise ValueError(f"each of `groups` must be a non-empty list of columns, got {group!r}")
-        if int(index.min()) < 0 or int(index.max()) >= features:
             raise ValueError(
-                f"`groups` must name columns from 0 to {features - 1} of `weight`, got {group!r}"
+                f"each of `groups` must be a non-empty list of columns, got {index.dtype} of shape "
+                f"{tuple(index.shape)} for `groups[{number}]`"
+            )
+        lowest, highest = int(index.min()), int(index.max())
+        if lowest < 0 or highest >= features:
+            raise ValueError(
+                f"`groups` must name columns from 0 to {features - 1} of `weight`, got "
+                f"{lowest if lowest < 0 else highest} in `groups[{number}]`"
             )
         parts.append(weight.index_select(-1, index.to(weight.device)))
     return parts

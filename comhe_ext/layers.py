@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from comhe_ext import weights
+from comhe_ext.ops import quote
 
 Selector: TypeAlias = str | type[nn.Module]
 # a number of equal parts, or the rows of each part
@@ -264,12 +265,14 @@ def as_selectors(argument: str, given: object) -> tuple[Selector, ...]:
     if isinstance(given, (str, type)):
         given = (given,)
     if not isinstance(given, Iterable):
-        raise TypeError(f"`{argument}` must hold patterns or module types, got {given!r}")
+        raise TypeError(f"`{argument}` must hold patterns or module types, got {quote(given)}")
     selectors = tuple(given)
     for selector in selectors:
         is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
         if not (isinstance(selector, str) or is_type):
-            raise TypeError(f"`{argument}` must hold patterns or module types, got {selector!r}")
+            raise TypeError(
+                f"`{argument}` must hold patterns or module types, got {quote(selector)}"
+            )
     return selectors
 
 
@@ -277,7 +280,7 @@ def as_patterns(argument: str, given: str | Iterable[str]) -> tuple[str, ...]:
     """A glob pattern, or several, as a tuple."""
     patterns = tuple(x for x in as_selectors(argument, given) if isinstance(x, str))
     if len(patterns) < len(as_selectors(argument, given)):
-        raise TypeError(f"`{argument}` must hold patterns, got {given!r}")
+        raise TypeError(f"`{argument}` must hold patterns, got {quote(given)}")
     return patterns
 
 

@@ -52,6 +52,8 @@ _MODULES = {
 }
 # torch calls ROCm devices "cuda" too
 _DEVICE_OF = {"triton": "cuda", "cpu": "cpu"}
+# what the schedule of a compiled backend holds
+_MAX_COLUMNS = {"cpu": 1 << 24}
 # not yet "triton" on "cuda": what has only been interpreted and compiled has to be asked for
 _DEFAULT_ON = {"cpu": "cpu"}
 
@@ -99,8 +101,9 @@ class Options(NamedTuple):
 
 
 def quote(value: object) -> str:
-    """A wrong name as it was given; of all else the type, for a tensor's numbers fill pages."""
-    return repr(value) if isinstance(value, str) else type(value).__name__
+    """A wrong value as it was given if that is short, else its type: a tensor fills pages."""
+    short = value is None or isinstance(value, (str, type, int, float))
+    return repr(value) if short else type(value).__name__
 
 
 # --- backends -------------------------------------------------------------------------------------
@@ -148,12 +151,13 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _tell_what_is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(
+    name: str | None, device: torch.device, dtype: torch.dtype, columns: int = 1
+) -> str:
     """The backend to use: the one asked for, which must work here, or the best that does."""
     if name is None:
         best = _DEFAULT_ON.get(device.type, "torch")
-        # the compiled backends compute in float32
-        if best == "torch" or dtype == torch.float64:
+        if best == "torch" or _misfit(best, dtype, columns) is not None:
             return "torch"
         if unavailable(best) is None:
             return best
@@ -170,9 +174,21 @@ def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -
             f"backend {name!r} needs tensors on {_DEVICE_OF[name]}, got {device}: "
             "use backend='torch'"
         )
-    if dtype == torch.float64:
-        raise TypeError(f"backend {name!r} computes in float32, got float64: use backend='torch'")
+    if (error := _misfit(name, dtype, columns)) is not None:
+        raise error
     return name
+
+
+def _misfit(name: str, dtype: torch.dtype, columns: int) -> Exception | None:
+    """Why a backend cannot take rows of a dtype and so many columns; None if it can."""
+    if name != "torch" and dtype == torch.float64:
+        return TypeError(f"backend {name!r} computes in float32, got float64: use backend='torch'")
+    if name in _MAX_COLUMNS and columns > _MAX_COLUMNS[name]:
+        return ValueError(
+            f"backend {name!r} takes at most {_MAX_COLUMNS[name]} columns, got {columns}: "
+            "use backend='torch'"
+        )
+    return None
 
 
 # --- raw operators --------------------------------------------------------------------------------
@@ -210,6 +226,14 @@ def define(
             with no_autocast(first[0].device.type if first else "cpu"):
                 return implementation(*args)
 
+        untraced = _disable_dynamo(full_precision)
+
+        def kernel(*args: Any) -> Any:
+            # after a trace has ended Dynamo tries every frame that runs, but a kernel is no frame
+            # for it; it is not told so where it is not used, for its import takes seconds
+            call = untraced if "torch._dynamo" in sys.modules else full_precision
+            return call(*args)
+
         if composite:
             LIBRARY.impl(name, implementation, "CompositeImplicitAutograd")
         else:
@@ -225,14 +249,6 @@ def _packed(points: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Sequence[int]
         return points.contiguous(), sizes
     return points.flatten(0, 1).contiguous(), [points.shape[1]] * points.shape[0]
 
-
-        untraced = _disable_dynamo(full_precision)
-
-        def kernel(*args: Any) -> Any:
-            # after a trace has ended Dynamo tries every frame that runs, but a kernel is no frame
-            # for it; it is not told so where it is not used, for its import takes seconds
-            call = untraced if "torch._dynamo" in sys.modules else full_precision
-            return call(*args)
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 if one of the tensors is."""
@@ -364,8 +380,10 @@ def _count_sets(name: str, points: Tensor, sizes: Sequence[int]) -> int:
     return len(sizes)
 
 
-def _check_options(settings: Sequence[Any], sets: int, *tensors: Tensor | None) -> Options:
-    """The settings of an operator on so many sets, made from these tensors."""
+def _check_options(
+    settings: Sequence[Any], sets: int, columns: int, *tensors: Tensor | None
+) -> Options:
+    """The settings of an operator on so many sets of rows, made from these tensors."""
     options = Options(*settings)
     options.check()
     factors = options.factors
@@ -376,10 +394,8 @@ def _check_options(settings: Sequence[Any], sets: int, *tensors: Tensor | None) 
     first = tensors[0]
     if options.backend == "cpu" and first is not None and first.device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs tensors on cpu, got {first.device}")
-    if compute_dtype(*tensors) == torch.float64:
-        raise TypeError(
-            f"backend {options.backend!r} computes in float32, got float64: use backend='torch'"
-        )
+    if (error := _misfit(options.backend, compute_dtype(*tensors), columns)) is not None:
+        raise error
     return options
 
 
@@ -387,7 +403,7 @@ def _check_points(
     points: Tensor, sizes: Sequence[int], settings: Sequence[Any]
 ) -> tuple[int, Options]:
     sets = _count_sets("points", points, sizes)
-    return sets, _check_options(settings, sets, points)
+    return sets, _check_options(settings, sets, points.shape[-1], points)
 
 
 def _check_weights(
@@ -422,7 +438,7 @@ def _check_weights(
                 f"shape {tuple(weight.shape)}, got shape {tuple(matrices.shape)}"
             )
     sizes = _set_sizes(weights, projections)
-    return sizes, _check_options(settings, len(sizes), *weights, *projections)
+    return sizes, _check_options(settings, len(sizes), width, *weights, *projections)
 
 
 def _sweep(
@@ -1022,6 +1038,7 @@ def final(points: Tensor, what: str) -> Tensor:
 def energy(points: Tensor, sizes: Sequence[int], options: Options) -> Tensor:
     """Energies [B] of sets of rows: [B, N, k], or [T, k] and `sizes`; differentiable twice."""
     if forward_mode():
+        leave_trace()
         return _EnergyWithTangents.apply(points, _Sets(sizes, options))[0]
     if differentiated(points):
         return _Energy.apply(points, sizes, *options)[0]
@@ -1038,5 +1055,4 @@ def projected_energy(
     tensors = [*weights, *projections]
     if differentiated(*tensors):
         return _ProjectedEnergy.apply(len(weights), options, *tensors)[0]
-        leave_trace()
     return torch.ops.comhe_ext.projected_energy(weights, projections, *options)

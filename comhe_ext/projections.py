@@ -60,9 +60,9 @@ def random_projection(
 
     Source: Lin et al. (2020), with the distribution of the authors' code.
     """
-    check_count("num_projections", num_projections)
-    check_count("dim", dim)
-    check_count("in_features", in_features)
+    num_projections = check_count("num_projections", num_projections)
+    dim = check_count("dim", dim)
+    in_features = check_count("in_features", in_features)
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"`dtype` must be a floating-point dtype, got {dtype}")
     return torch.randn(
@@ -263,10 +263,10 @@ class RandomProjection(Projection):
         if num_projections is not None and neurons_per_projection is not None:
             raise ValueError("`num_projections` and `neurons_per_projection` exclude each other")
         if neurons_per_projection is not None:
-            check_count("neurons_per_projection", neurons_per_projection)
+            neurons_per_projection = check_count("neurons_per_projection", neurons_per_projection)
         else:
             num_projections = 20 if num_projections is None else num_projections
-            check_count("num_projections", num_projections)
+            num_projections = check_count("num_projections", num_projections)
         self.num_projections = num_projections
         self.neurons_per_projection = neurons_per_projection
         self.dim: int = _check_dim(dim)
@@ -324,7 +324,7 @@ class GroupProjection(Projection):
         self.groups = check_count("groups", groups)
         if layout not in ("contiguous", "strided", "channels"):
             raise ValueError(
-                f"`layout` must be 'contiguous', 'strided' or 'channels', got {layout!r}"
+                f"`layout` must be 'contiguous', 'strided' or 'channels', got {ops.quote(layout)}"
             )
         self.layout = layout
 
@@ -384,7 +384,7 @@ class _LearnedProjection(Projection):
         self.lr = lr
         self.weight_decay = check_factor("weight_decay", weight_decay)
         if mode not in ("unrolled", "alternating"):
-            raise ValueError(f"`mode` must be 'unrolled' or 'alternating', got {mode!r}")
+            raise ValueError(f"`mode` must be 'unrolled' or 'alternating', got {ops.quote(mode)}")
         self.mode = mode
         # layers whose matrices are still to be drawn: the model was not there yet
         self._undrawn: set[str] = set()
@@ -520,7 +520,8 @@ def _buffer(layer: Layer) -> str:
 
 def _check_dim(dim: int) -> int:
     """A dimension to project to."""
-    if check_count("dim", dim) == 1:
+    dim = check_count("dim", dim)
+    if dim == 1:
         raise ValueError("`dim` must be at least 2: in one dimension neurons have nowhere to turn")
     return dim
 
@@ -566,7 +567,7 @@ class AngleProjection(_LearnedProjection):
     ) -> None:
         super().__init__(num_projections, dim, lr, iterations, weight_decay, mode, seed)
         if kind not in ("cosine", "angle"):
-            raise ValueError(f"`kind` must be 'cosine' or 'angle', got {kind!r}")
+            raise ValueError(f"`kind` must be 'cosine' or 'angle', got {ops.quote(kind)}")
         self.kind: AngleKind = kind
 
     def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:

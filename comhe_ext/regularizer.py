@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from comhe_ext import bounds, functional
+from comhe_ext import bounds, functional, ops
 from comhe_ext.layers import (
     CONVOLUTIONS,
     Layer,
@@ -451,7 +451,9 @@ class CoMHE(nn.Module):
         if isinstance(self._weight, Mapping):
             for pattern, factor in self._weight.items():
                 if not isinstance(pattern, str):
-                    raise TypeError(f"`weight` must have patterns for keys, got {pattern!r}")
+                    raise TypeError(
+                        f"`weight` must have patterns for keys, got {ops.quote(pattern)}"
+                    )
                 check_pattern(pattern, names)
                 functional.check_factor("weight", factor)
             patterns = self._weight
@@ -618,9 +620,9 @@ def _make_projection(projection: str | Projection | None) -> Projection | None:
     if projection is None or isinstance(projection, Projection):
         return projection
     if not isinstance(projection, str) or projection not in PROJECTIONS:
-        got = repr(projection) if isinstance(projection, (str, int, float)) else type(projection)
         raise ValueError(
-            f"`projection` must be one of {list(PROJECTIONS)}, a Projection or None, got {got}"
+            f"`projection` must be one of {list(PROJECTIONS)}, a Projection or None, "
+            f"got {ops.quote(projection)}"
         )
     return PROJECTIONS[projection]()
 
@@ -628,7 +630,7 @@ def _make_projection(projection: str | Projection | None) -> Projection | None:
 def _checked(argument: str, name: str | None, names: list[str]) -> str | None:
     """The name of a layer that is there, "auto" or None."""
     if name is not None and name != "auto" and name not in names:
-        raise ValueError(f"`{argument}` must be one of {names}, got {name!r}")
+        raise ValueError(f"`{argument}` must be one of {names}, got {ops.quote(name)}")
     return name
 
 

@@ -10,6 +10,7 @@ and done again from the difference of the rows, in float64. In few dimensions, w
 are common even among random rows, all of it is float64.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -69,13 +70,15 @@ def unavailable() -> str | None:
 
 def normalize(points: Tensor, eps: float, dtype: torch.dtype) -> Rows:
     """Rows of any magnitude, normalized in `dtype`."""
+    if math.sqrt(eps) > torch.finfo(dtype).max:
+        return Rows(*[x.to(dtype) for x in normalize(points, eps, torch.float64)])
     v = points.to(dtype, copy=True)
     # divided by its largest entry first, a row of 1e-30 or 1e30 neither vanishes nor overflows
     largest = v.abs().amax(1, keepdim=True)
     largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
     v.div_(largest)
     norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    root = torch.full_like(norm, eps).sqrt_()
+    root = torch.full_like(norm, math.sqrt(eps))
     nu = torch.hypot(norm * largest, root)
     # the least normal number of the dtype asked for, whatever it is computed in; NaN is not dead:
     # it has to reach the result

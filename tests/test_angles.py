@@ -225,6 +225,7 @@ def test_opcheck():
         (ValueError, "`projection` must be 3-D", (torch.ones(3, 3), torch.ones(1, 3)), "x"),
         (ValueError, "as many columns", (torch.ones(3, 3), torch.ones(1, 2, 4)), "cosine"),
         (ValueError, "'cosine' or 'angle'", (torch.ones(3, 3), torch.ones(1, 2, 3)), "radians"),
+        (ValueError, "got Tensor$", (torch.ones(3, 3), torch.ones(1, 2, 3)), torch.ones(9)),
     ],
 )
 def test_messages(error, message, arguments, kind):

@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import comhe_ext
-from comhe_ext import reference
+from comhe_ext import ops, reference
 from comhe_ext.testing import (
     collapsed_rows,
     exact_energy_and_gradient,
@@ -345,6 +346,19 @@ PROJECTION = torch.ones(2, 2, 3)
             {"reduction": "none"},
         ),
         (ValueError, "`backend` must be one of .* got 'numpy'", (ROWS,), dict(backend="numpy")),
+        (TypeError, "`s` must be a number, got bool", (ROWS, np.bool_(True)), {}),
+        (TypeError, "`s` must be a number, got ndarray", (ROWS, np.ones(1)), {}),
+        (TypeError, "`s` must be a number, got complex", (ROWS, 2j), {}),
+        (
+            TypeError,
+            "`half_space` must be a bool, got int64",
+            (ROWS,),
+            dict(half_space=np.int64(1)),
+        ),
+        (TypeError, "`angular` must be a bool, got Tensor", (ROWS,), dict(angular=ROWS[0, 0] > 0)),
+        # of a tensor, or an array, no number is printed
+        (ValueError, "'mean' or 'sum', got Tensor$", (ROWS,), dict(reduction=ROWS)),
+        (ValueError, "or None, got Tensor$", (ROWS,), dict(backend=ROWS)),
     ],
 )
 def test_messages_of_hyperspherical_energy(error, message, arguments, options):
@@ -388,6 +402,14 @@ def test_messages_of_compressive_energy(error, message, arguments):
         (ValueError, "must name columns from 0 to 2 of `weight`", [[0, 3]]),
         (ValueError, "must name columns from 0 to 2 of `weight`", [[-1, 0]]),
         (ValueError, "each of `groups` must be", [torch.tensor([True, False])]),
+        (ValueError, "must name columns .* got 9 in `groups.1.`$", [[0], torch.arange(10)]),
+        (ValueError, "non-empty list of columns, got torch.float32 of shape", [torch.ones(2000)]),
+        (ValueError, r"got torch.int64 of shape \(2, 1\) for `groups.1.`", [[0], [[0], [1]]]),
+        (TypeError, "`groups` must be an int or a sequence .* got str", "012"),
+        (TypeError, "`groups.0.` must be a list of columns", ["01"]),
+        (TypeError, "`groups.1.` must be a list of columns", [[0], None]),
+        (TypeError, "`groups.0.` must be a list of columns", [[0, None]]),
+        (TypeError, "`groups` must be an int .* got bool", np.bool_(True)),
     ],
 )
 def test_messages_of_group_energy(error, message, groups):
@@ -429,6 +451,63 @@ def test_nested_tensors_are_refused():
 def test_a_backend_asked_for_by_name_never_falls_back():
     with pytest.raises((RuntimeError, ValueError), match="use backend=.*'torch'"):
         comhe_ext.hyperspherical_energy(torch.ones(4, 3), backend="triton")
+
+
+def test_numpy_scalars_are_the_numbers_they_are(backend, device):
+    weight = random_rows(9, 6, device=device)
+    expected = comhe_ext.hyperspherical_energy(
+        weight, 1.0, half_space=True, eps=0.5, min_distance=0.25, backend=backend
+    )
+    for real in (np.float16, np.float32, np.float64):
+        actual = comhe_ext.hyperspherical_energy(
+            weight,
+            real(1),
+            half_space=np.bool_(True),
+            angular=np.bool_(False),
+            eps=real(0.5),
+            min_distance=real(0.25),
+            backend=backend,
+        )
+        assert torch.equal(actual, expected)
+    for whole in (np.int16, np.int64, np.uint8):
+        actual = comhe_ext.hyperspherical_energy(weight, whole(1), backend=backend)
+        assert torch.equal(actual, comhe_ext.hyperspherical_energy(weight, 1, backend=backend))
+        groups = comhe_ext.group_energy(weight, whole(2), backend=backend)
+        assert torch.equal(groups, comhe_ext.group_energy(weight, 2, backend=backend))
+        assert comhe_ext.random_projection(whole(3), whole(4), whole(5)).shape == (3, 4, 5)
+    projection = comhe_ext.projections.RandomProjection(np.int64(3), np.int64(4))
+    assert type(projection.num_projections) is int and type(projection.dim) is int
+
+
+def test_more_columns_than_the_compiled_kernel_takes():
+    weight = torch.zeros(2, 2**24 + 1)
+    weight[0, 0] = weight[1, -1] = 3.0
+    assert float(comhe_ext.hyperspherical_energy(weight)) == 0.5
+    assert float(comhe_ext.group_energy(weight, [torch.arange(2**24 + 1)])) == 0.5
+    message = "backend 'cpu' takes at most 16777216 columns, got 16777217: use backend='torch'"
+    if ops.unavailable("cpu") is None:
+        with pytest.raises(ValueError, match=message):
+            comhe_ext.hyperspherical_energy(weight, backend="cpu")
+        # projected, the rows are short again
+        projection = torch.zeros(1, 2, 2**24 + 1)
+        projection[0, 0, 0] = projection[0, 1, -1] = 1.0
+        assert float(comhe_ext.compressive_energy(weight, projection, backend="cpu")) == 0.5
+    with pytest.raises(ValueError, match=message):
+        torch.ops.comhe_ext.energy(weight, [2], *ops.Options(backend="cpu"))
+
+
+@pytest.mark.parametrize("eps", [1e30, 1e39, 1e76, 1e78, 1e300])
+@pytest.mark.parametrize("k", [4, 30])
+def test_eps_whose_square_root_or_itself_leaves_float32(k, eps, backend, device):
+    for size in (1.0, 1e19, 1e37):
+        weight = random_rows(5, k, device=device)
+        weight *= size / float(weight.abs().max())
+        for options in (dict(), dict(half_space=True), dict(s=1.0, angular=True)):
+            energy, gradient = energy_and_gradient(weight, backend, eps=eps, **options)
+            expected, expected_gradient = exact_energy_and_gradient(weight, eps=eps, **options)
+            assert relative_error(energy, expected) <= 1e-6
+            # what is less than float32's least normal number may be lost
+            assert relative_error(gradient, expected_gradient, floor=1e-34) <= 1e-4
 
 
 def test_meta_tensors_give_shapes():
