@@ -55,6 +55,9 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return poisoned
 
+    # torch lists the functions that follow a default device once: not while some are replaced
+    with torch.device("cpu"):
+        torch.empty(0)
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
