@@ -269,6 +269,17 @@ def test_any_number_of_threads_gives_the_same_bits(sizes, k, threads):
         assert torch.equal(energy, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
+def test_more_threads_than_cores_come_to_an_end(threads):
+    # of few blocks, so that they wait for each other all the time
+    points = random_rows(700, 30)
+    threads(1)
+    expected = binding.sweep(points, [700], [1.0], Potential(), 0.0, True)
+    threads(16)
+    for _ in range(100):
+        results = binding.sweep(points, [700], [1.0], Potential(), 0.0, True)
+        assert all(map(torch.equal, results, expected))
+
+
 @pytest.mark.parametrize("eps", [0.0, 0.1])
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_cross_is_what_the_union_adds(pair, eps):
