@@ -32,6 +32,16 @@ def isa(request, monkeypatch):
 
 
 @pytest.fixture
+def flush():
+    """Sets whether this thread, and those it makes from now on, take subnormal numbers for 0."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush")
+    torch.set_flush_denormal(False)
+    yield torch.set_flush_denormal
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
 def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
@@ -245,6 +255,43 @@ def test_half_precision_keeps_nan_and_infinity(value):
     points[2, 1] = value
     energy, _ = binding.sweep(points, [9], [1.0], Potential(), 0.0, False)
     assert energy.isnan().all()
+
+
+# subnormal entries among others; the float32 and bfloat16 rows are hardly longer than 2^-126, which
+# is the shortest that counts
+SUBNORMAL = {torch.float16: 2e-5, torch.float32: 1e-38, torch.bfloat16: 1e-38}
+
+
+def subnormal_rows(n, dtype):
+    return (random_rows(n, 24, dtype=torch.float64) * SUBNORMAL[dtype]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", SUBNORMAL, ids=str)
+def test_subnormal_numbers_count(dtype, flush):
+    points = subnormal_rows(60, dtype)
+    energy, gradient = exact_energy_and_gradient(points)
+    flush(True)
+    scale = Potential().scale(60, "mean")
+    results = binding.sweep(points, [60], [scale], Potential(), 0.0, True)
+    flush(False)
+    assert relative_error(results[0], energy) <= 1e-6
+    assert relative_error(results[1], gradient) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", SUBNORMAL, ids=str)
+def test_flushing_subnormal_numbers_changes_no_bit(dtype, flush, threads):
+    points = subnormal_rows(1500, dtype)
+    points[1] = 3 * points[0]  # a pair that is done in double
+    sets = [60, 1440], [Potential().scale(60, "mean"), 1.0], Potential(), 0.0
+    threads(1)
+    expected = binding.sweep(points, *sets, True)
+    for flushes, count in ((True, 1), (True, 2), (False, 2)):
+        flush(flushes)
+        threads(count)
+        for with_gradient in (True, False):
+            energy, gradient = binding.sweep(points, *sets, with_gradient)
+            assert torch.equal(energy, expected[0])
+            assert gradient is None or torch.equal(gradient, expected[1])
 
 
 @pytest.mark.parametrize(
