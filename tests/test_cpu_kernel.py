@@ -1,11 +1,15 @@
 """The compiled sweep by itself, once per instruction set of this processor."""
 
+import ctypes
 import itertools
 import math
+import shutil
+import subprocess
 
 import pytest
 import torch
 
+from comhe_ext import ops
 from comhe_ext.kernels.cpu import binding
 from comhe_ext.potentials import Potential
 from comhe_ext.testing import (
@@ -424,6 +428,61 @@ def test_bad_calls_are_refused(monkeypatch):
     monkeypatch.setenv("COMHE_CPU_ISA", "sse9")
     with pytest.raises(ValueError, match="COMHE_CPU_ISA"):
         binding.sweep(points, [4], [1.0], pair, 0.0, True)
+
+
+@pytest.fixture
+def other_library(tmp_path, monkeypatch):
+    """Puts a library of the given source in the place of the built one."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("needs a C compiler")
+
+    def build(source):
+        library = tmp_path / "other.so"
+        (tmp_path / "other.c").write_text(source)
+        command = [compiler, "-shared", "-fPIC", "-o", library, tmp_path / "other.c"]
+        subprocess.run(command, check=True)
+        monkeypatch.setattr(binding, "LIBRARY", library)
+        clear()
+
+    def clear():
+        binding._library.cache_clear()
+        binding.unavailable.cache_clear()
+
+    yield build
+    monkeypatch.undo()
+    clear()
+
+
+CALL_BYTES = ctypes.sizeof(binding._Call)
+STAMP = "int comhe_abi_version() {{ return {0}; }} int comhe_call_bytes() {{ return {1}; }}"
+SWEEP = "int comhe_best_isa() { return 0; } int comhe_sweep() { __builtin_trap(); }"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        SWEEP,
+        STAMP.format(binding.ABI_VERSION, CALL_BYTES),
+        STAMP.format(binding.ABI_VERSION + 1, CALL_BYTES) + SWEEP,
+        STAMP.format(binding.ABI_VERSION, CALL_BYTES - 8) + SWEEP,
+    ],
+    ids=["without a stamp", "without a sweep", "another version", "another size"],
+)
+def test_a_library_of_other_sources_is_not_called(source, other_library):
+    other_library(source)
+    for refused in (binding.unavailable(), ops.unavailable("cpu")):
+        assert "is of another version" in refused and "pip install -e ." in refused
+    with pytest.raises(RuntimeError, match="another version"):
+        binding.sweep(torch.ones(4, 3), [4], [1.0], Potential(), 0.0, True)
+    # nothing else needs it
+    assert ops.choose_backend(None, torch.device("cpu"), torch.float32) == "torch"
+
+
+def test_a_library_of_these_sources_is_taken(other_library):
+    library = binding._library()
+    other_library(STAMP.format(library.comhe_abi_version(), library.comhe_call_bytes()) + SWEEP)
+    assert binding.unavailable() is None
 
 
 def test_the_library_refuses_what_the_binding_would_not_send():

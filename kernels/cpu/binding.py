@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
+# that of pairwise.h, which says when to raise it
+ABI_VERSION = 1
 # in the order of the C enum
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -20,6 +22,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MISSING = (
     "the compiled CPU kernel is not installed; reinstall comhe-ext where a C++ compiler is found"
 )
+_REBUILD = "reinstall comhe-ext, or rebuild a checkout: pip install -e ."
 
 
 class Pair(Protocol):
@@ -62,8 +65,20 @@ class _Call(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
+    """The library, found to be of these sources; OSError where it is not, or does not load."""
     library = ctypes.CDLL(str(LIBRARY))
-    library.comhe_sweep.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
+    try:
+        theirs = library.comhe_abi_version(), library.comhe_call_bytes()
+        library.comhe_sweep.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
+        library.comhe_best_isa.argtypes = []
+    except AttributeError as error:
+        raise OSError(f"{LIBRARY} is of another version: {error}") from None
+    ours = ABI_VERSION, ctypes.sizeof(_Call)
+    if theirs != ours:
+        raise OSError(
+            f"{LIBRARY} is of another version: interface {theirs[0]} of {theirs[1]} bytes, "
+            f"not {ours[0]} of {ours[1]}"
+        )
     return library
 
 
@@ -75,7 +90,7 @@ def unavailable() -> str | None:
     try:
         _library()
     except OSError as error:
-        return f"the compiled CPU kernel does not load ({error}); reinstall comhe-ext"
+        return f"the compiled CPU kernel does not load ({error}); {_REBUILD}"
     return None
 
 

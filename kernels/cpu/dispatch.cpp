@@ -37,6 +37,10 @@ bool valid(const Call &call) {
 
 extern "C" {
 
+// What a caller compares with its own before anything else.
+__attribute__((visibility("default"))) int comhe_abi_version() { return ABI_VERSION; }
+__attribute__((visibility("default"))) int comhe_call_bytes() { return sizeof(Call); }
+
 // The best instruction set this processor has.
 __attribute__((visibility("default"))) int comhe_best_isa() {
     return supported(AVX512) ? AVX512 : supported(AVX2) ? AVX2 : BASELINE;

@@ -2,6 +2,9 @@
 #pragma once
 #include <stdint.h>
 
+// To be raised with every change below that the caller has to know of, binding.py's own with it.
+constexpr int ABI_VERSION = 1;
+
 enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
 enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
