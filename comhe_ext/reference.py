@@ -11,6 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# what the roundings of multiples of one row leave of v_iq v_jr - v_ir v_jq, relatively
+ROUNDING = 2.0**-49
+
+
+def _difference(u: Tensor, v: Tensor, u_length: Tensor, v_length: Tensor) -> Tensor:
+    """u - v of unit rows [P, d]; along them, exactly, where they are positive multiples of one row.
+
+    What rounding left across would be a direction that the rows do not have, and a pair function
+    makes a large force of it.
+    """
+    difference = u - v
+    with torch.no_grad():
+        pivot = u.abs().argmax(1, keepdim=True)
+        u_pivot, v_pivot = u.gather(1, pivot), v.gather(1, pivot)
+        off = (u * v_pivot - v * u_pivot).abs()
+        multiples = (off <= ROUNDING * (u * v_pivot).abs()).all(1, keepdim=True)
+        multiples &= u_pivot * v_pivot > 0  # a dead row is not one
+        exact = u * (1.0 - v_length / u_length)
+        rounding = torch.where(multiples, difference - exact, 0.0)
+    # a constant, so that derivatives are those of u - v
+    return difference - rounding
+
 
 def _sqrt(x: Tensor) -> Tensor:
     """Square root whose derivatives at 0 are 0: a coincident pair has no direction."""
@@ -63,15 +85,16 @@ def hyperspherical_energy(
     alive = squared_norm > 0
     squared_norm = torch.where(alive, squared_norm, 1.0)
     v = torch.where(alive, p / squared_norm.sqrt(), 0.0)
-    deficit = torch.where(alive, eps / squared_norm, 1.0).squeeze(1)  # 1 - |v|^2
+    deficit = torch.where(alive, eps / squared_norm, 1.0)  # 1 - |v|^2
     if half_space:  # the 2N points, antipodes included, as the papers draw them
         v, deficit = torch.cat([v, -v]), torch.cat([deficit, deficit])
 
     n = v.shape[0]
     i, j = torch.triu_indices(n, n, offset=1, device=v.device)
     # r^2 = 2 - 2c without its cancellation, and 4 - r^2 = 2 + 2c likewise
-    near = (v[i] - v[j]).square().sum(1) + deficit[i] + deficit[j]
-    far = (v[i] + v[j]).square().sum(1) + deficit[i] + deficit[j]
+    length, both = (1.0 - deficit).sqrt(), (deficit[i] + deficit[j]).squeeze(1)
+    near = _difference(v[i], v[j], length[i], length[j]).square().sum(1) + both
+    far = _difference(v[i], -v[j], length[i], length[j]).square().sum(1) + both
     distance = 2 * torch.atan2(_sqrt(near), _sqrt(far)) if angular else _sqrt(near)
     total = _pair_function(distance, s, min_distance).sum()
     return 2 * total if reduction == "sum" else total / max(i.numel(), 1)
@@ -102,7 +125,9 @@ def angle_preserving_loss(weight: Tensor, projection: Tensor, kind: str = "cosin
     def compare(rows: Tensor) -> Tensor:
         norm = rows.norm(dim=1, keepdim=True)
         v = torch.where(norm > 0, rows / torch.where(norm > 0, norm, 1.0), 0.0)
-        near, far = (v[i] - v[j]).square().sum(1), (v[i] + v[j]).square().sum(1)
+        one = torch.ones((), dtype=v.dtype, device=v.device)
+        near = _difference(v[i], v[j], one, one).square().sum(1)
+        far = _difference(v[i], -v[j], one, one).square().sum(1)
         return (far - near) / 4 if kind == "cosine" else 2 * torch.atan2(_sqrt(near), _sqrt(far))
 
     sums = [2 * (compare(weight @ p.mT) - compare(weight)).square().sum() for p in projection]

@@ -167,7 +167,8 @@ def exact_energy_and_gradient(
 
     The same numbers as `comhe_ext.reference`, a chunk of rows at a time: O(N chunk) memory. Like
     there, distances come from differences of rows, and the pair function's slope from autograd;
-    summing with matrix products costs the gradient of a pair at t radians about 1e-16 / t.
+    summing with matrix products costs the gradient of a pair at t radians about 1e-16 / t, so the
+    closest pairs, multiples of one row among them, are summed one by one.
     """
     p = points.detach().double().requires_grad_()
     squared_norm = p.square().sum(1, keepdim=True) + eps
@@ -186,30 +187,42 @@ def exact_energy_and_gradient(
     scale = 2.0 if reduction == "sum" else 1.0 / max(count, 1)
     energy = torch.zeros((), dtype=torch.float64, device=p.device)
     x, pull, pull_deficit = v.detach(), torch.zeros_like(v), torch.zeros_like(deficit)
+    length = (1.0 - deficit.detach()).sqrt()
+    sides = (1.0, -1.0) if half_space or angular else (1.0,)
     chunk = chunk or max((1 << 20) // max(n, 1), 1)
     for begin in range(0, n, chunk):
         rows, cols = slice(begin, begin + chunk), slice(begin, n)
         both = deficit.detach()[rows] + deficit.detach()[cols].mT
         above = torch.ones_like(both, dtype=torch.bool).triu(1)
-        near = (_distance(x[rows], x[cols]).square() + both).requires_grad_()
-        far = near
-        if half_space or angular:
-            far = (_distance(x[rows], -x[cols]).square() + both).requires_grad_()
+        distances, closest = [], []
+        for side in sides:
+            squared = _distance(x[rows], side * x[cols]).square()
+            i, j = ((squared > 0) & (squared < 1e-18) & above).nonzero(as_tuple=True)
+            apart = reference._difference(
+                x[rows][i], side * x[cols][j], length[rows][i], length[cols][j]
+            )
+            squared[i, j] = apart.square().sum(1)
+            distances.append((squared + both).requires_grad_())
+            closest.append((i, j, apart))
         # a pair left out must not poison the derivatives of the others
-        inside, across = torch.where(above, near, 2.0), torch.where(above, far, 2.0)
+        inside, across = (torch.where(above, distances[k], 2.0) for k in (0, -1))
         values = pair_function(inside, across)
         if half_space:
             values = 2 * (values + pair_function(across, inside))
         part = torch.where(above, values, 0.0).sum()
         energy += part.detach()
-        distances = [near] if far is near else [near, far]
-        for side, slope in zip((1.0, -1.0), torch.autograd.grad(part, distances), strict=False):
-            row_sums, column_sums = slope.sum(1, keepdim=True), slope.sum(0).unsqueeze(1)
+        slopes = torch.autograd.grad(part, distances)
+        for side, slope, (i, j, apart) in zip(sides, slopes, closest, strict=True):
+            pull_deficit[rows] += slope.sum(1, keepdim=True)
+            pull_deficit[cols] += slope.sum(0).unsqueeze(1)
             # d |v_i - side v_j|^2 = 2 (v_i - side v_j) (dv_i - side dv_j)
+            push = 2 * slope[i, j].unsqueeze(1) * apart
+            pull[rows].index_add_(0, i, push)
+            pull[cols].index_add_(0, j, -side * push)
+            slope[i, j] = 0.0
+            row_sums, column_sums = slope.sum(1, keepdim=True), slope.sum(0).unsqueeze(1)
             pull[rows] += 2 * (row_sums * x[rows] - side * (slope @ x[cols]))
             pull[cols] += 2 * (column_sums * x[cols] - side * (slope.mT @ x[rows]))
-            pull_deficit[rows] += row_sums
-            pull_deficit[cols] += column_sums
     outputs, pulls = [v, deficit], [pull, pull_deficit]
     if half_space:
         antipodes = pair_function(4 - 2 * deficit, 2 * deficit).sum()

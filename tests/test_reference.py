@@ -119,6 +119,65 @@ def test_cases_without_a_direction():
     assert reference.hyperspherical_energy(rows[1:2], 2.0, half_space=True) == 0.25
 
 
+@pytest.mark.parametrize("options", [dict(), dict(half_space=True), dict(angular=True)], ids=str)
+@pytest.mark.parametrize("factor", [3.0, -3.0, 0.1, 11.0])
+def test_multiples_of_a_row_are_duplicates(factor, options):
+    rows = random_rows(12, 24, dtype=torch.float64)
+    rows[7] = math.copysign(1.0, factor) * rows[2]  # to the bit
+    multiples = rows.clone()
+    multiples[7] *= abs(factor)
+    for function in (reference.hyperspherical_energy, exact_energy_and_gradient):
+        results = []
+        for weight in (rows, multiples):
+            if function is exact_energy_and_gradient:
+                results.append(function(weight, **options))
+                continue
+            weight = weight.clone().requires_grad_()
+            energy = function(weight, **options)
+            results.append((energy.detach(), torch.autograd.grad(energy, weight)[0]))
+        (expected, expected_gradient), (energy, gradient) = results
+        gradient[7] *= abs(factor)
+        assert relative_error(energy, expected) <= 1e-14
+        assert relative_error(gradient, expected_gradient) <= 1e-11
+
+
+@pytest.mark.parametrize("eps", [1e-14, 1e-10, 1e-4])
+def test_multiples_under_eps_differ_in_length_alone(eps):
+    rows = torch.tensor([[1.0, 2.0, -2.0], [3.0, 6.0, -6.0]], dtype=torch.float64)
+    unit, (a, b) = rows[0] / 3.0, (3.0, 9.0)
+    nu_a, nu_b = math.sqrt(a**2 + eps), math.sqrt(b**2 + eps)
+    # 1/r^2 with 2 - 2c, and dc/da, dc/db, written without a difference
+    squared = 2 * eps * (a**2 + b**2 + eps) / (nu_a * nu_b * (nu_a * nu_b + a * b))
+    slopes = (b * eps / (nu_a**3 * nu_b), a * eps / (nu_b**3 * nu_a))
+    expected = torch.stack([2 / squared**2 * slope * unit for slope in slopes])
+    leaf = rows.clone().requires_grad_()
+    energy = reference.hyperspherical_energy(leaf, eps=eps, min_distance=0.0)
+    (gradient,) = torch.autograd.grad(energy, leaf)
+    assert float(energy.detach()) == pytest.approx(1 / squared, rel=1e-10)
+    assert relative_error(gradient, expected) <= 1e-10
+    energy, gradient = exact_energy_and_gradient(rows, eps=eps, min_distance=0.0)
+    assert float(energy) == pytest.approx(1 / squared, rel=1e-10)
+    assert relative_error(gradient, expected) <= 1e-10
+
+
+@pytest.mark.parametrize("kind", ["cosine", "angle"])
+def test_angles_between_multiples_of_a_row_are_zero(kind):
+    rows = random_rows(6, 8, dtype=torch.float64)
+    rows[4] = rows[1]
+    projection = random_rows(12, 8, seed=1, dtype=torch.float64).view(3, 4, 8)
+    results = []
+    for length in (1.0, 0.3):
+        weight = rows.clone()
+        weight[4] *= length
+        weight.requires_grad_()
+        loss = reference.angle_preserving_loss(weight, projection, kind)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        gradient[4] *= length
+        results.append((loss.detach(), gradient))
+    assert relative_error(results[1][0], results[0][0]) <= 1e-14
+    assert relative_error(results[1][1], results[0][1]) <= 1e-12
+
+
 def test_views_are_averaged():
     rows = random_rows(9, 6, dtype=torch.float64)
     projection = torch.randn(3, 4, 6, dtype=torch.float64)
