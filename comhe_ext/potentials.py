@@ -58,8 +58,10 @@ class Potential:
             first = -self.s * value / bound
             second = -(self.s + 1) * first / bound
         if self.min_distance > 0:
-            value = value + first * (t - bound)
-            second = second.masked_fill(t < self.min_distance, 0.0)
+            below = t < self.min_distance
+            # not everywhere: where f' is infinite, 0 times it is NaN
+            value = torch.where(below, value + first * (t - bound), value)
+            second = second.masked_fill(below, 0.0)
         return value, first, second
 
     def one_sided(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,7 +51,7 @@ class _Space:
         if tangents is not None:
             self.tangents = tangents.flatten(0, 1).to(dtype)
             self.tau = (self.v * self.tangents).sum(1, keepdim=True)
-            self.v_dot = (self.tangents - self.v * self.tau) * self.inv_nu
+            self.v_dot = ((self.tangents - self.v * self.tau) * self.inv_nu).to(dtype)
         self.pull = torch.zeros_like(self.v)
         self.pull_dot = torch.zeros_like(self.v)
 
@@ -80,7 +80,7 @@ class _Space:
     def gradient(self) -> Tensor:
         """G without its part along v, over nu."""
         along = (self.v * self.pull).sum(1, keepdim=True)
-        return (self.pull - self.v * along) * (2.0 * self.inv_nu)
+        return ((self.pull - self.v * along) * (2.0 * self.inv_nu)).to(self.v.dtype)
 
     def gradient_dot(self) -> Tensor:
         """Derivative of `gradient` along the tangents."""
@@ -91,7 +91,7 @@ class _Space:
             along_dot += (self.v_dot * self.pull).sum(1, keepdim=True)
             gradient = self.pull - self.v * along
             product = product - self.v_dot * along - gradient * self.tau * self.inv_nu
-        return (product - self.v * along_dot) * (2.0 * self.inv_nu)
+        return ((product - self.v * along_dot) * (2.0 * self.inv_nu)).to(self.v.dtype)
 
 
 def _add(pull: Tensor, slope: Tensor, v: Tensor, tile: Tile) -> None:

@@ -23,6 +23,18 @@ from .work_table import Tile, equal_runs, spread_over_rows, symmetric_tiles
 # space and angles the same holds of 4 - r^2. Above the default min_distance of 1e-3, so that tiles
 # need not know of it
 CLOSE = {torch.float32: 2.0**-6, torch.float64: 2.0**-16}
+# log2 of F' that a tile may hold: room is left for sums
+RANGE_BITS = {torch.float32: 60, torch.float64: 900}
+# r^2 below which two rows may be multiples of one row: far above the rounding of their norms, and
+# so small that few others have to be looked at
+MAYBE_MULTIPLES = 1e-18
+# Relative difference of v_iq v_jr and v_ir v_jq for multiples: the roundings of unit rows in
+# float64 leave less. Rows of float32 that are no multiples differ by 2^-48 at least, the last bit
+# of a product
+MULTIPLES = 2.0**-49
+# F' and F'' of close pairs end here, with room for sums: infinity times 0 would be NaN. That is
+# beyond all that float32 holds; in float64 a row of such a pair is infinite from LONGEST on
+MOST, LONGEST = 2.0**1000, 2.0**900
 # up to this k random rows come so close that float32 misses its 2e-6 in the gradient
 FLOAT64_UP_TO = 15
 # float64 elements per array of differences when close pairs are done again
@@ -32,6 +44,8 @@ CLOSE_CHUNK = 1 << 18
 class PairFunction(Protocol):
     """What a sweep needs to know of the pair function."""
 
+    @property
+    def s(self) -> float: ...
     @property
     def half_space(self) -> bool: ...
     @property
@@ -47,8 +61,8 @@ class Rows(NamedTuple):
     """Normalized rows; a dead row (norm below the smallest normal number) has v = 0, 1/nu = 0."""
 
     v: Tensor  # [T, k]
-    inv_nu: Tensor  # [T, 1]
-    deficit: Tensor  # [T, 1], 1 - |v|^2, exactly
+    inv_nu: Tensor  # [T, 1] float64
+    deficit: Tensor  # [T, 1] float64, 1 - |v|^2, exactly
 
 
 class ClosePairs(NamedTuple):
@@ -58,7 +72,7 @@ class ClosePairs(NamedTuple):
     i: Tensor  # [P] rows of the packed array
     j: Tensor
     side: Tensor  # [P, 1]
-    apart: Tensor  # [P, k]
+    apart: Tensor  # [P, k], along v_i where both are multiples of one row
     near: Tensor  # [P, 1]
     far: Tensor  # [P, 1]
 
@@ -68,11 +82,27 @@ def unavailable() -> str | None:
     return None
 
 
+def _double(points: Tensor) -> Tensor:
+    """A copy in float64, of subnormal numbers too.
+
+    A processor may have been told to (`torch.set_flush_denormal`), and then it would read 0, or on
+    some of torch's threads 0 and on the others not.
+    """
+    v = points.to(torch.float64, copy=True)
+    if points.device.type != "cpu" or points.dtype not in (torch.float32, torch.bfloat16):
+        return v
+    bits = points.float().view(torch.int32)  # bfloat16 is the upper half of a float32
+    mantissa = bits & 0x7FFFFFFF
+    subnormal = (mantissa < 0x800000) & (mantissa > 0)
+    if bool(subnormal.any()):
+        size = mantissa.double() * 2.0**-149
+        v = torch.where(subnormal, torch.where(bits < 0, -size, size), v)
+    return v
+
+
 def normalize(points: Tensor, eps: float, dtype: torch.dtype) -> Rows:
-    """Rows of any magnitude, normalized in `dtype`."""
-    if math.sqrt(eps) > torch.finfo(dtype).max:
-        return Rows(*[x.to(dtype) for x in normalize(points, eps, torch.float64)])
-    v = points.to(dtype, copy=True)
+    """Rows of any magnitude, normalized in float64; v as `dtype`."""
+    v = _double(points)
     # divided by its largest entry first, a row of 1e-30 or 1e30 neither vanishes nor overflows
     largest = v.abs().amax(1, keepdim=True)
     largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
@@ -86,7 +116,7 @@ def normalize(points: Tensor, eps: float, dtype: torch.dtype) -> Rows:
     v.div_(torch.hypot(norm, root / largest)).masked_fill_(dead, 0.0)
     inv_nu = nu.reciprocal().masked_fill_(dead, 0.0)
     deficit = (root * inv_nu).square().masked_fill_(dead, 1.0)
-    return Rows(v, inv_nu, deficit)
+    return Rows(v.to(dtype), inv_nu, deficit)
 
 
 def sweep(
@@ -122,11 +152,13 @@ def sweep(
     # G: a sum over all rows, of which the projection takes most away; hence float64 between tiles
     pull = torch.zeros_like(v, dtype=torch.float64) if with_gradient else None
     radial = torch.zeros_like(rows.deficit)  # sum of the F' that close pairs owe to v_i itself
-    closed = pair.has_closed_tile() and pair.clean_above(CLOSE[dtype])
+    cut_off = torch.zeros_like(rows.deficit)  # how many of them ended at MOST
+    bound = _close_below(pair, dtype)
+    closed = pair.has_closed_tile() and pair.clean_above(bound)
 
     for tile in symmetric_tiles(sizes, block_of(points)):
         near = torch.bmm(rows_of(left, tile), cols_of(right, tile).mT)
-        left_out, close = _take_out(near, tile, pair)
+        left_out, close = _take_out(near, tile, pair, bound)
         if closed:
             value, slope, factor = pair.closed_tile(near)
         else:
@@ -146,6 +178,8 @@ def sweep(
             exact_value, exact_slope, _ = pair.of_cosine(pairs.near, pairs.far)
             energy.index_put_((pairs.set,), exact_value.squeeze(1), accumulate=True)
             if pull is not None:
+                _add_rows(cut_off, pairs, exact_slope.abs() > MOST)
+                exact_slope.clamp_(-MOST, MOST)
                 push_apart(pull, pairs, exact_slope * pairs.apart)
                 _add_rows(radial, pairs, pairs.side * exact_slope)
 
@@ -163,13 +197,15 @@ def sweep(
         return energy, None
     del left
     gradient = torch.empty_like(pull, dtype=_result_dtype(points))
-    factor_of_row = rows.inv_nu * _scale_of_row(sizes, scales, pair, v)
+    factor_of_row = rows.inv_nu * _scale_of_row(sizes, scales, pair, rows.inv_nu)
     for part in (slice(b, b + 1024) for b in range(0, v.shape[0], 1024)):
         # tangent projection, (G + (radial - <v, G>) v) / nu, with v as long as it ought to be
         g, u = pull[part], v[part].double()
         length = (1.0 - rows.deficit[part]) / u.square().sum(1, keepdim=True).clamp_min_(1e-30)
         outward = radial[part] - (g * u).sum(1, keepdim=True) * length
-        gradient[part] = (g + u * outward) * factor_of_row[part]
+        g = g + u * outward
+        g = torch.where((cut_off[part] > 0) & (g.abs() > LONGEST), g * torch.inf, g)
+        gradient[part] = g * factor_of_row[part]
     return energy, gradient
 
 
@@ -191,34 +227,37 @@ def hessian_vector_product(
     Returns:
         [T, k], float32, float64 for float64 points.
     """
-    rows = normalize(points, eps, _working_dtype(points))
+    dtype = _working_dtype(points)
+    rows = normalize(points, eps, dtype)
     v, inv_nu, deficit = rows
-    tangents = tangents.to(v.dtype)
+    tangents = tangents.to(dtype)
     tau = (v * tangents).sum(1, keepdim=True)
-    v_dot = (tangents - v * tau) * inv_nu
+    v_dot = ((tangents - v * tau) * inv_nu).to(dtype)
     deficit_dot = -2.0 * deficit * tau * inv_nu
     both, swapped = torch.cat([v_dot, v], 1), torch.cat([v, v_dot], 1)
-    pull, pull_dot = torch.zeros_like(v), torch.zeros_like(v)
+    # as in `sweep`: what close pairs add may be beyond float32 where the product is not
+    pull = torch.zeros_like(v, dtype=torch.float64)
+    pull_dot = torch.zeros_like(pull)
     radial, radial_dot = torch.zeros_like(deficit), torch.zeros_like(deficit)
+    bound = _close_below(pair, dtype)
 
     for tile in symmetric_tiles(sizes, block_of(points)):
         near = torch.bmm(rows_of(v, tile), cols_of(v, tile).mT).mul_(-2.0).add_(2.0)
         c_dot = torch.bmm(rows_of(both, tile), cols_of(swapped, tile).mT)
-        left_out, close = _take_out(near, tile, pair)
+        left_out, close = _take_out(near, tile, pair, bound)
         _, slope, curve = pair.of_cosine(near, 4.0 - near)
         slope_dot = curve * c_dot
         if left_out is not None:
             slope.masked_fill_(left_out, 0.0)
             slope_dot.masked_fill_(left_out, 0.0)
-        rows_of(pull, tile).baddbmm_(slope, cols_of(v, tile))
-        rows_of(pull_dot, tile).baddbmm_(slope_dot, cols_of(v, tile)).baddbmm_(
-            slope, cols_of(v_dot, tile)
-        )
+        rows_of(pull, tile).add_(torch.bmm(slope, cols_of(v, tile)))
+        part = torch.bmm(slope_dot, cols_of(v, tile)).baddbmm_(slope, cols_of(v_dot, tile))
+        rows_of(pull_dot, tile).add_(part)
         if not tile.diagonal:
             slope, slope_dot = slope.mT, slope_dot.mT
-            cols_of(pull, tile).baddbmm_(slope, rows_of(v, tile))
-            cols_of(pull_dot, tile).baddbmm_(slope_dot, rows_of(v, tile))
-            cols_of(pull_dot, tile).baddbmm_(slope, rows_of(v_dot, tile))
+            cols_of(pull, tile).add_(torch.bmm(slope, rows_of(v, tile)))
+            part = torch.bmm(slope_dot, rows_of(v, tile)).baddbmm_(slope, rows_of(v_dot, tile))
+            cols_of(pull_dot, tile).add_(part)
         if close is None:
             continue
         for index in close_indices(close, tile, points.shape[1]):
@@ -229,7 +268,8 @@ def hessian_vector_product(
             stretch = (pairs.apart * apart_dot).sum(1, keepdim=True)
             exact_c_dot = -pairs.side * (stretch + (deficit_dot_i + deficit_dot_j) / 2.0)
             _, exact_slope, exact_curve = pair.of_cosine(pairs.near, pairs.far)
-            exact_slope_dot = exact_curve * exact_c_dot
+            exact_slope.clamp_(-LONGEST, LONGEST)
+            exact_slope_dot = exact_curve.clamp_(-LONGEST, LONGEST) * exact_c_dot
             push_apart(pull, pairs, exact_slope * pairs.apart)
             push_apart(pull_dot, pairs, exact_slope_dot * pairs.apart + exact_slope * apart_dot)
             _add_rows(radial, pairs, pairs.side * exact_slope)
@@ -246,7 +286,7 @@ def hessian_vector_product(
         outward_dot -= (curve * deficit + slope) * deficit_dot
     gradient = pull + v * outward
     product = pull_dot + v_dot * outward + v * outward_dot - gradient * tau * inv_nu
-    product.mul_(inv_nu * _scale_of_row(sizes, scales, pair, v))
+    product.mul_(inv_nu * _scale_of_row(sizes, scales, pair, inv_nu))
     return product.to(_result_dtype(points))
 
 
@@ -279,7 +319,16 @@ def _scale_of_row(
     return spread_over_rows(like.new_tensor(scales) * (2.0 if pair.half_space else 1.0), sizes)
 
 
-def _take_out(near: Tensor, tile: Tile, pair: PairFunction) -> tuple[Tensor | None, Tensor | None]:
+def _close_below(pair: PairFunction, dtype: torch.dtype) -> float:
+    """r^2 below which a pair is done again; the exponent multiplies the error of r^2."""
+    trusted = min(CLOSE[dtype] * max((pair.s + 2.0) / 4.0, 1.0), 1.0)
+    # F' is about r^-(s + 2)
+    return max(trusted, 2.0 ** (-2.0 * RANGE_BITS[dtype] / (pair.s + 2.0)))
+
+
+def _take_out(
+    near: Tensor, tile: Tile, pair: PairFunction, bound: float
+) -> tuple[Tensor | None, Tensor | None]:
     """Mask of the tile's elements that do not count, and of those to be done again exactly.
 
     Both are overwritten by a harmless r^2 = 2, so what follows stays finite.
@@ -289,7 +338,6 @@ def _take_out(near: Tensor, tile: Tile, pair: PairFunction) -> tuple[Tensor | No
         near.diagonal(dim1=1, dim2=2).fill_(2.0)
         left_out = torch.eye(near.shape[1], dtype=torch.bool, device=near.device).expand_as(near)
     two_ended = pair.half_space or pair.angular
-    bound = CLOSE[near.dtype]
     lowest, highest = torch.aminmax(near)
     if not (bool(lowest < bound) or (two_ended and bool(highest > 4.0 - bound))):
         return left_out, None
@@ -315,10 +363,25 @@ def close_pairs(points: Tensor, set: Tensor, i: Tensor, j: Tensor, eps: float) -
     rows_i, rows_j = _exact(points, i, eps), _exact(points, j, eps)
     side = torch.where((rows_i.v * rows_j.v).sum(1, keepdim=True) < 0, -1.0, 1.0)
     apart = rows_i.v - side * rows_j.v
-    short = apart.square().sum(1, keepdim=True) + rows_i.deficit + rows_j.deficit
+    squared = apart.square().sum(1, keepdim=True)
+    suspects = (squared < MAYBE_MULTIPLES).squeeze(1).nonzero().squeeze(1)
+    if len(suspects):
+        multiples = suspects[_multiples(rows_i.v[suspects], rows_j.v[suspects])]
+        # |v_i| - |v_j|, where |v| is almost 1
+        longer = (rows_j.deficit[multiples] - rows_i.deficit[multiples]) / 2.0
+        apart[multiples] = longer * rows_i.v[multiples]
+        squared[multiples] = longer.square()
+    short = squared + rows_i.deficit + rows_j.deficit
     near = torch.where(side > 0, short, 4.0 - short)
     far = torch.where(side > 0, 4.0 - short, short)
     return ClosePairs(set, i, j, side, apart, near, far)
+
+
+def _multiples(u: Tensor, v: Tensor) -> Tensor:
+    """Whether two unit rows are one up to the sign and the rounding of either."""
+    pivot = u.abs().argmax(1, keepdim=True)
+    left, right = u * v.gather(1, pivot), v * u.gather(1, pivot)
+    return ((left - right).abs() <= MULTIPLES * left.abs()).all(1)
 
 
 def _exact(points: Tensor, index: Tensor, eps: float) -> Rows:

@@ -1,5 +1,6 @@
 """Input nobody wishes for: dead rows, duplicates, extremes, odd layouts, and mistakes."""
 
+import itertools
 import math
 
 import numpy as np
@@ -79,6 +80,80 @@ def test_duplicates_add_a_finite_energy_and_no_push(options, backend, device):
     assert energy.isfinite() and gradient.isfinite().all()
 
 
+FACTORS = [3.0, -3.0, 11.0, 0.75, -49.0]
+
+
+def multiples(factor, k, dtype=torch.float32, device="cpu"):
+    """A row of small integers, others, and at the end its multiple: exact in every dtype."""
+    row = torch.arange(1.0, k + 1).remainder(5.0) - 2.0
+    weight = torch.cat([row[None], random_rows(20, k), factor * row[None]])
+    return weight.to(device=device, dtype=dtype)
+
+
+def length_of_gradient(s, a, b, eps):
+    """dE/da of two positive multiples of one row, of the lengths a and b; E is their energy."""
+    nu_a, nu_b = math.sqrt(a**2 + eps), math.sqrt(b**2 + eps)
+    # 2 - 2c and dc/da, without a difference of large numbers
+    squared = 2 * eps * (a**2 + b**2 + eps) / (nu_a * nu_b * (nu_a * nu_b + a * b))
+    slope = squared ** (-s / 2 - 1) * (s or 1)
+    return slope * b * eps / (nu_a**3 * nu_b)
+
+
+@pytest.mark.parametrize("options", [*ENERGIES[:6], dict(s=6.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", FACTORS)
+def test_multiples_of_a_row_are_duplicates_of_it(factor, dtype, options, backend, device):
+    for k in (7, 24):
+        weight = multiples(factor, k, dtype, device)
+        energy, gradient = energy_and_gradient(weight, backend, **options)
+        duplicates = weight.clone()
+        duplicates[-1] = math.copysign(1.0, factor) * weight[0]  # to the bit
+        expected, expected_gradient = exact_energy_and_gradient(duplicates, **options)
+        expected_gradient[-1] /= abs(factor)
+        assert relative_error(energy, expected) <= 1e-6
+        bound = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+        assert relative_error(gradient[[0, -1]], expected_gradient[[0, -1]]) <= bound
+        # the definition itself is not led astray by the rounding of norms either
+        truth = exact_energy_and_gradient(weight, **options)
+        assert relative_error(truth[1][[0, -1]], expected_gradient[[0, -1]]) <= 1e-12
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_multiples_in_float64(factor):
+    # rounded multiples too: a few last bits are no direction
+    for weight in (multiples(factor, 24, torch.float64), random_rows(9, 24, dtype=torch.float64)):
+        weight[-1] = factor / 7.0 * weight[0]
+        for options in ENERGIES[:6]:
+            _, gradient = energy_and_gradient(weight, **options)
+            duplicates = weight.clone()
+            duplicates[-1] = math.copysign(1.0, factor) * weight[0]
+            _, expected = exact_energy_and_gradient(duplicates, **options)
+            expected[-1] /= abs(factor / 7.0)
+            assert relative_error(gradient, expected) <= 1e-10
+
+
+def test_multiples_without_a_bound_are_infinite(backend, device):
+    for factor, options in ((3.0, dict(s=2.0)), (-3.0, dict(s=0.0, half_space=True))):
+        weight = multiples(factor, 24, device=device)
+        energy, gradient = energy_and_gradient(weight, backend, min_distance=0.0, **options)
+        assert float(energy) == math.inf and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-8, 1e-4, 1.0])
+@pytest.mark.parametrize("factor", [1.0, 3.0, 11.0])
+def test_multiples_are_apart_by_their_lengths_under_eps(factor, eps, backend, device):
+    # eps makes the shorter row shorter still, and both grow as far apart as they can
+    row = multiples(factor, 24, device=device)[0]
+    weight = torch.stack([row, factor * row])
+    for s in (0.0, 1.0, 2.0):
+        _, gradient = energy_and_gradient(weight, backend, s=s, eps=eps, min_distance=0.0)
+        length = float(row.double().norm())
+        unit = row.double() / length
+        for i, lengths in enumerate([(length, factor * length), (factor * length, length)]):
+            expected = length_of_gradient(s, *lengths, eps) * unit
+            assert relative_error(gradient[i], expected) <= 1e-5
+
+
 @pytest.mark.parametrize("options", ENERGIES[:6], ids=str)
 def test_one_direction_only(options, backend, device):
     weight = torch.ones(40, 3, device=device)
@@ -112,6 +187,76 @@ def test_near_duplicates_are_pushed_apart(angle, min_distance, backend, device):
             continue  # rounded to one direction
         assert float(gradient[0].double() @ apart) < 0  # down the gradient is away from the twin
         assert float(gradient[39].double() @ (side * apart)) > 0
+
+
+@pytest.mark.parametrize("angle", [1e-6, 1e-8, 1e-10, 1e-13, 1e-16, 1e-30])
+@pytest.mark.parametrize("min_distance", [0.0, 1e-3])
+def test_directions_that_differ_in_a_tiny_entry(angle, min_distance, backend, device):
+    # float32 tells them apart to the last bit; nothing but this entry says where to
+    weight = torch.zeros(2, 24, device=device)
+    weight[:, 3] = 1.0
+    weight[1, 5] = angle
+    angle = float(weight[1, 5])
+    for s in (0.0, 1.0, 2.0):
+        energy, gradient = energy_and_gradient(weight, backend, s=s, min_distance=min_distance)
+        t = max(angle, min_distance)
+        push = (s or 1.0) * t ** (-s - 1.0)
+        value = (-math.log(t) if s == 0 else t**-s) + push * (t - angle)
+        if value < 3e38:
+            assert float(energy) == pytest.approx(value, rel=1e-6)
+        assert not gradient.isnan().any()
+        for row, sign in ((0, 1.0), (1, -1.0)):
+            if push < 3e38:
+                assert float(gradient[row, 5]) == pytest.approx(sign * push, rel=1e-5)
+            else:
+                assert float(gradient[row, 5]) == sign * math.inf
+
+
+@pytest.mark.parametrize("s", [6.0, 10.0, 12.0, 20.0, 40.0])
+@pytest.mark.parametrize("distance", [1e-2, 1e-5, 1e-7])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(angular=True), dict(half_space=True), dict(half_space=True, angular=True)],
+    ids=str,
+)
+def test_a_finite_gradient_is_never_nan(options, distance, s, backend, device):
+    for k in (5, 24):
+        weight = random_rows(30, k, device=device)
+        side = -1.0 if options.get("half_space") else 1.0
+        weight[5] = side * (weight[6] + distance * weight[7])
+        energy, gradient = energy_and_gradient(weight, backend, s=s, **options)
+        expected, expected_gradient = exact_energy_and_gradient(weight, s, **options)
+        # an error of a distance, that of float32, is multiplied by the exponent
+        bound = 1e-6 + s * 2.0**-23
+        largest = torch.finfo(torch.float32).max
+        if float(expected) < largest:
+            assert relative_error(energy, expected) <= bound
+        else:
+            assert float(energy) == math.inf
+        rounded = expected_gradient.float()
+        assert torch.equal(gradient.isinf(), rounded.isinf())
+        assert torch.equal(gradient[rounded.isinf()], rounded[rounded.isinf()])
+        held = rounded.isfinite().all(1)
+        for part in (held, held & (rounded.abs().amax(1) < 1e20)):
+            assert relative_error(gradient[part], expected_gradient[part]) <= 10 * bound
+
+
+def test_large_exponents_of_random_rows(backend, device):
+    for s, k in itertools.product((6.0, 12.0, 40.0), (6, 12, 24, 40)):
+        weight = random_rows(300, k, device=device)
+        bound = 1e-6 + s * 2.0**-23
+        check(weight, backend, bound, 2 * bound, s=s)
+        check(weight, backend, bound, 2 * bound, s=s, half_space=True)
+
+
+def test_min_distance_beyond_the_range_of_float64():
+    # f'(1e-9) is infinite; above that distance nothing may show it
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1e-8]], dtype=torch.float64)
+    energy, gradient = energy_and_gradient(weight, "torch", s=40.0, min_distance=1e-9)
+    assert float(energy) == math.inf and not gradient.isnan().any()
+    assert gradient[0, 1] == math.inf and gradient[2, 1] == -math.inf
+    energy, gradient = energy_and_gradient(weight[:2], "torch", s=40.0, min_distance=1e-9)
+    assert float(energy) == pytest.approx(2.0**-20) and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
@@ -155,6 +300,26 @@ def test_float16_over_its_range(size, backend, device):
     assert torch.equal(gradient.isinf(), rounded.isinf())
     held = rounded.isfinite() & (rounded.abs() > 6.2e-5)
     assert torch.allclose(gradient[held].double(), expected_gradient[held], rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float16, 2e-5), (torch.bfloat16, 1e-38), (torch.float32, 1e-38)],
+    ids=str,
+)
+def test_flushing_subnormal_numbers_changes_nothing(dtype, size, backend, device):
+    for k in (9, 24):  # the portable tiles are float64 and float32
+        weight = (random_rows(50, k, dtype=torch.float64) * size).to(device=device, dtype=dtype)
+        expected = energy_and_gradient(weight, backend)
+        exact, _ = exact_energy_and_gradient(weight)
+        assert float(expected[0]) == pytest.approx(float(exact), rel=1e-6)
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor cannot flush")
+        try:
+            results = energy_and_gradient(weight, backend)
+        finally:
+            torch.set_flush_denormal(False)
+        assert all(map(torch.equal, results, expected))
 
 
 @pytest.mark.parametrize("size", [1e-36, 1e-25, 1e-10, 1e10, 1e25, 1e37])

@@ -1,6 +1,7 @@
 """Hessian-vector products, double backward, and what happens beyond."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -101,6 +102,54 @@ def test_hessian_vector_product_of_close_pairs(options, n, angle, backend, devic
     for antipodal in (False, True) if options.get("half_space") else (False,):
         weight = paired_rows(n, 12, angle, antipodal=antipodal, device=device)
         check(weight, backend, min_distance=0.0, **options)
+
+
+@pytest.mark.parametrize("s", [6.0, 8.0, 10.0])
+@pytest.mark.parametrize("half_space", [False, True])
+def test_hessian_vector_product_is_finite_where_its_parts_are_not(half_space, s, backend, device):
+    # the slope in the cosine, up to 1e39, is out of float32; the product is not
+    for k in (5, 24):
+        weight = random_rows(30, k, device=device)
+        weight[5] = weight[6] + 1e-5 * weight[7]
+        check(weight, backend, bound=1e-4, s=s, half_space=half_space)
+
+
+def test_hessian_vector_product_without_a_bound(backend, device):
+    weight = torch.zeros(3, 20, device=device)
+    weight[:, 0] = 1.0
+    weight[1, 1], weight[2, 2] = 1e-7, 1.0
+    check(weight, backend, s=2.0, min_distance=0.0)
+    weight[1, 1] = 1e-12  # and here it is infinite
+    product = hessian_vector_product(
+        lambda w: comhe_ext.hyperspherical_energy(w, 9.0, min_distance=0.0, backend=backend),
+        weight,
+        torch.ones_like(weight),
+    )
+    assert not product.isnan().any()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(half_space=True), dict(angular=True)], ids=str)
+@pytest.mark.parametrize("factor", [3.0, -3.0, 11.0])
+def test_hessian_vector_product_of_multiples_of_a_row(factor, options, backend, device):
+    weight = random_rows(20, 24, device=device)
+    weight[3] = torch.arange(24.0, device=device).remainder(5.0) - 2.0
+    weight[4] = math.copysign(1.0, factor) * weight[3]
+    tangents = random_rows(20, 24, seed=7, device=device)
+    tangents[4] = torch.arange(24.0, device=device).remainder(7.0) - 3.0  # scaled exactly, too
+    scaled, scaled_tangents = weight.clone(), tangents.clone()
+    scaled[4] *= abs(factor)
+    scaled_tangents[4] *= abs(factor)
+
+    def product(w, t, function, **more):
+        return hessian_vector_product(lambda x: function(x, **options, **more), w, t)
+
+    # of exact duplicates; the length of a row scales its row of the product
+    expected = product(weight.double(), tangents.double(), reference.hyperspherical_energy)
+    expected[4] /= abs(factor)
+    actual = product(scaled, scaled_tangents, comhe_ext.hyperspherical_energy, backend=backend)
+    assert relative_error(actual, expected) <= 1e-5
+    truth = product(scaled.double(), scaled_tangents.double(), reference.hyperspherical_energy)
+    assert relative_error(truth, expected) <= 1e-10
 
 
 def test_hessian_vector_product_on_the_tangent_line(backend, device):
