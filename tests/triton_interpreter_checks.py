@@ -282,6 +282,72 @@ def test_coincident_and_antipodal_rows(pair, sign, k):
         assert energy.item() == math.inf and torch.isfinite(gradient).all()
 
 
+# `direct` takes for one direction what 48 bits do not tell apart; with eps above that
+@pytest.mark.parametrize("factor", [3.0, -49.0])
+@pytest.mark.parametrize(
+    ("pair", "k", "eps"),
+    [
+        *itertools.product([p for p in PAIRS if p.s in (0.0, 2.0)], (5, 20), (0.0, 1e-6)),
+        *itertools.product([Potential(2.0, True), Potential(6.0)], (20, 131), (0.0, 1e-10)),
+    ],
+    ids=str,
+)
+def test_multiples_of_a_row(pair, k, eps, factor):
+    points = random_rows(9, k)
+    points[2] = torch.arange(1.0, k + 1).remainder(5.0) - 2.0
+    points[7] = factor * points[2]
+    duplicates = points.clone()
+    duplicates[7] = math.copysign(1.0, factor) * points[2]
+    _, gradient = check(points, pair, eps, gradient_bound=1e-5)
+    if eps == 0.0:
+        _, expected = truth(duplicates, [9], [1.0 / 36], pair, eps)
+        expected[7] /= abs(factor)
+        assert relative_error(gradient[[2, 7]], expected[[2, 7]]) <= 1e-5
+        if factor > 0.0 or pair.half_space:
+            pure = replace(pair, min_distance=0.0)
+            energy, gradient = gpu.sweep(points, [9], [1.0], pure, 0.0, True)
+            assert energy.item() == math.inf and torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("k", [4, 20, 131])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        Potential(10.0),
+        Potential(12.0, True),
+        Potential(12.0, False, True),
+        Potential(40.0),
+        Potential(0.0, min_distance=0.0),
+        Potential(1.0, True, min_distance=0.0),
+        Potential(2.0, min_distance=0.0),
+        Potential(2.0, True, True, min_distance=0.0),
+    ],
+    ids=str,
+)
+def test_forces_beyond_float32(pair, k):
+    """What is finite in the result comes out, whatever was on the way; else infinity."""
+    side = -1.0 if pair.half_space else 1.0
+    for distance in (1e-5, 1e-7, 1e-10):
+        points = random_rows(7, k)
+        points[1] = 0.0
+        points[1, 0] = 1.0
+        points[5] = side * points[1]
+        points[5, 1] = distance
+        energy, gradient = gpu.sweep(points, [7], [1.0 / 21], pair, 0.0, True)
+        expected, expected_gradient = truth(points, [7], [1.0 / 21], pair, 0.0)
+        bound = max(1e-5, 2 * pair.s * 2.0**-23)
+        assert not gradient.isnan().any()
+        rounded = expected_gradient.float()
+        held = rounded.isfinite().all(1)
+        assert relative_error(gradient[held], expected_gradient[held]) <= bound
+        # the entry that parts the rows; others may be too small to know that they are infinite
+        assert torch.equal(gradient[~held, 1], rounded[~held, 1])
+        if expected.float().isfinite().all():
+            assert relative_error(energy, expected) <= bound
+        else:
+            assert energy.item() == math.inf
+
+
 @pytest.mark.parametrize("s", [2.5, 4.0, 10.0, 16.0, 50.0])
 @pytest.mark.parametrize("half_space", [False, True])
 def test_large_exponents(s, half_space):

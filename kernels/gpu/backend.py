@@ -326,11 +326,12 @@ def _meet_pairs(call: Call, points: Tensor, rows: UnitRows) -> tuple[Tensor, Ten
     # half space counts every pair twice; the square meets it twice, the upper triangle once
     twice = 2.0 if pair.half_space else 1.0
     once = twice * (1.0 if not with_gradient else 0.5)
-    units, offset = (once, twice, twice), 0.0
+    energy_unit, force_unit, scale, offset = once, twice, 1.0, 0.0
     if not call.is_direct:
-        offset = twice * pair.energy_offset
-        force_unit = twice * pair.force_unit
-        units = (once * pair.energy_unit, force_unit / UNIT_SCALE.value, force_unit)
+        energy_unit, force_unit = once * pair.energy_unit, twice * pair.force_unit
+        scale, offset = UNIT_SCALE.value, twice * pair.energy_offset
+    in_slots = pair.range_unit
+    units = (energy_unit / in_slots, force_unit / scale / in_slots, force_unit / in_slots)
     constants = set_constants(call.sizes, call.scales, offset, call.device)
     hold([plan.items, plan.row_tiles, plan.set_tiles, *constants])
     return finish(

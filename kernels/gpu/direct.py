@@ -1,11 +1,12 @@
 """The pairwise sweep for k <= 8: differences on the CUDA cores, every pair exact.
 
     D_ij = v_i - side v_j,  side = sign c_ij (1 where only c = 1 is ill-conditioned)
-    G_i += -side F' D_ij,  axial_i += side F'
+    G_i += -side F' D_ij,  axial_i += side F' deficit_i
 
 In few dimensions many pairs are close, and a difference of k <= 8 columns costs less than a product
 padded to 16. Unit rows are pairs of float32, v = head + tail, so a difference of close rows keeps
-its digits: head_i - head_j is exact there, and the tails supply the rest. Units are true ones.
+its digits: head_i - head_j is exact there, and the tails supply the rest. What 48 bits do not tell
+apart coincides. Units are true ones, but for the range (`PairConstants`).
 
 The sum of F' D points along v_i, sqrt(N) times longer than what the tangent projection leaves of
 it. So float32 sums are short, their totals float64, and a slot holds G without its part along v_i:
@@ -15,7 +16,7 @@ that counts only by the deficit, like `axial`, to which it is added.
 import triton
 import triton.language as tl
 
-from .pair_function import PairConstants, exact_terms
+from .pair_function import COINCIDENT, PairConstants, exact_terms
 from .plan import Plan, Slots, Tiles, column_tile, load_item, split_tiles
 from .project_normalize import UnitRows
 
@@ -50,9 +51,12 @@ def add_tile(
     deficit_n,
     mask,
     s,
+    value_bits,
+    factor,
     min_distance,
     value_at_min,
     slope_at_min,
+    push_at_min,
     KIND: tl.constexpr,
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
@@ -76,6 +80,7 @@ def add_tile(
         d += tails[column][:, None] - col_tails[column][None, :] * side
         m2 += d * d
         difference = difference + (d,)
+    m2 = tl.where(m2 <= COINCIDENT, 0.0, m2)
     if HALF or ANGLE:
         r2 = tl.where(side > 0.0, m2, 4.0 - m2)
     else:
@@ -84,7 +89,19 @@ def add_tile(
     if HALF or ANGLE:
         q2 = tl.where(side > 0.0, q2, m2)
     slope, value = exact_terms(
-        r2, q2, s, min_distance, value_at_min, slope_at_min, KIND, HALF, ANGLE, FAST
+        r2,
+        q2,
+        s,
+        value_bits,
+        factor,
+        min_distance,
+        value_at_min,
+        slope_at_min,
+        push_at_min,
+        KIND,
+        HALF,
+        ANGLE,
+        FAST,
     )
     if MASKED:
         slope = tl.where(mask, slope, 0.0)
@@ -135,10 +152,14 @@ def direct_kernel(
     energy_ptr,
     axial_ptr,
     packed_rows,
+    value_unit,
     s,
+    value_bits,
+    factor,
     min_distance,
     value_at_min,
     slope_at_min,
+    push_at_min,
     KIND: tl.constexpr,
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
@@ -185,9 +206,12 @@ def direct_kernel(
             deficit_n,
             mask,
             s,
+            value_bits,
+            factor,
             min_distance,
             value_at_min,
             slope_at_min,
+            push_at_min,
             KIND,
             HALF,
             ANGLE,
@@ -216,9 +240,12 @@ def direct_kernel(
                 deficit_n,
                 True,
                 s,
+                value_bits,
+                factor,
                 min_distance,
                 value_at_min,
                 slope_at_min,
+                push_at_min,
                 KIND,
                 HALF,
                 ANGLE,
@@ -231,12 +258,12 @@ def direct_kernel(
 
     total_energy, total_axial, total_force = totals
     out = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(energy_ptr + out, total_energy.to(tl.float32))
+    tl.store(energy_ptr + out, (total_energy * value_unit).to(tl.float32))
     if WITH_FORCE:
         along = nothing
         for column in tl.static_range(K):
             along += total_force[column] * heads[column].to(tl.float64)
-        tl.store(axial_ptr + out, (total_axial + along).to(tl.float32))
+        tl.store(axial_ptr + out, ((total_axial + along) * deficit_m).to(tl.float32))
         for column in tl.static_range(K):
             tangent = total_force[column] - along * heads[column].to(tl.float64)
             tl.store(force_ptr + out * K + column, tangent.to(tl.float32))
@@ -250,7 +277,7 @@ def direct(
     with_force: bool,
     fast: bool,
 ) -> Slots:
-    """Energies, forces and axial sums of all work items, in true units."""
+    """Energies, forces and axial sums of all work items, true ones in units of the range."""
     k, packed_rows = rows.hi.shape
     slots = Slots(plan.num_items, tiles.block_m, k, with_force, rows.hi.device)
     direct_kernel[(plan.num_items,)](
@@ -262,6 +289,7 @@ def direct(
         slots.energy,
         slots.axial,
         packed_rows,
+        pair.value_unit,
         *pair.exact,
         **pair.branches(with_force, fast),
         K=k,

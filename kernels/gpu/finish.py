@@ -1,7 +1,7 @@
 """From the slots of the work items to energies and gradients, every sum in a fixed order.
 
     E_set = scale sum_i E_i        (half space: the antipodal pairs sum_i f(-|v_i|^2) come in here)
-    dE/dp_i = scale / nu_i (G_i - v_i <v_i, G_i> + axial_i deficit_i v_i)
+    dE/dp_i = scale / nu_i (G_i - v_i <v_i, G_i> + axial_i v_i)
 
 One program a row tile for the gradient, one a set for its energy.
 """
@@ -33,12 +33,17 @@ def finish_kernel(
     k,
     slot_width,
     s,
+    value_bits,
+    factor,
     min_distance,
     value_at_min,
     slope_at_min,
+    push_at_min,
     energy_unit,
     force_unit,
     axial_unit,
+    antipode_energy_unit,
+    antipode_force_unit,
     KIND: tl.constexpr,
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
@@ -53,27 +58,30 @@ def finish_kernel(
     lane = tl.arange(0, BLOCK_M)
     mask_m = lane < valid
     first = slot0.to(tl.int64) * BLOCK_M + lane
-    deficit = tl.load(deficit_ptr + row0.to(tl.int64) + lane)
+    deficit = tl.load(deficit_ptr + row0.to(tl.int64) + lane).to(tl.float64)
 
     energy = tl.zeros((BLOCK_M,), dtype=tl.float64)
     for slot in range(0, num_slots):
         energy += tl.load(energy_ptr + first + slot * BLOCK_M).to(tl.float64)
     energy = energy * energy_unit
-    antipodal_slope = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    antipodal_slope = tl.zeros((BLOCK_M,), dtype=tl.float64)
     if HALF:
         # c = -|v|^2: 4 - r^2 = 2 + 2c is twice the deficit
         antipodal_slope, value = exact_side(
             4.0 - 2.0 * deficit,
             2.0 * deficit,
             s,
+            value_bits,
+            factor,
             min_distance,
             value_at_min,
             slope_at_min,
+            push_at_min,
             KIND,
             ANGLE,
             FAST,
         )
-        energy += value.to(tl.float64)
+        energy += value * antipode_energy_unit
     tl.store(tile_energy_ptr + tile, tl.sum(tl.where(mask_m, energy, 0.0), axis=0))
 
     if WITH_FORCE:
@@ -85,7 +93,7 @@ def finish_kernel(
             axial += tl.load(axial_ptr + first + slot * BLOCK_M).to(tl.float64)
         axial = axial * axial_unit
         if HALF:
-            axial -= 2.0 * antipodal_slope.to(tl.float64)
+            axial -= 2.0 * antipodal_slope * deficit * antipode_force_unit
 
         offs_k = tl.arange(0, BLOCK_K)
         along = tl.zeros((BLOCK_M,), dtype=tl.float64)
@@ -97,7 +105,7 @@ def finish_kernel(
                 offs = (first + slot * BLOCK_M)[:, None] * slot_width + (k0 + offs_k)[None, :]
                 g = tl.load(force_ptr + offs, mask=mask, other=0.0).to(tl.float64)
                 along += tl.sum(g * v, axis=1)
-        outward = axial * deficit.to(tl.float64) - along * force_unit
+        outward = axial - along * force_unit
         for k0 in range(0, k, BLOCK_K):
             mask = mask_m[:, None] & (k0 + offs_k < k)[None, :]
             p = tl.load(points_ptr + sources[:, None] + (k0 + offs_k)[None, :], mask=mask, other=0)
@@ -172,8 +180,10 @@ def finish(
         tile_energy,
         k,
         slots.force.shape[1],
-        *pair.exact,
+        *pair.exact64,
         *units,
+        2.0**pair.value_bits,
+        2.0**pair.range_bits,
         **pair.branches(with_force, fast),
         BLOCK_M=block_m,
         BLOCK_K=min(2048 // block_m, triton.next_power_of_2(k)),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .near_pairs import close_terms, push_apart
+from .near_pairs import close_terms, finite, push_apart
 from .pair_function import (
     COSINE_SCALE,
     LOG,
@@ -51,6 +51,7 @@ def coefficient_kernel(
     s,
     bits,
     near_cosine,
+    range_unit,
     KIND: tl.constexpr,
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
@@ -60,7 +61,7 @@ def coefficient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid (row tiles of the block,). x [rows, cols] -> row sums of raw F, and raw F' in fp16.
+    """Grid (row tiles of the block,). x [rows, cols] -> row sums of F for a slot, raw F' in fp16.
 
     coefficient [rows, 2, cols] takes its halves hi and lo, or [rows, 1, cols] the first.
 
@@ -99,7 +100,7 @@ def coefficient_kernel(
             if FORCE_HALVES == 2:
                 lo = (coefficient - hi.to(tl.float32)).to(tl.float16)
                 tl.store(halves + num_cols + offs_n[None, :], lo, mask=inside)
-    tl.store(energy_ptr + offs_m, tl.load(energy_ptr + offs_m) + energy)
+    tl.store(energy_ptr + offs_m, tl.load(energy_ptr + offs_m) + energy * range_unit)
     tl.store(nearest_ptr + offs_m, nearest)
 
 
@@ -126,9 +127,12 @@ def near_block_kernel(
     slot_width,
     near_cosine,
     s,
+    value_bits,
+    factor,
     min_distance,
     value_at_min,
     slope_at_min,
+    push_at_min,
     inv_energy_unit,
     energy_offset,
     inv_force_unit,
@@ -153,8 +157,8 @@ def near_block_kernel(
         deficit_m = tl.load(deficit_ptr + offs_m, mask=mask_m, other=0.0)
         offs_k = tl.arange(0, BLOCK_K)
         force = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float64)
-        energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        axial = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        energy = tl.zeros((BLOCK_M,), dtype=tl.float64)
+        axial = tl.zeros((BLOCK_M,), dtype=tl.float64)
         for begin in range(0, valid_cols, BLOCK_N):
             col = begin + tl.arange(0, BLOCK_N)
             mask_n = col < valid_cols
@@ -174,7 +178,7 @@ def near_block_kernel(
                 sources_n = (offs_n - shift).to(tl.int64)
                 inv_n = tl.load(inv_nu_ptr + offs_n, mask=mask_n, other=0.0)
                 deficit_n = tl.load(deficit_ptr + offs_n, mask=mask_n, other=0.0)
-                slope, value, side64 = close_terms(
+                slope, push, value, side = close_terms(
                     points_ptr,
                     sources_m,
                     mask_m,
@@ -187,9 +191,12 @@ def near_block_kernel(
                     x,
                     k,
                     s,
+                    value_bits,
+                    factor,
                     min_distance,
                     value_at_min,
                     slope_at_min,
+                    push_at_min,
                     inv_energy_unit,
                     energy_offset,
                     inv_force_unit,
@@ -202,8 +209,7 @@ def near_block_kernel(
                 )
                 energy += tl.sum(tl.where(near, value, 0.0), axis=1)
                 if WITH_FORCE:
-                    slope = tl.where(near, slope, 0.0)
-                    axial += tl.sum(slope, axis=1)
+                    axial += tl.sum(tl.where(near, slope, 0.0), axis=1)
                     force = push_apart(
                         force,
                         points_ptr,
@@ -213,8 +219,8 @@ def near_block_kernel(
                         sources_n,
                         mask_n,
                         inv_n,
-                        slope,
-                        side64,
+                        tl.where(near, push, 0.0),
+                        side,
                         first_k + offs_k,
                         first_k,
                         tl.minimum(first_k + BLOCK_K, k),
@@ -222,15 +228,16 @@ def near_block_kernel(
                     )
         if first_k == 0:
             before = tl.load(energy_ptr + lane, mask=mask_m, other=0.0)
-            tl.store(energy_ptr + lane, before + energy, mask=mask_m)
+            tl.store(energy_ptr + lane, (before + energy).to(tl.float32), mask=mask_m)
             if WITH_FORCE:
                 before = tl.load(axial_ptr + lane, mask=mask_m, other=0.0)
-                tl.store(axial_ptr + lane, before + axial, mask=mask_m)
+                axial = before + axial * deficit_m
+                tl.store(axial_ptr + lane, finite(axial), mask=mask_m)
         if WITH_FORCE:
             mask_k = mask_m[:, None] & (first_k + offs_k < k)[None, :]
             offs = lane[:, None].to(tl.int64) * slot_width + first_k + offs_k[None, :]
             before = tl.load(force_ptr + offs, mask=mask_k, other=0.0)
-            tl.store(force_ptr + offs, before + force.to(tl.float32), mask=mask_k)
+            tl.store(force_ptr + offs, finite(before + force), mask=mask_k)
 
 
 def splits(device: torch.device) -> bool:
@@ -347,6 +354,7 @@ def _add_block(
         pair.s,
         pair.coefficient_bits,
         pair.near_cosine,
+        pair.range_unit,
         **pair.branches(with_force, fast),
         FORCE_HALVES=coefficient.shape[1] if with_force else 1,
         BLOCK_M=COEFFICIENT_ROWS,
@@ -354,7 +362,7 @@ def _add_block(
         num_warps=4,
     )
     if columns is not None:
-        force += product(coefficient, columns)
+        force.add_(product(coefficient, columns), alpha=pair.range_unit)
     near_blocks = triton.cdiv(k, NEAR_COLUMNS) if with_force else 1
     near_block_kernel[(triton.cdiv(num_rows, NEAR_BLOCK), near_blocks)](
         x,
@@ -374,7 +382,7 @@ def _add_block(
         k,
         slots.force.shape[1],
         pair.near_cosine,
-        *pair.exact,
+        *pair.exact64,
         *pair.to_raw,
         **pair.branches(with_force, fast),
         BLOCK_M=NEAR_BLOCK,

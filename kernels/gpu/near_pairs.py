@@ -4,8 +4,9 @@
     r^2 = m2 or 4 - m2                              F' v_j = side F' v_i - side F' D_ij
 
 D comes from the raw rows in float64. The part of the gradient along v_i, side F', is large and
-falls out in the tangent projection but for its deficit: it is summed apart ("axial"), so nothing
-cancels. The grid is that of `pairwise` in smaller row tiles; a program whose rows met no close pair
+falls out in the tangent projection but for its deficit: it is summed apart ("axial", times that
+deficit), so nothing cancels. Between multiples of one row D is rounding: they push along v_i alone.
+The grid is that of `pairwise` in smaller row tiles; a program whose rows met no close pair
 returns at once, and one that met some pays for differences only in the tiles that hold them. What
 is done again is summed in float64.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .pair_function import (
     COSINE_SCALE,
+    LARGEST,
     LOG,
     UNIT_SCALE,
     PairConstants,
@@ -26,6 +28,13 @@ from .pair_function import (
 from .pairwise import add_force, cosines, load_rows
 from .plan import NEAR_BLOCK, Plan, Slots, Tiles, load_item
 from .project_normalize import UnitRows
+
+# |D|^2 below which two rows may be multiples of one row: far above the rounding of their norms, and
+# so small that few others have to be looked at
+MAYBE_MULTIPLES: tl.constexpr = tl.constexpr(1e-18)
+# what rounding leaves of an entry of D, against that of v_i, when its part along v_i is off
+# (float32 rows that are no multiples keep 2^-49 at least, half the last bit of a product)
+ROUNDING: tl.constexpr = tl.constexpr(2.0**-49)
 
 
 @triton.jit
@@ -49,14 +58,29 @@ def squared_difference(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """|v_i - side v_j|^2 of a tile, float64."""
+    """|v_i - side v_j|^2 of a tile, float64, and whether v_i and v_j are multiples of one row."""
     d2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
+    along = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
+    square = tl.zeros((BLOCK_M,), dtype=tl.float64)
     for column in range(0, k):
         a = load_unit(points_ptr, sources_m, mask_m, inv_m, column, k)
         b = load_unit(points_ptr, sources_n, mask_n, inv_n, column, k)
         d = a[:, None] - side * b[None, :]
         d2 += d * d
-    return d2
+        along += d * a[:, None]
+        square += a * a
+    multiples = d2 < MAYBE_MULTIPLES
+    if tl.max(tl.max(multiples.to(tl.int32), axis=1), axis=0) > 0:
+        # the largest excess over rounding of what D has across v_i
+        excess = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
+        along = along / square[:, None]
+        for column in range(0, k):
+            a = load_unit(points_ptr, sources_m, mask_m, inv_m, column, k)
+            b = load_unit(points_ptr, sources_n, mask_n, inv_n, column, k)
+            across = a[:, None] - side * b[None, :] - along * a[:, None]
+            excess = tl.maximum(excess, tl.abs(across) - ROUNDING * tl.abs(a)[:, None])
+        multiples = multiples & (excess <= 0.0)
+    return tl.where(multiples, 0.0, d2), multiples
 
 
 @triton.jit
@@ -73,9 +97,12 @@ def close_terms(
     x,
     k,
     s,
+    value_bits,
+    factor,
     min_distance,
     value_at_min,
     slope_at_min,
+    push_at_min,
     inv_energy_unit,
     energy_offset,
     inv_force_unit,
@@ -86,19 +113,42 @@ def close_terms(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Raw side F' and raw F of a tile from differences; x gives the side. Also side, float64."""
-    side = tl.where(x < 0.0, -1.0, 1.0)
-    side64 = side.to(tl.float64)
-    d2 = squared_difference(
-        points_ptr, sources_m, mask_m, inv_m, sources_n, mask_n, inv_n, side64, k, BLOCK_M, BLOCK_N
+    """Of a tile from differences, as the slots hold them: side F', F, and side. x gives the side.
+
+    side F' comes twice: as it multiplies v_i, and as it multiplies D_ij. All float64.
+    """
+    side = tl.where(x < 0.0, -1.0, 1.0).to(tl.float64)
+    d2, multiples = squared_difference(
+        points_ptr, sources_m, mask_m, inv_m, sources_n, mask_n, inv_n, side, k, BLOCK_M, BLOCK_N
     )
-    m2 = d2.to(tl.float32) + deficit_m[:, None] + deficit_n[None, :]
+    m2 = d2 + (deficit_m[:, None] + deficit_n[None, :])
     r2 = tl.where(x < 0.0, 4.0 - m2, m2)
     q2 = tl.where(x < 0.0, m2, 4.0 - m2)
     slope, value = exact_terms(
-        r2, q2, s, min_distance, value_at_min, slope_at_min, KIND, HALF, ANGLE, FAST
+        r2,
+        q2,
+        s,
+        value_bits,
+        factor,
+        min_distance,
+        value_at_min,
+        slope_at_min,
+        push_at_min,
+        KIND,
+        HALF,
+        ANGLE,
+        FAST,
     )
-    return side * slope * inv_force_unit, (value - energy_offset) * inv_energy_unit, side64
+    slope = side * slope * inv_force_unit
+    push = tl.where(multiples, 0.0, slope)
+    return slope, push, (value - energy_offset) * inv_energy_unit, side
+
+
+@triton.jit
+def finite(x):
+    """x in float32, the largest number for one beyond: infinity times 0 would be NaN."""
+    x = tl.where(x > LARGEST, LARGEST, x)
+    return tl.where(x < -LARGEST, -LARGEST, x).to(tl.float32)
 
 
 @triton.jit
@@ -112,18 +162,17 @@ def push_apart(
     mask_n,
     inv_n,
     slope,
-    side64,
+    side,
     offs_k,
     begin,
     end,
     k,
 ):
     """force - sum_j slope_ij D_ij in the columns [begin, end) of `offs_k`, float64, raw."""
-    slope64 = slope.to(tl.float64) * UNIT_SCALE
     for column in range(begin, end):
         a = load_unit(points_ptr, sources_m, mask_m, inv_m, column, k)
         b = load_unit(points_ptr, sources_n, mask_n, inv_n, column, k)
-        push = tl.sum(slope64 * (a[:, None] - side64 * b[None, :]), axis=1)
+        push = tl.sum(slope * (a[:, None] - side * b[None, :]), axis=1) * UNIT_SCALE
         force -= tl.where(offs_k[None, :] == column, push[:, None], 0.0)
     return force
 
@@ -144,10 +193,14 @@ def near_pairs_kernel(
     k,
     bits,
     near_cosine,
+    range_unit,
     s,
+    value_bits,
+    factor,
     min_distance,
     value_at_min,
     slope_at_min,
+    push_at_min,
     inv_energy_unit,
     energy_offset,
     inv_force_unit,
@@ -206,17 +259,19 @@ def near_pairs_kernel(
             if KIND == LOG:
                 terms = log2(terms, FAST)
             far = mask & (near == 0)
-            energy += tl.sum(tl.where(far, terms, 0.0), axis=1).to(tl.float64)
+            energy += tl.sum(tl.where(far, terms, 0.0), axis=1).to(tl.float64) * range_unit
             if WITH_FORCE:
                 coefficient = tl.where(far, coefficient, 0.0)
                 nothing = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-                force += add_force(nothing, coefficient, col_hi, col_lo, 3).to(tl.float64)
+                force += (
+                    add_force(nothing, coefficient, col_hi, col_lo, 3).to(tl.float64) * range_unit
+                )
 
             if tl.max(tl.max(near.to(tl.int32), axis=1), axis=0) > 0:
                 sources_n = (offs_n - shift).to(tl.int64)
                 inv_n = tl.load(inv_nu_ptr + offs_n, mask=mask_n, other=0.0)
                 deficit_n = tl.load(deficit_ptr + offs_n, mask=mask_n, other=0.0)
-                slope, value, side64 = close_terms(
+                slope, push, value, side = close_terms(
                     points_ptr,
                     sources_m,
                     mask_m,
@@ -229,9 +284,12 @@ def near_pairs_kernel(
                     x,
                     k,
                     s,
+                    value_bits,
+                    factor,
                     min_distance,
                     value_at_min,
                     slope_at_min,
+                    push_at_min,
                     inv_energy_unit,
                     energy_offset,
                     inv_force_unit,
@@ -242,10 +300,9 @@ def near_pairs_kernel(
                     BLOCK_M,
                     BLOCK_N,
                 )
-                energy += tl.sum(tl.where(near, value, 0.0), axis=1).to(tl.float64)
+                energy += tl.sum(tl.where(near, value, 0.0), axis=1)
                 if WITH_FORCE:
-                    slope = tl.where(near, slope, 0.0)
-                    axial += tl.sum(slope, axis=1).to(tl.float64)
+                    axial += tl.sum(tl.where(near, slope, 0.0), axis=1)
                     force = push_apart(
                         force,
                         points_ptr,
@@ -255,8 +312,8 @@ def near_pairs_kernel(
                         sources_n,
                         mask_n,
                         inv_n,
-                        slope,
-                        side64,
+                        tl.where(near, push, 0.0),
+                        side,
                         offs_k,
                         0,
                         k,
@@ -266,8 +323,8 @@ def near_pairs_kernel(
         tl.store(energy_ptr + out, energy.to(tl.float32))
         if WITH_FORCE:
             slot_ptrs = force_ptr + out[:, None] * k + offs_k[None, :]
-            tl.store(slot_ptrs, force.to(tl.float32), mask=(offs_k < k)[None, :])
-            tl.store(axial_ptr + out, axial.to(tl.float32))
+            tl.store(slot_ptrs, finite(force), mask=(offs_k < k)[None, :])
+            tl.store(axial_ptr + out, finite(axial * deficit_m))
 
 
 def near_pairs(
@@ -298,7 +355,8 @@ def near_pairs(
         points.shape[1],
         pair.coefficient_bits,
         pair.near_cosine,
-        *pair.exact,
+        pair.range_unit,
+        *pair.exact64,
         *pair.to_raw,
         **pair.branches(with_force, fast),
         COSINE_TERMS=cosine_terms,

@@ -5,8 +5,12 @@
     F'(c) is what multiplies v_j in the gradient of row i
 
 Two evaluations: `fast_terms` for the tensor-core tiles, where c is far from +-1, and `exact_terms`
-for pairs whose r^2 and 4 - r^2 both are known to full relative accuracy; it knows the tangent line
-below `min_distance` too. The fast one leaves constant factors out ("raw" terms, `PairConstants`).
+for pairs whose r^2 and 4 - r^2 both are known to full relative accuracy, in float32 or float64; it
+knows the tangent line below `min_distance` too. The fast one leaves constant factors out ("raw"
+terms, `PairConstants`).
+
+The forces of close pairs may be beyond float32 where the gradient, scaled by the number of pairs,
+is not. For pair functions that reach so far all sums are held in units of 2^range_bits.
 """
 
 import math
@@ -27,8 +31,17 @@ POWER: tl.constexpr = tl.constexpr(3)
 UNIT_SCALE: tl.constexpr = tl.constexpr(256.0)
 COSINE_SCALE: tl.constexpr = tl.constexpr(256.0 * 256.0)
 
-# r^2 below this is rounding: the rows are multiples of each other, and the pair has no direction
-COINCIDENT: tl.constexpr = tl.constexpr(1e-28)
+# the smallest distance that unit rows of 48 bits resolve (`direct`), and its square: what is nearer
+# is rounding, of rows that are multiples of each other
+SMALLEST_CHORD = 2.0**-46
+COINCIDENT: tl.constexpr = tl.constexpr(2.0**-92)
+# log2 of the largest F' that float32 sums take as it is, and of the unit of larger ones
+PLAIN_BITS, RANGE_BITS = 100, 80
+# the largest push f' that `direct` adds up, in that unit: over SMALLEST_CHORD still a float32.
+# Longer ones end here; what is left of them in the gradient is infinite
+LARGEST_PUSH = 2.0**72
+# for float64 sums, and what of them goes into a slot
+LARGEST: tl.constexpr = tl.constexpr(2.0**127)
 
 # chord below which 2 - 2c (absolute error 2e-7) is not trusted and the near-pair kernel takes over:
 # there F' of s = 2 is off by 1e-5, and random rows meet so closely only in some ten dimensions
@@ -57,7 +70,9 @@ class PairConstants:
     """A pair function as kernel arguments.
 
     The true value of a pair is `energy_unit` times the raw one plus `energy_offset`, its true F'
-    is `force_unit` times the raw one. For s = 0 the raw value is log2 of `fast_terms`' energy.
+    is `force_unit` times the raw one. For s = 0 the raw value is log2 of `fast_terms`' energy. Sums
+    over pairs, in the slots, are in units of 2^`range_bits`; so is what `exact_terms` makes of F',
+    and of F where it takes an exponential (2^`value_bits`).
     """
 
     kind: int
@@ -68,10 +83,13 @@ class PairConstants:
     energy_unit: float
     energy_offset: float
     force_unit: float
+    range_bits: float
+    value_bits: float
     near_cosine: float
     min_distance: float
     value_at_min: float
     slope_at_min: float
+    push_at_min: float
 
     def branches(self, with_force: bool, fast: bool) -> dict[str, object]:
         """The constants of a launch that decide what its kernel computes."""
@@ -84,14 +102,32 @@ class PairConstants:
         }
 
     @property
-    def exact(self) -> tuple[float, float, float, float]:
-        """What `exact_terms` takes: s, and the tangent line."""
-        return self.s, self.min_distance, self.value_at_min, self.slope_at_min
+    def exact(self) -> tuple[float, float, float, float, float, float, float]:
+        """What `exact_terms` takes: s, the units, and the tangent line."""
+        push = min(self.push_at_min, LARGEST_PUSH)
+        return *self.exact64[:-1], push
+
+    @property
+    def exact64(self) -> tuple[float, float, float, float, float, float, float]:
+        """The same for float64."""
+        factor = (self.s or 1.0) * self.value_unit
+        tangent = self.min_distance, self.value_at_min, self.slope_at_min, self.push_at_min
+        return self.s, self.value_bits, factor, *tangent
+
+    @property
+    def range_unit(self) -> float:
+        """What turns sums of raw values into what the slots hold."""
+        return 2.0**-self.range_bits
+
+    @property
+    def value_unit(self) -> float:
+        """What turns F as `exact_terms` has it into what the slots hold, but for the raw unit."""
+        return 2.0 ** (self.value_bits - self.range_bits)
 
     @property
     def to_raw(self) -> tuple[float, float, float]:
-        """What turns true values into raw ones: per energy, offset of the energy, per force."""
-        return 1.0 / self.energy_unit, self.energy_offset, 1.0 / self.force_unit
+        """From `exact_terms` to the slots: per energy, offset of the energy, per force."""
+        return self.value_unit / self.energy_unit, self.energy_offset, 1.0 / self.force_unit
 
 
 @lru_cache(maxsize=256)
@@ -118,10 +154,16 @@ def _constants(s: float, half_space: bool, angular: bool, m: float) -> PairConst
             largest = -(s + 1.0) * math.log2(theta) - math.log2(max(math.sin(theta), 0.1))
         bits = math.floor(COEFFICIENT_MAX_BITS - largest)
         energy_unit, force_unit = 2.0**-bits, s * 2.0**-bits
+    # f'(m), which no push is longer than
+    push_bits = math.log2(s or 1.0) - (s + 1.0) * math.log2(m) if m > 0 else math.inf
+    far_reaching = push_bits - math.log2(SMALLEST_CHORD) > PLAIN_BITS
+    range_bits = float(RANGE_BITS if far_reaching else 0)
+    value_bits = range_bits if kind == POWER.value else 0.0
+    push = min(_float32_power(push_bits - range_bits), LARGEST.value)
     value = slope = 0.0
     if m > 0:
-        value = -math.log(m) if s == 0 else m**-s
-        slope = -1.0 / m if s == 0 else -s * m ** (-s - 1.0)
+        value = -math.log(m) if s == 0 else _float32_power(-s * math.log2(m) - value_bits)
+        slope = -_float32_power(push_bits - value_bits)
     return PairConstants(
         kind=kind,
         half_space=half_space,
@@ -131,11 +173,19 @@ def _constants(s: float, half_space: bool, angular: bool, m: float) -> PairConst
         energy_unit=energy_unit,
         energy_offset=energy_offset,
         force_unit=force_unit,
+        range_bits=range_bits,
+        value_bits=value_bits,
         near_cosine=1.0 - near_chord**2 / 2.0,
         min_distance=m,
         value_at_min=value,
         slope_at_min=slope,
+        push_at_min=push,
     )
+
+
+def _float32_power(bits: float) -> float:
+    """2^bits, infinite where float32 has it so."""
+    return 2.0**bits if bits < 128.0 else math.inf
 
 
 def pair_constants(pair: Pair) -> PairConstants:
@@ -146,7 +196,9 @@ def pair_constants(pair: Pair) -> PairConstants:
 @triton.jit
 def rsqrt(x, FAST: tl.constexpr):
     """1/sqrt(x): one special-function instruction where FAST (NVIDIA), portable elsewhere."""
-    if FAST:
+    if x.dtype == tl.float64:
+        return 1.0 / tl.sqrt(x)
+    elif FAST:
         return tl.inline_asm_elementwise(
             "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -157,7 +209,9 @@ def rsqrt(x, FAST: tl.constexpr):
 @triton.jit
 def reciprocal(x, FAST: tl.constexpr):
     """1/x, without the range reduction of a division where FAST."""
-    if FAST:
+    if x.dtype == tl.float64:
+        return 1.0 / x
+    elif FAST:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -168,7 +222,9 @@ def reciprocal(x, FAST: tl.constexpr):
 @triton.jit
 def log2(x, FAST: tl.constexpr):
     """log2(x); the portable one is about 20 instructions of software."""
-    if FAST:
+    if x.dtype == tl.float64:
+        return tl.log2(x)
+    elif FAST:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -278,14 +334,20 @@ def exact_side(
     r2,
     q2,
     s,
+    bits,
+    factor,
     m,
     value_at_m,
     slope_at_m,
+    push_at_m,
     KIND: tl.constexpr,
     ANGLE: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """True F' and f of one side from r^2 and q^2 = 4 - r^2; the tangent line below t = m."""
+    """F' and f of one side from r^2 and q^2 = 4 - r^2, in the units of `PairConstants.exact`.
+
+    Below t = m the tangent line; where two rows coincide F' is 0.
+    """
     if ANGLE:
         t = angle(r2, q2)
         inverse = reciprocal(t, FAST)
@@ -293,25 +355,25 @@ def exact_side(
     else:
         inverse = rsqrt(r2, FAST)
         # r^2 / r, and 0 where that is 0 / 0
-        t = r2 * tl.minimum(inverse, 1.0e30)
+        t = r2 * tl.minimum(inverse, 3.0e38)
         sine2 = r2
     if KIND == LOG:
         f = -0.6931471805599453 * log2(t, FAST)
-        push = inverse
+        push = factor * inverse
     elif KIND == ONE:
         f = inverse
-        push = inverse * inverse
+        push = factor * inverse * inverse
     elif KIND == TWO:
         f = inverse * inverse
-        push = 2.0 * f * inverse
+        push = factor * f * inverse
     else:
-        f = tl.exp2(-s * log2(t, FAST))
-        push = s * f * inverse
-    below = t < m
-    f = tl.where(below, value_at_m + slope_at_m * (t - m), f)
-    push = tl.where(below, -slope_at_m, push)
+        f = tl.exp2(-s * log2(t, FAST) - bits)
+        push = factor * f * inverse
+    f = tl.where(t < m, value_at_m + slope_at_m * (t - m), f)
+    # f' is steepest on the tangent line; NaN comes out of the difference of the rows
+    push = tl.minimum(push, push_at_m)
     # dt/dc = -1/r or -1/sin theta
-    return tl.where(sine2 <= COINCIDENT, 0.0, push * rsqrt(sine2, FAST)), f
+    return tl.where(sine2 == 0.0, 0.0, push * rsqrt(sine2, FAST)), f
 
 
 @triton.jit
@@ -319,19 +381,24 @@ def exact_terms(
     r2,
     q2,
     s,
+    bits,
+    factor,
     m,
     value_at_m,
     slope_at_m,
+    push_at_m,
     KIND: tl.constexpr,
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """True F' and F of pairs with exact r^2 and q^2 = 4 - r^2."""
-    slope, value = exact_side(r2, q2, s, m, value_at_m, slope_at_m, KIND, ANGLE, FAST)
+    """F' and F of pairs with exact r^2 and q^2 = 4 - r^2, in the units of `exact_side`."""
+    slope, value = exact_side(
+        r2, q2, s, bits, factor, m, value_at_m, slope_at_m, push_at_m, KIND, ANGLE, FAST
+    )
     if HALF:
         mirrored, mirrored_value = exact_side(
-            q2, r2, s, m, value_at_m, slope_at_m, KIND, ANGLE, FAST
+            q2, r2, s, bits, factor, m, value_at_m, slope_at_m, push_at_m, KIND, ANGLE, FAST
         )
         slope -= mirrored
         value += mirrored_value

@@ -113,6 +113,7 @@ def pairwise_kernel(
     axial_ptr,
     s,
     bits,
+    range_unit,
     KIND: tl.constexpr,
     HALF: tl.constexpr,
     ANGLE: tl.constexpr,
@@ -126,7 +127,9 @@ def pairwise_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (items,). Per slot and row: raw force [K], raw energy, largest COSINE_SCALE * c."""
+    """Grid (items,). Per slot and row: force [K] and energy, raw but for `range_unit`, axial = 0,
+    largest COSINE_SCALE * c.
+    """
     row0, tile_begin, tile_end, end_row, slot, _ = load_item(items_ptr, tl.program_id(0))
     offs_m = row0 + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -169,7 +172,8 @@ def pairwise_kernel(
     lane = tl.arange(0, BLOCK_M)
     slot_ptr = force_ptr + slot.to(tl.int64) * (BLOCK_M * K)
     if WITH_FORCE:
-        tl.store(slot_ptr + lane[:, None] * K + offs_k[None, :], force, mask=(offs_k < K)[None, :])
+        slot_ptrs = slot_ptr + lane[:, None] * K + offs_k[None, :]
+        tl.store(slot_ptrs, force * range_unit, mask=(offs_k < K)[None, :])
     total_energy = energy
     for begin in range(0, num_clean, TILES_PER_SUM):
         force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
@@ -198,11 +202,11 @@ def pairwise_kernel(
             tl.debug_barrier()
             slot_ptrs = slot_ptr + lane[:, None] * K + offs_k[None, :]
             before = tl.load(slot_ptrs, mask=(offs_k < K)[None, :], other=0.0)
-            tl.store(slot_ptrs, before + force, mask=(offs_k < K)[None, :])
+            tl.store(slot_ptrs, before + force * range_unit, mask=(offs_k < K)[None, :])
         total_energy += energy
 
     out = slot.to(tl.int64) * BLOCK_M + lane
-    tl.store(energy_ptr + out, total_energy)
+    tl.store(energy_ptr + out, total_energy * range_unit)
     tl.store(nearest_ptr + out, nearest)
     if WITH_FORCE:
         tl.store(axial_ptr + out, tl.zeros((BLOCK_M,), dtype=tl.float32))
@@ -244,6 +248,7 @@ def pairwise(
         slots.axial,
         pair.s,
         pair.coefficient_bits,
+        pair.range_unit,
         **pair.branches(with_force, fast),
         COSINE_TERMS=terms[0],
         FORCE_TERMS=terms[1],

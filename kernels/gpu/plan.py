@@ -255,7 +255,7 @@ class Slots:
         # largest cosine (either sign where c = -1 matters too), times COSINE_SCALE
         self.nearest = torch.empty(rows, dtype=torch.float32, device=device)
         self.force = torch.empty(force_rows, width, dtype=torch.float32, device=device)
-        # sum of side F' over close pairs: what `finish` multiplies by deficit_i v_i
+        # deficit_i times the sum of side F' over close pairs: what `finish` multiplies by v_i
         self.axial = torch.empty(force_rows, dtype=torch.float32, device=device)
 
 
