@@ -47,7 +47,7 @@ sanitize: $(INSTALLED)
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
-		$(BIN)/pytest -m "not long" $(ARGS) tests/test_cpu_kernel.py
+		$(BIN)/pytest -m "not long" $(ARGS) tests/kernels/test_cpu_kernel.py
 
 # random calls of its C interface, by libFuzzer
 fuzz:
@@ -59,7 +59,7 @@ fuzz:
 			-fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "$$@" \
 			-c kernels/cpu/$$name.cpp -o build/fuzz/$$name.o || exit 1; \
 	done
-	$(FUZZ_CXX) -O1 -std=c++17 $(SANITIZERS) -fsanitize=fuzzer -fopenmp tests/fuzz_cpu.cpp \
+	$(FUZZ_CXX) -O1 -std=c++17 $(SANITIZERS) -fsanitize=fuzzer -fopenmp tests/kernels/fuzz_cpu.cpp \
 		build/fuzz/*.o -lm -o build/fuzz/fuzz
 	build/fuzz/fuzz -runs=$(FUZZ_RUNS) -max_len=64 -len_control=0 -seed=1 -artifact_prefix=build/fuzz/
 

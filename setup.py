@@ -157,6 +157,8 @@ setup(
         "comhe_ext.kernels",
         "comhe_ext.kernels.cpu",
         "comhe_ext.kernels.gpu",
+        "comhe_ext.operators",
+        "comhe_ext.projections",
     ],
     package_dir=package_dir(),
     package_data={"comhe_ext": ["py.typed"]},

@@ -45,7 +45,8 @@ from bench.options import Options
 from bench.screen import Steps, make_table
 from bench.shapes import Case, Shape
 from bench.store import RESULTS, ROOT, Row
-from comhe_ext import ops
+from comhe_ext import backends
+from comhe_ext.kernels.pair_functions import Riesz
 
 CONFIDENCE = 0.95
 
@@ -229,7 +230,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, threads: int, console: Console) -> None:
     started = time.perf_counter()
     plan = QUICK if args.quick else FULL
-    backend = ops.choose_backend(None, torch.device("cpu"), torch.float32)
+    backend = backends.choose(None, Riesz(), torch.device("cpu"), torch.float32)
     console.print(
         f"comhe_ext {comhe_ext.__version__}, backend {backend!r}; PyTorch {torch.__version__}, "
         f"Python {platform.python_version()}; {machine.name('cpu')}; threads: {threads}"

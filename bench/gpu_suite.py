@@ -36,8 +36,9 @@ from torch import Tensor
 
 from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import backend, plan
+from comhe_ext.kernels.pair_functions import Riesz
+from comhe_ext.kernels.sweep import Projected, SweepRequest
 from comhe_ext.models import neuron_shapes, resnet50
-from comhe_ext.potentials import Potential
 from comhe_ext.testing import (
     exact_energy_and_gradient,
     paired_rows,
@@ -159,9 +160,10 @@ class Suite:
 def sweep(
     points: Tensor, sizes: list[int], half_space: bool = False, with_gradient: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    pair = Potential(2.0, half_space)
+    pair = Riesz(2.0, half_space=half_space)
     scales = [pair.scale(n, "mean") for n in sizes]
-    return gpu.sweep(points, sizes, scales, pair, 0.0, with_gradient)
+    result = gpu.sweep(SweepRequest(points, sizes, scales, pair, gradient=with_gradient))
+    return result.energy, result.gradient
 
 
 def naive(points: Tensor, sizes: list[int], half_space: bool) -> Tensor:
@@ -287,8 +289,8 @@ def accuracy(suite: Suite, n: int, k: int, angle: float | None, half_space: bool
     expected, expected_gradient = exact_energy_and_gradient(
         points, 2.0, half_space=half_space, min_distance=0.0
     )
-    pair = Potential(2.0, half_space, False, 0.0)
-    energy, gradient = gpu.sweep(points, [n], [pair.scale(n, "mean")], pair, 0.0, True)
+    pair = Riesz(2.0, 0.0, half_space=half_space)
+    energy, gradient, *_ = gpu.sweep(SweepRequest(points, [n], [pair.scale(n, "mean")], pair))
     assert gradient is not None
     errors = {
         "energy_error": relative_error(energy[0], expected),
@@ -311,13 +313,15 @@ def layers(
 def projected(
     weights: list[Tensor], matrices: list[Tensor | None], k: int
 ) -> tuple[Tensor, Tensor | None]:
-    pair = Potential(2.0, True)
-    scales = [
-        pair.scale(w.shape[0], "mean")
+    pair = Riesz(2.0, half_space=True)
+    sizes = [
+        w.shape[0]
         for w, m in zip(weights, matrices, strict=True)
         for _ in range(1 if m is None else m.shape[0])
     ]
-    return gpu.project_sweep(weights, matrices, scales, pair, 0.0, True)
+    scales = [pair.scale(n, "mean") for n in sizes]
+    result = gpu.sweep(SweepRequest(Projected(weights, matrices), sizes, scales, pair))
+    return result.energy, result.gradient
 
 
 def bound_us(sizes: list[int], k: int, half_space: bool) -> float | None:
@@ -461,7 +465,7 @@ def main() -> int:
     suite = Suite(options)
     suite.do("environment", lambda: environment(suite))
     if not suite.dry:
-        suite.do("tests: test_gpu.py", lambda: run_tests(suite, "tests/test_gpu.py"))
+        suite.do("tests: test_gpu.py", lambda: run_tests(suite, "tests/kernels/test_gpu.py"))
     sizes = ((40, 20), (70, 3)) if suite.dry else ACCURACY
     for (n, k), half_space, angle in itertools.product(
         sizes, (False, True), (None, 1e-2, 1e-3, 1e-4)
@@ -480,9 +484,10 @@ def main() -> int:
     if not suite.dry:
         for tool in ("memcheck", "racecheck"):
             suite.do(f"sanitizer {tool}", partial(sanitize, suite, tool))
-        for file in sorted((ROOT / "tests").glob("test_*.py")):
+        for file in sorted((ROOT / "tests").rglob("test_*.py")):
             if file.name != "test_gpu.py":
-                suite.do(f"tests: {file.name}", partial(run_tests, suite, f"tests/{file.name}"))
+                path = str(file.relative_to(ROOT))
+                suite.do(f"tests: {file.name}", partial(run_tests, suite, path))
         suite.do(
             "benchmark sweep",
             lambda: benchmark(

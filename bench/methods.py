@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import comhe_ext
 from bench.naive import naive_energy
-from comhe_ext import ops
-from comhe_ext.functional import Backend
+from comhe_ext import backends
+from comhe_ext.settings import BackendName
 
 Energies = Callable[[Tensor], Tensor]  # [B, N, k] -> [B]
 Sweep = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]  # rows -> energy, and gradient
@@ -56,7 +56,7 @@ class Method:
         if device not in self.devices:
             return f"does not run on {device}"
         if self.family == OURS:
-            return ops.unavailable(self.name.removeprefix("comhe-"))
+            return backends.unavailable(self.name.removeprefix("comhe-"))
         return None
 
     def version(self) -> str:
@@ -95,7 +95,7 @@ def direction(points: Tensor) -> Tensor:
 # --- ours -----------------------------------------------------------------------------------------
 
 
-def load_ours(backend: Backend) -> Energies:
+def load_ours(backend: BackendName) -> Energies:
     return partial(comhe_ext.hyperspherical_energy, backend=backend)
 
 

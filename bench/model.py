@@ -24,7 +24,7 @@ from bench.screen import Steps, make_table
 from bench.store import Table
 from bench.worker import Call, Job, load_result
 from comhe_ext.models import LlamaBlock, ViT, resnet50
-from comhe_ext.regularizer import ProjectionName
+from comhe_ext.projections import ProjectionName
 
 TABLE = Table(
     "model",

@@ -8,7 +8,7 @@ from importlib import metadata
 import torch
 
 import comhe_ext
-from comhe_ext import ops
+from comhe_ext import backends
 
 
 def _version(package: str) -> str:
@@ -27,10 +27,10 @@ def info() -> Iterator[tuple[str, str]]:
     yield "threads", str(torch.get_num_threads())
     if torch.cuda.is_available():
         yield "gpu", torch.cuda.get_device_name()
-    for backend in ops.BACKENDS:
-        reason = ops.unavailable(backend)
+    for backend in backends.BACKENDS:
+        reason = backends.unavailable(backend)
         yield f"backend {backend}", "available" if reason is None else f"not available: {reason}"
-    if ops.unavailable("cpu") is None:
+    if backends.unavailable("cpu") is None:
         from comhe_ext.kernels.cpu import binding
 
         yield "instruction set", binding.instruction_set()

@@ -17,22 +17,15 @@ is said there.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from comhe_ext.potentials import Potential
+from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 
 
-def random_energy(
-    n: int,
-    d: int,
-    s: float = 2.0,
-    *,
-    half_space: bool = False,
-    angular: bool = False,
-    min_distance: float = 0.0,
-) -> float:
+def random_energy(n: int, d: int, pair: PairFunction) -> float:
     """Give the expected mean energy of `n` independent uniform directions in `d` dimensions.
 
     What a layer of random initial weights has, to hold a layer's energy against: below it the rows
@@ -41,9 +34,8 @@ def random_energy(
     Args:
         n: number of rows.
         d: number of columns.
-        s, half_space, angular: see `comhe_ext.hyperspherical_energy`.
-        min_distance: see there, but 0 by default, the pure definition. It matters where close pairs
-            do: s near d - 1 or above.
+        pair: the pair function; its tangent line matters where close pairs do, s near d - 1 or
+            above.
 
     Returns:
         The mean over pairs; 0 without pairs; infinite where min_distance = 0 and s >= d - 1.
@@ -51,39 +43,36 @@ def random_energy(
     Source: by chord r^2/4 has the Beta distribution of a = b = (d - 1)/2; by angle, and with a
     tangent line, the integral over sin^(d - 2) is done numerically.
     """
-    pair = Potential(s, False, angular, min_distance)
-    if n < 2:
-        mean = 0.0
-    elif min_distance == 0 and s >= d - 1:
-        mean = math.inf
-    elif d == 1:
-        mean = (_value(pair, 1.0) + _value(pair, -1.0)) / 2
-    elif angular or min_distance > 0:
-        mean = _mean_over_angles(d, pair)
-    elif s == 0:
-        psi = torch.digamma(torch.tensor([(d - 1) / 2, d - 1], dtype=torch.float64))
-        mean = -(math.log(4) + float(psi[0] - psi[1])) / 2
-    else:
-        a = (d - 1) / 2
-        gammas = [a - s / 2, 2 * a, a, 2 * a - s / 2]
-        signs = [1, 1, -1, -1]
-        log = sum(sign * math.lgamma(x) for sign, x in zip(signs, gammas, strict=True))
-        mean = 2.0**-s * math.exp(log)
-    if not half_space or n == 0:
+    mean = _mean_of_random_pairs(d, replace(pair, half_space=False)) if n > 1 else 0.0
+    if not pair.half_space or n == 0:
         return mean
     return (n * (n - 1) * 2 * mean + n * _value(pair, -1.0)) / (n * (2 * n - 1))
 
 
+def _mean_of_random_pairs(d: int, pair: PairFunction) -> float:
+    """Expected value of f between two random directions."""
+    if d == 1:
+        return (_value(pair, 1.0) + _value(pair, -1.0)) / 2
+    if not isinstance(pair, Riesz):
+        return _mean_over_angles(d, pair)
+    s = pair.s
+    if pair.min_distance == 0 and s >= d - 1:
+        return math.inf
+    if pair.angular or pair.min_distance > 0:
+        return _mean_over_angles(d, pair)
+    a = (d - 1) / 2
+    if s == 0:
+        psi = torch.digamma(torch.tensor([a, 2 * a], dtype=torch.float64, device="cpu"))
+        return -(math.log(4) + float(psi[0] - psi[1])) / 2
+    gammas = [a - s / 2, 2 * a, a, 2 * a - s / 2]
+    signs = [1, 1, -1, -1]
+    log = sum(sign * math.lgamma(x) for sign, x in zip(signs, gammas, strict=True))
+    mean: float = 2.0**-s * math.exp(log)
+    return mean
+
+
 def lowest_energy(
-    n: int,
-    d: int,
-    s: float = 2.0,
-    *,
-    half_space: bool = False,
-    angular: bool = False,
-    eps: float = 0.0,
-    min_distance: float = 1e-3,
-    dead: int | None = None,
+    n: int, d: int, pair: PairFunction, *, eps: float = 0.0, dead: int | None = None
 ) -> float:
     """Give a lower bound of the mean energy of `n` rows in `d` dimensions, whatever they are.
 
@@ -93,7 +82,8 @@ def lowest_energy(
     Args:
         n: number of rows.
         d: number of columns.
-        s, half_space, angular, eps, min_distance: see `comhe_ext.hyperspherical_energy`.
+        pair: the pair function.
+        eps: see `comhe_ext.hyperspherical_energy`.
         dead: how many of the rows are zero; None allows any number. In half space dead rows, which
             are orthogonal to all others, undercut the bound of live ones where n > d. Without
             effect where eps > 0, which allows rows of any length.
@@ -101,12 +91,11 @@ def lowest_energy(
     Returns:
         The bound; 0 without pairs.
     """
-    single = Potential(s, False, angular, min_distance)
-    if not half_space:
+    single, folded = replace(pair, half_space=False), pair
+    if not pair.half_space:
         return _lowest_of_full_space(n, single) if n > 1 else 0.0
     if n == 0:
         return 0.0
-    folded = Potential(s, True, angular, min_distance)
     orthogonal = folded.of_cosine(_number(2.0), _number(2.0))[0]
     welch = max(n - d, 0) / (d * (n - 1)) if n > 1 else 0.0
     convex = _has_supporting_line(welch, folded)
@@ -121,8 +110,8 @@ def lowest_energy(
     def of_lengths(total: Tensor) -> Tensor:
         """A bound of the sum where those of rho are `total`: sum c^2 >= total^2/d - sum rho^2."""
         mean = total / n
-        distance = math.pi / 2 * (1 + mean) if angular else (2 + 2 * mean).sqrt()
-        antipodes = n * single.of_distance(distance)[0]
+        distance = math.pi / 2 * (1 + mean) if pair.angular else (2 + 2 * mean).sqrt()
+        antipodes = n * single.at_distance(distance)[0]
         if n == 1:
             return antipodes
         squares = (total.square() / d - total) / (n * (n - 1))
@@ -152,12 +141,12 @@ def _number(x: float) -> Tensor:
     return torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
-def _value(pair: Potential, c: float) -> float:
+def _value(pair: PairFunction, c: float) -> float:
     """F at the cosine c."""
     return float(pair.one_sided(_number(2 - 2 * c), _number(2 + 2 * c))[0])
 
 
-def _lowest_of_full_space(n: int, pair: Potential) -> float:
+def _lowest_of_full_space(n: int, pair: PairFunction) -> float:
     """The bound of F's mean over the pairs of `n` rows."""
     c = -1.0 / (n - 1)
     value, slope, curve = (float(x) for x in pair.one_sided(_number(2 - 2 * c), _number(2 + 2 * c)))
@@ -174,11 +163,11 @@ def _lowest_of_full_space(n: int, pair: Potential) -> float:
     # origin parts two rows with probability angle/pi, and at most so many pairs
     parted = (n // 2) * (n - n // 2)
     mean_angle = math.pi * parted / (n * (n - 1) / 2)
-    by_angle = float(pair.of_distance(_number(mean_angle))[0])
+    by_angle = float(pair.at_distance(_number(mean_angle))[0])
     return max(value, by_angle) if supported else by_angle
 
 
-def _has_supporting_line(squares: float, folded: Potential) -> bool:
+def _has_supporting_line(squares: float, folded: PairFunction) -> bool:
     """Whether F(c) + F(-c), as a function of c^2, lies above its tangent at c^2 = `squares`.
 
     Its power series has no negative coefficients, so it does up to where the tangent line of the
@@ -208,12 +197,12 @@ def _least_on_interval(function: Callable[[Tensor], Tensor], low: float, high: f
     return float(values.min())
 
 
-def _mean_over_angles(d: int, pair: Potential) -> float:
+def _mean_over_angles(d: int, pair: PairFunction) -> float:
     """Mean of the pair function of random directions, by the tanh-sinh rule: 0 may be singular.
 
     Once below and once above the angle where the tangent line takes over, for f has a kink there.
     """
-    s, bound = pair.s, pair.min_distance
+    bound = pair.min_distance
     kink = bound if pair.angular else 2 * math.asin(bound / 2)
     u = torch.linspace(-6.0, 6.0, 2001, dtype=torch.float64, device="cpu")
     # the distances of the nodes from both ends, each exact where it is small
@@ -228,12 +217,15 @@ def _mean_over_angles(d: int, pair: Potential) -> float:
         log_density = math.log(end - begin) + log_weight
         log_density += (d - 2) * torch.minimum(theta, rest).sin().log()
         t = theta if pair.angular else 2 * (theta / 2).sin()
-        reach = t.clamp(min=bound)
-        beyond = 1 - t / reach  # how far along the tangent line
-        if s == 0:
-            part = (beyond - reach.log()) * log_density.exp()
-        else:
-            part = (log_density - s * reach.log()).exp() * (1 + s * beyond)
+        if isinstance(pair, Riesz):
+            reach = t.clamp(min=bound)
+            beyond = 1 - t / reach  # how far along the tangent line
+            if pair.s == 0:
+                part = (beyond - reach.log()) * log_density.exp()
+            else:
+                part = (log_density - pair.s * reach.log()).exp() * (1 + pair.s * beyond)
+        else:  # bounded
+            part = pair.of_distance(t)[0] * log_density.exp()
         total += float(log_density.exp().sum())
         mean += float(part.sum())
     return mean / total

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from comhe_ext import functional, ops
-from comhe_ext.layers import NOWHERE_TO_TURN, Layer, Selector, Split, survey
+from comhe_ext.layers import NOWHERE_TO_TURN, Layer, survey
+from comhe_ext.operators.library import compute_dtype
+from comhe_ext.packing import Part, total_energy
 from comhe_ext.projections import random_projection
+from comhe_ext.selectors import Selector, Split
+from comhe_ext.settings import (
+    BackendName,
+    Settings,
+    check_count,
+    check_number,
+    check_tensor,
+    energy_settings,
+)
 
 
 def minimum_energy_(
@@ -29,7 +39,7 @@ def minimum_energy_(
     tolerance: float = 1e-3,
     generator: Generator | None = None,
     progress: bool | str = False,
-    backend: functional.Backend | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """Turn the rows of `weight` in place to directions of low hyperspherical energy.
 
@@ -82,7 +92,7 @@ def minimum_energy_(
             "`weight` must not be expanded, got elements that share a place in memory: "
             "pass weight.clone()"
         )
-    settings = functional.Settings(s, half_space, angular, backend=backend)
+    settings = energy_settings(s, half_space, angular, backend=backend)
     settings.options([weight])
     for argument, count in (
         ("num_projections", num_projections),
@@ -90,9 +100,9 @@ def minimum_energy_(
         ("steps", steps),
         ("patience", patience),
     ):
-        functional.check_count(argument, count)
+        check_count(argument, count)
     for argument, number in (("lr", lr), ("momentum", momentum), ("tolerance", tolerance)):
-        if not functional.check_number(argument, number) >= 0:
+        if not check_number(argument, number) >= 0:
             raise ValueError(f"`{argument}` must be at least 0, got {number}")
         if math.isinf(number):
             raise ValueError(f"`{argument}` must be finite, got {number}")
@@ -108,7 +118,7 @@ def minimum_energy_(
     # what is computed needs autograd, also for a caller in inference mode
     with torch.inference_mode(False), torch.no_grad():
         rows = weight.flatten(1).to(
-            ops.compute_dtype(weight), copy=True, memory_format=torch.contiguous_format
+            compute_dtype(weight), copy=True, memory_format=torch.contiguous_format
         )
         largest, lengths = _normalize_(rows)
         velocity = torch.zeros_like(rows)
@@ -210,7 +220,7 @@ def _assign_all(layers: Sequence[Layer], rows: Sequence[Tensor]) -> None:
 
 def _check_weight(name: str, weight: Tensor) -> None:
     """Raise before anything is computed if the rows cannot be turned."""
-    functional.check_tensor(name, weight)
+    check_tensor(name, weight)
     if weight.is_meta:
         raise TypeError(
             f"`{name}` must hold numbers, got a meta tensor: allocate it and give it values before"
@@ -259,11 +269,11 @@ def _normalize_(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _energy_and_gradient(
-    rows: Tensor, matrices: Tensor | None, settings: functional.Settings
+    rows: Tensor, matrices: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = rows.detach().requires_grad_()
-        energy = functional.total_energy([leaf.unsqueeze(0)], [matrices], [1.0], settings.options)
+        energy = total_energy([Part(leaf.unsqueeze(0), matrices)], settings)
         (gradient,) = torch.autograd.grad(energy, leaf)
     return energy.detach(), gradient
 

@@ -3,17 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from comhe_ext import weights
-from comhe_ext.ops import quote
-
-Selector: TypeAlias = str | type[nn.Module]
-# a number of equal parts, or the rows of each part
-Split: TypeAlias = int | Sequence[int]
+from comhe_ext.selectors import Selector, Split, as_patterns, as_selectors, check_pattern
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -254,36 +250,6 @@ def survey(
     return Survey(layers, left_out)
 
 
-def check_pattern(pattern: str, names: Sequence[str]) -> None:
-    """Raise if the pattern fits none of the names."""
-    if not any(fnmatchcase(name, pattern) for name in names):
-        raise ValueError(f"pattern {pattern!r} matches no layer; the layers are {list(names)}")
-
-
-def as_selectors(argument: str, given: object) -> tuple[Selector, ...]:
-    """A selector, or several, as a tuple."""
-    if isinstance(given, (str, type)):
-        given = (given,)
-    if not isinstance(given, Iterable):
-        raise TypeError(f"`{argument}` must hold patterns or module types, got {quote(given)}")
-    selectors = tuple(given)
-    for selector in selectors:
-        is_type = isinstance(selector, type) and issubclass(selector, nn.Module)
-        if not (isinstance(selector, str) or is_type):
-            raise TypeError(
-                f"`{argument}` must hold patterns or module types, got {quote(selector)}"
-            )
-    return selectors
-
-
-def as_patterns(argument: str, given: str | Iterable[str]) -> tuple[str, ...]:
-    """A glob pattern, or several, as a tuple."""
-    patterns = tuple(x for x in as_selectors(argument, given) if isinstance(x, str))
-    if len(patterns) < len(as_selectors(argument, given)):
-        raise TypeError(f"`{argument}` must hold patterns, got {quote(given)}")
-    return patterns
-
-
 def _check_types(selectors: Sequence[Selector], candidates: Sequence[_Candidate]) -> None:
     """Raise for a type of which nothing is known to be a neuron."""
     for selector in selectors:
@@ -313,7 +279,7 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     """The modules of supported types, then the bare parameters."""
     owned: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, SUPPORTED_TYPES) or _has_columns(module):
+        if isinstance(module, SUPPORTED_TYPES) or has_columns(module):
             owned.update(map(id, module.parameters(recurse=False)))
             yield _Candidate(name, module)
     for name, module in model.named_modules():
@@ -351,13 +317,13 @@ def _fits(candidate: _Candidate, selectors: Sequence[Selector], tied: bool) -> b
         else:
             fits = isinstance(candidate.module, selector)
             # GPT-2's Linear goes where a Linear would
-            fits |= selector is nn.Linear and _has_columns(candidate.module)
+            fits |= selector is nn.Linear and has_columns(candidate.module)
         if fits:
             return True
     return False
 
 
-def _has_columns(module: nn.Module) -> bool:
+def has_columns(module: nn.Module) -> bool:
     """Whether it is the Linear of Hugging Face's GPT-2, whose weight is [in, out]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
@@ -416,7 +382,7 @@ def _parts(
         )
     attribute = candidate.attribute or "weight"
     shape = tuple(_shape(module, attribute))
-    columns = turned != _has_columns(module)
+    columns = turned != has_columns(module)
     # of the columns of an embedding, the padding is one coordinate, not a neuron
     padding = None if columns else padding
     whole = Layer(name, module, attribute, transpose=columns, padding=padding, shape=shape)
@@ -456,93 +422,3 @@ def _shape(module: nn.Module, attribute: str) -> Sequence[int]:
     """Of the weight, which has to be computed for it where it is computed."""
     with torch.no_grad():
         return weights.read(module, attribute).shape
-
-
-# --- the output layer -----------------------------------------------------------------------------
-
-
-class OutputLayer(NamedTuple):
-    """The layer that a model ends in, and how that is known."""
-
-    name: str | None
-    reason: str
-    guessed: bool = False
-
-
-def find_output_layer(model: nn.Module, layers: Sequence[Layer]) -> OutputLayer:
-    """Find which of `layers` the model ends in.
-
-    The outermost module that can answer is asked (`get_output_embeddings` as in Hugging Face's
-    models, `get_classifier` as in timm's). Where none can, the last layer of the whole model is
-    taken by its position, if it is among `layers` and nothing with parameters comes behind it.
-    """
-    answer = _ask(model)
-    if answer is not None:
-        question, head = answer
-        for module in reversed(list(head.modules())):
-            has_weight = isinstance(module, SUPPORTED_TYPES) or _has_columns(module)
-            if isinstance(module, nn.MultiheadAttention) or not has_weight:
-                continue
-            key = weights.identity(module, "weight")
-            for layer in layers:
-                # by its weight: of tied layers only one is listed
-                if weights.identity(layer.module, layer.attribute) == key:
-                    whole = layer.size is None
-                    return OutputLayer(layer.name if whole else None, f"by `{question}`")
-            return OutputLayer(None, f"the head that `{question}` names is not regularized")
-        return OutputLayer(None, f"`{question}` names no head")
-    name, module = _last_with_parameters(model)
-    for layer in layers:
-        if layer.module is module and layer.name == name and isinstance(module, DEFAULT_TYPES):
-            if _is_inside(model, name):
-                return OutputLayer(None, "the model ends in the last layer of an encoder")
-            return OutputLayer(name, "by position: it is the last layer of the model", True)
-    return OutputLayer(None, "the last layer of the model is not among those regularized")
-
-
-def _ask(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The head that the outermost module that knows one names, and by which method."""
-    for name, module in sorted(model.named_modules(), key=lambda x: x[0].count(".") + bool(x[0])):
-        for question in ("get_output_embeddings", "get_classifier"):
-            method = getattr(module, question, None)
-            if not callable(method):
-                continue
-            try:
-                head = method()
-            except (NotImplementedError, AttributeError, TypeError):
-                continue  # models have the method from their base class
-            if isinstance(head, (tuple, list)):
-                head = next((x for x in head if isinstance(x, nn.Module)), None)
-            if isinstance(head, nn.Module):
-                return f"{name}.{question}" if name else question, head
-    return None
-
-
-def _last_with_parameters(model: nn.Module) -> tuple[str, nn.Module]:
-    """The module registered last that has parameters of its own, or computed ones."""
-    last = ("", model)
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if "parametrizations" in parts:
-            continue
-        if any(True for _ in module.parameters(recurse=False)) or hasattr(
-            module, "parametrizations"
-        ):
-            last = (name, module)
-    return last
-
-
-def _is_inside(model: nn.Module, name: str) -> bool:
-    """Whether a layer is part of something whose own last layer is hidden: attention, encoders."""
-    for parent, module in model.named_modules():
-        if parent and not name.startswith(f"{parent}."):
-            continue
-        if isinstance(
-            module, (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerDecoder)
-        ):
-            return True
-        # Hugging Face: a model that is its own base model has no head
-        if getattr(type(module), "base_model_prefix", None) is not None:
-            if getattr(module, "base_model", None) is module:
-                return True
-    return False

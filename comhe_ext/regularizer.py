@@ -2,76 +2,28 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from comhe_ext import bounds, functional, ops
-from comhe_ext.layers import (
-    CONVOLUTIONS,
-    Layer,
-    LeftOut,
-    OutputLayer,
-    Selector,
-    Split,
-    Survey,
-    as_patterns,
-    as_selectors,
-    check_pattern,
-    find_output_layer,
-    survey,
-)
-from comhe_ext.projections import (
-    AdversarialProjection,
-    AngleProjection,
-    GroupProjection,
-    Projection,
-    RandomProjection,
-    Views,
+from comhe_ext import bounds
+from comhe_ext.gradients import accumulate
+from comhe_ext.layers import Layer, LeftOut
+from comhe_ext.packing import Part, add, set_energies, total_energy
+from comhe_ext.projections import Projection, ProjectionName, make_projection
+from comhe_ext.projections.fixed import Views
+from comhe_ext.reports import Energies, LayerEnergy, RegularizedLayer, summary
+from comhe_ext.selection import Choice, Factors
+from comhe_ext.selectors import Selector, Split, as_patterns, as_selectors
+from comhe_ext.settings import (
+    BackendName,
+    Settings,
+    check_count,
+    check_factor,
+    energy_settings,
 )
 from comhe_ext.steps import StepCounter, host_tensor, loaded, set_number, unseen_by_checkpoint
-
-ProjectionName: TypeAlias = Literal["random", "angle-preserving", "adversarial", "group"]
-PROJECTIONS: dict[str, type[Projection]] = {
-    "random": RandomProjection,
-    "angle-preserving": AngleProjection,
-    "adversarial": AdversarialProjection,
-    "group": GroupProjection,
-}
-# of the paper's output layer
-OUTPUT_WEIGHT = 10.0
-
-
-class LayerEnergy(NamedTuple):
-    """The energy of a layer as it is, and what to hold it against."""
-
-    energy: float
-    random: float  # expected of independent random directions, as many and as wide
-    lowest: float  # no configuration has less: the simplex bound, in half space that of Welch
-
-
-class Energies(dict[str, LayerEnergy]):
-    """{layer: its energy}; `table()` shows it."""
-
-    def table(self, format: str = "github") -> str:
-        """A table in one of the formats of the package tabulate."""
-        rows = [(name, *values) for name, values in self.items()]
-        return _table(rows, ("layer", *LayerEnergy._fields), format)
-
-
-class RegularizedLayer(NamedTuple):
-    """A layer, and what `CoMHE` does with it."""
-
-    name: str
-    role: str  # "first", "hidden" or "output"
-    sets: int  # of neurons that meet each other: the groups of a convolution
-    neurons: int  # N of each set
-    inputs: int  # d of each neuron
-    factor: float
-    half_space: bool
-    projected: bool
-    learns: bool  # not frozen
 
 
 class CoMHE(nn.Module):
@@ -168,31 +120,32 @@ class CoMHE(nn.Module):
         every: int = 1,
         warm_up: int = 0,
         auto_step: bool = True,
-        backend: functional.Backend | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
         # in a tuple: the layers belong to the model, not to this module
         self._model = (model,)
-        self._include = None if include is None else as_selectors("include", include)
-        self._exclude = as_selectors("exclude", exclude)
-        self._split = dict(split or {})
-        self._transpose = as_patterns("transpose", transpose)
-        self._first_layer, self._output_layer = first_layer, output_layer
-        self._weight = dict(weight) if isinstance(weight, Mapping) else weight
-        self._output_weight = output_weight
-        self._find()
-        self.every = functional.check_count("every", every)
-        self.warm_up = functional.check_count("warm_up", warm_up, least=0)
+        self._choice = Choice(
+            None if include is None else as_selectors("include", include),
+            as_selectors("exclude", exclude),
+            dict(split or {}),
+            as_patterns("transpose", transpose),
+            first_layer,
+            output_layer,
+            dict(weight) if isinstance(weight, Mapping) else weight,
+            output_weight,
+        )
+        self._selection = self._choice.select(model)
+        self.every = check_count("every", every)
+        self.warm_up = check_count("warm_up", warm_up, least=0)
         if not isinstance(auto_step, bool):
             raise TypeError(f"`auto_step` must be a bool, got {type(auto_step).__name__}")
         self.auto_step = auto_step
-        self._settings = functional.Settings(
-            s, half_space, angular, "mean", eps, min_distance, backend
-        )
+        self._settings = energy_settings(s, half_space, angular, "mean", eps, min_distance, backend)
         # as the output layer has it: never in half space
-        self._full_space = self._settings._replace(half_space=False)
+        self._full_space = self._settings.in_full_space()
         # an option that is out of range is refused here, not at the first step
         self._settings.options(
             [torch.empty(0, dtype=x.dtype, device=x.device) for x in self._layers[:1]]
@@ -200,15 +153,15 @@ class CoMHE(nn.Module):
         self._step = host_tensor(0)
         self._counter = StepCounter()
         self._warned_of_frozen = False
-        self.projection = _make_projection(projection)
+        self.projection = make_projection(projection)
         if self.projection is not None:
             self.projection.bind([x for x in self._layers if self._is_projected(x)], self._settings)
-        if self._output.guessed and output_layer == "auto":
-            name, factor = self.output_layer, self._factors[self.output_layer]
+        if self._selection.output.guessed:
+            name, reason, _ = self._selection.output
             warnings.warn(
-                f"CoMHE takes layer {name!r} for the output layer, {self._output.reason}: its "
-                f"energy is that of full space, unprojected, with weight {factor:g}. Say which it "
-                f"is (output_layer={name!r}), or that there is none (output_layer=None)",
+                f"CoMHE takes layer {name!r} for the output layer, {reason}: its energy is that of "
+                f"full space, unprojected, with weight {self._factors[name]:g}. Say which it is "
+                f"(output_layer={name!r}), or that there is none (output_layer=None)",
                 stacklevel=2,
             )
 
@@ -260,7 +213,7 @@ class CoMHE(nn.Module):
             scaler: of a loss whose gradients are still scaled; the regularizer's are scaled alike.
             scale: factor of the gradient; 1/n where it is called for each of n batches of one step.
         """
-        scale = functional.check_factor("scale", scale)
+        scale = check_factor("scale", scale)
         with torch.enable_grad():
             energy = self()
         if not energy.requires_grad:
@@ -268,22 +221,7 @@ class CoMHE(nn.Module):
         factor = torch.full_like(energy, scale)
         if scaler is not None:
             factor = scaler.scale(factor)
-        leaves = _leaves(energy)
-        # a weight may be part of a graph that is still wanted
-        gradients = torch.autograd.grad(energy, leaves, factor, retain_graph=True)
-        given: set[int] = set()
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            # one tensor may be the gradient of several leaves, and none may see another's sums
-            alias = gradient.data_ptr() in given
-            given.add(gradient.data_ptr())
-            # by autograd itself, which knows of strides and sparse gradients, on a tensor that has
-            # none of the leaf's hooks
-            stand_in = leaf.detach().requires_grad_()
-            stand_in.grad = leaf.grad
-            torch.autograd.backward(
-                stand_in.view_as(stand_in), gradient.clone() if alias else gradient
-            )
-            leaf.grad = stand_in.grad
+        accumulate(energy, factor)
         return energy.detach()
 
     @torch.no_grad()
@@ -299,28 +237,15 @@ class CoMHE(nn.Module):
         for layer in self._layers:
             rows = self._rows_of(layer, layer.weight)
             settings = self._settings_of(layer)
-            energy = functional.set_energies([rows], settings.options([rows])).mean()
+            energy = set_energies(rows, settings.options([rows])).mean()
             # of the sets of a layer, those whose dead rows allow the least
             dead = {int(count) for count in (rows == 0).all(2).sum(1)}
-            n, d, s = rows.shape[1], rows.shape[2], float(settings.s)
-            half_space, angular = settings.half_space, settings.angular
-            bound = settings.min_distance
+            n, d = rows.shape[1:]
             energies[layer.name] = LayerEnergy(
                 float(energy),
-                bounds.random_energy(
-                    n, d, s, half_space=half_space, angular=angular, min_distance=bound
-                ),
+                bounds.random_energy(n, d, settings.pair),
                 min(
-                    bounds.lowest_energy(
-                        n,
-                        d,
-                        s,
-                        half_space=half_space,
-                        angular=angular,
-                        eps=settings.eps,
-                        min_distance=bound,
-                        dead=count,
-                    )
+                    bounds.lowest_energy(n, d, settings.pair, eps=settings.eps, dead=count)
                     for count in dead
                 ),
             )
@@ -337,7 +262,7 @@ class CoMHE(nn.Module):
                 else "hidden",
                 *layer.sizes,
                 self._factors[layer.name],
-                self._settings_of(layer).half_space,
+                self._settings_of(layer).pair.half_space,
                 self._is_projected(layer),
                 layer.learns(),
             )
@@ -347,7 +272,7 @@ class CoMHE(nn.Module):
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """The layers and parameters of the model that are not regularized, and why."""
-        return tuple(self._left_out)
+        return tuple(self._selection.left_out)
 
     def summary(self, format: str = "github") -> str:
         """A table of what is regularized, as what, and of what is left out and why.
@@ -355,28 +280,8 @@ class CoMHE(nn.Module):
         Args:
             format: one of the formats of the package tabulate.
         """
-        rows: list[tuple[object, ...]] = []
-        for layer in self.layers:
-            name = type(self.projection).__name__ if layer.projected else "none"
-            space = "half" if layer.half_space else "full"
-            rows.append(
-                (
-                    layer.name,
-                    layer.role if layer.learns else f"{layer.role}, frozen",
-                    layer.sets,
-                    layer.neurons,
-                    layer.inputs,
-                    f"{layer.factor:g}",
-                    space,
-                    name,
-                )
-            )
-        headers = ("layer", "as", "sets", "neurons", "inputs", "factor", "space", "projection")
-        text = _table(rows, headers, format)
-        text += f"\n\nOutput layer: {self.output_layer!r}, {self._output.reason}."
-        if self._left_out:
-            text += "\n\n" + _table(self._left_out, ("left out", "why"), format)
-        return text
+        name = type(self.projection).__name__
+        return summary(self.layers, self.left_out, self._selection.output, name, format)
 
     def refresh(self) -> None:
         """Find the layers again, after layers of the model were replaced, added or resized.
@@ -387,15 +292,11 @@ class CoMHE(nn.Module):
         Raises:
             TypeError, ValueError: as for a new `CoMHE`; this one is then as it was.
         """
-        before = dict(self.__dict__)
-        try:
-            self._find()
-            self._warned_of_frozen = False
-            if self.projection is not None:
-                self.projection.rebind([x for x in self._layers if self._is_projected(x)])
-        except Exception:
-            self.__dict__.update(before)
-            raise
+        (model,) = self._model
+        self._selection = self._choice.select(model)
+        self._warned_of_frozen = False
+        if self.projection is not None:
+            self.projection.rebind([x for x in self._layers if self._is_projected(x)])
 
     def get_extra_state(self) -> Tensor:
         return self._step.clone()
@@ -405,109 +306,48 @@ class CoMHE(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{len(self._layers)} layers, {len(self._left_out)} left out, "
+            f"{len(self._layers)} layers, {len(self._selection.left_out)} left out, "
             f"first_layer={self.first_layer!r}, output_layer={self.output_layer!r} "
-            f"({self._output.reason})"
+            f"({self._selection.output.reason})"
         )
 
     # --- what is regularized ----------------------------------------------------------------------
 
-    def _survey(self) -> Survey:
-        (model,) = self._model
-        return survey(model, self._include, self._exclude, self._split, self._transpose)
+    @property
+    def first_layer(self) -> str | None:
+        """Name of the layer that is left unprojected as the first one."""
+        return self._selection.first_layer
 
-    def _find(self) -> None:
-        """Look for the layers in the model as it is now."""
-        (model,) = self._model
-        layers, left_out = self._survey()
-        if not layers:
-            why = "; ".join(f"{name!r}: {reason}" for name, reason in left_out[:5])
-            raise ValueError(
-                "`model` must have a layer of two or more neurons that `include` and `exclude` "
-                "leave, found none: Linear and convolution layers are taken by default"
-                + (f" ({why})" if why else "")
-            )
-        names = [layer.name for layer in layers]
-        first = _checked("first_layer", self._first_layer, names)
-        if first == "auto":
-            first = _first_layer(model)
-            first = first if first in names else None
-        name = _checked("output_layer", self._output_layer, names)
-        if name == "auto":
-            output = find_output_layer(model, layers)
-        else:
-            output = OutputLayer(name, "as given")
-        factors = self._factors_of(layers, output.name)
-        self._layers, self._left_out = layers, left_out
-        self.first_layer, self.output_layer, self._output = first, output.name, output
-        self._factors = factors
-        self._modules_seen = list(model.modules())
+    @property
+    def output_layer(self) -> str | None:
+        """Name of the layer that is taken for the output layer."""
+        return self._selection.output.name
 
-    def _factors_of(self, layers: list[Layer], output: str | None) -> "_Factors":
-        """The factor of each layer."""
-        factors = _Factors()
-        names = [layer.name for layer in layers]
-        patterns: Mapping[str, float] = {}
-        if isinstance(self._weight, Mapping):
-            for pattern, factor in self._weight.items():
-                if not isinstance(pattern, str):
-                    raise TypeError(
-                        f"`weight` must have patterns for keys, got {ops.quote(pattern)}"
-                    )
-                check_pattern(pattern, names)
-                functional.check_factor("weight", factor)
-            patterns = self._weight
-        else:
-            factor = functional.check_factor("weight", self._weight)
-            factors.update(dict.fromkeys(names, factor))
-        fitting = {
-            layer.name: next((f for p, f in patterns.items() if layer.matches(p)), None)
-            for layer in layers
-        }
-        factors.update({name: float(f) for name, f in fitting.items() if f is not None})
-        if self._output_weight is not None:
-            given = functional.check_factor("output_weight", self._output_weight)
-            if output is not None and output in patterns:
-                raise ValueError(
-                    f"`weight` and `output_weight` must not both name the output layer {output!r}, "
-                    f"got {patterns[output]:g} and {given:g}"
-                )
-            if output is not None:
-                factors[output] = given
-        elif output is not None and fitting[output] is None:
-            factors[output] = OUTPUT_WEIGHT
-        return _Factors({name: factors[name] for name in names})
+    @property
+    def _layers(self) -> list[Layer]:
+        return self._selection.layers
+
+    @property
+    def _factors(self) -> Factors:
+        return self._selection.factors
 
     def _check_structure(self) -> None:
         """Raise if the model has other layers than when they were found."""
         if torch.compiler.is_compiling():
             return
         (model,) = self._model
-        seen = list(model.modules())
-        if len(seen) == len(self._modules_seen) and all(map(_same, seen, self._modules_seen)):
-            return
         try:
-            layers = self._survey().layers
+            changed = self._choice.changed(model, self._selection)
         except (TypeError, ValueError) as error:
             raise RuntimeError(
                 f"the model was changed after `CoMHE` was made, and has no such layers any more: "
                 f"{error}. Make a new one"
             ) from error
-        before = {layer.name: layer for layer in self._layers}
-        now = {layer.name: layer for layer in layers}
-        changed = [
-            name
-            for name in {**before, **now}
-            if name not in before or name not in now
-            or before[name].module is not now[name].module
-            or before[name].shape != now[name].shape
-        ]  # fmt: skip
         if changed:
             raise RuntimeError(
                 f"the model was changed after `CoMHE` was made: layers {changed} are other ones "
                 "now, or gone. Call `refresh()`"
             )
-        self._modules_seen = seen
 
     # --- one call ---------------------------------------------------------------------------------
 
@@ -560,21 +400,17 @@ class CoMHE(nn.Module):
                     self.projection.step(projected)
             views.update(self.projection.views(projected))
         output = self.output_layer
-        hidden = [name for name in rows if name != output]
+        parts = {name: Part(*view, self._factors[name]) for name, view in views.items()}
+        hidden = [part for name, part in parts.items() if name != output]
         totals = [
-            functional.total_energy(
-                [views[name][0] for name in names],
-                [views[name][1] for name in names],
-                [self._factors[name] for name in names],
-                settings.options,
-            )
-            for names, settings in (
+            total_energy(some, settings)
+            for some, settings in (
                 (hidden, self._settings),
-                ([name for name in rows if name == output], self._full_space),
+                ([parts[name] for name in rows if name == output], self._full_space),
             )
-            if names
+            if some
         ]
-        return functional.add(totals) if totals else self._zero()
+        return add(totals) if totals else self._zero()
 
     def _zero(self) -> Tensor:
         first = self._layers[0]
@@ -586,68 +422,5 @@ class CoMHE(nn.Module):
             return False
         return self.projection.dim is None or layer.sizes[2] > self.projection.dim
 
-    def _settings_of(self, layer: Layer) -> functional.Settings:
+    def _settings_of(self, layer: Layer) -> Settings:
         return self._full_space if layer.name == self.output_layer else self._settings
-
-
-class _Factors(dict[str | None, float]):
-    """{layer: factor}, 1 for what is not named."""
-
-    def __missing__(self, name: str | None) -> float:
-        return 1.0
-
-
-def _same(left: object, right: object) -> bool:
-    return left is right
-
-
-def _leaves(output: Tensor) -> list[Tensor]:
-    """The leaves that a backward from `output` reaches."""
-    leaves: list[Tensor] = []
-    stack, seen = [output.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        stack += [parent for parent, _ in node.next_functions]
-    return leaves
-
-
-def _make_projection(projection: str | Projection | None) -> Projection | None:
-    if projection is None or isinstance(projection, Projection):
-        return projection
-    if not isinstance(projection, str) or projection not in PROJECTIONS:
-        raise ValueError(
-            f"`projection` must be one of {list(PROJECTIONS)}, a Projection or None, "
-            f"got {ops.quote(projection)}"
-        )
-    return PROJECTIONS[projection]()
-
-
-def _checked(argument: str, name: str | None, names: list[str]) -> str | None:
-    """The name of a layer that is there, "auto" or None."""
-    if name is not None and name != "auto" and name not in names:
-        raise ValueError(f"`{argument}` must be one of {names}, got {ops.quote(name)}")
-    return name
-
-
-def _first_layer(model: nn.Module) -> str | None:
-    """The first layer with neurons, if it is a convolution."""
-    for name, module in model.named_modules():
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
-            return name if isinstance(module, CONVOLUTIONS) else None
-    return None
-
-
-def _table(rows: Iterable[Iterable[object]], headers: Iterable[str], format: str) -> str:
-    try:
-        from tabulate import tabulate
-    except ImportError as error:
-        raise ImportError(
-            "a table needs the package tabulate: pip install 'comhe-ext[table]'"
-        ) from error
-    text: str = tabulate(list(rows), tuple(headers), tablefmt=format, floatfmt=".4f")
-    return text

@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from comhe_ext import functional
+from comhe_ext.settings import check_tensor
 
 
 def read(module: nn.Module, attribute: str) -> Tensor:
@@ -109,7 +109,7 @@ def refusal(weight: object) -> str | None:
             "ZeRO-3. Call inside `deepspeed.zero.GatheredParameters`"
         )
     try:
-        functional.check_tensor("weight", weight)
+        check_tensor("weight", weight)
     except TypeError as error:
         return str(error)
     if is_traceable_wrapper_subclass(weight):

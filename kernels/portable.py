@@ -12,11 +12,13 @@ are common even among random rows, all of it is float64.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .pair_functions import PairFunction
+from .sweep import Offers, SweepRequest, SweepResult
 from .work_table import Tile, equal_runs, spread_over_rows, symmetric_tiles
 
 # r^2 below which 2 - 2c (absolute error about 2e-7, in float64 4e-16) is not trusted; for half
@@ -41,20 +43,7 @@ FLOAT64_UP_TO = 15
 CLOSE_CHUNK = 1 << 18
 
 
-class PairFunction(Protocol):
-    """What a sweep needs to know of the pair function."""
-
-    @property
-    def s(self) -> float: ...
-    @property
-    def half_space(self) -> bool: ...
-    @property
-    def angular(self) -> bool: ...
-    def of_cosine(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
-    def one_sided(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
-    def clean_above(self, near: float) -> bool: ...
-    def has_closed_tile(self) -> bool: ...
-    def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float]: ...
+OFFERS = Offers(float64=True)
 
 
 class Rows(NamedTuple):
@@ -100,6 +89,11 @@ def _double(points: Tensor) -> Tensor:
     return v
 
 
+def supports(pair: PairFunction) -> bool:
+    """Every pair function is made of torch's operators."""
+    return True
+
+
 def normalize(points: Tensor, eps: float, dtype: torch.dtype) -> Rows:
     """Rows of any magnitude, normalized in float64; v as `dtype`."""
     v = _double(points)
@@ -119,27 +113,16 @@ def normalize(points: Tensor, eps: float, dtype: torch.dtype) -> Rows:
     return Rows(v.to(dtype), inv_nu, deficit)
 
 
-def sweep(
-    points: Tensor,
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    pair: PairFunction,
-    eps: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
+def sweep(request: SweepRequest) -> SweepResult:
     """Scaled sum over the pairs of each set, and its gradient in the rows.
 
-    Args:
-        points: [T, k], the raw rows of all sets one after another.
-        sizes: rows of each set, B numbers that add up to T.
-        scales: factor of each set's sum.
-        pair: the pair function.
-        eps: added to the squared norms.
-        with_gradient: without it the second and third product of each tile are left out.
+    Without the gradient the second and third product of each tile are left out.
 
     Returns:
-        Energy [B] and gradient [T, k] (or None), float32, float64 for float64 points.
+        float32, float64 for float64 points.
     """
+    points, sizes, scales = request.points, request.sizes, request.scales
+    pair, eps = request.pair, request.eps
     dtype = _working_dtype(points)
     rows = normalize(points, eps, dtype)
     # [-2v, 2] [v, 1]^T: the product itself gives 2 - 2c, which saves a pass over every tile
@@ -150,17 +133,18 @@ def sweep(
     rows = rows._replace(v=v)
     energy = torch.zeros(len(sizes), dtype=torch.float64, device=points.device)
     # G: a sum over all rows, of which the projection takes most away; hence float64 between tiles
-    pull = torch.zeros_like(v, dtype=torch.float64) if with_gradient else None
+    pull = torch.zeros_like(v, dtype=torch.float64) if request.gradient else None
     radial = torch.zeros_like(rows.deficit)  # sum of the F' that close pairs owe to v_i itself
     cut_off = torch.zeros_like(rows.deficit)  # how many of them ended at MOST
     bound = _close_below(pair, dtype)
-    closed = pair.has_closed_tile() and pair.clean_above(bound)
+    clean = pair.clean_above(bound)
 
     for tile in symmetric_tiles(sizes, block_of(points)):
         near = torch.bmm(rows_of(left, tile), cols_of(right, tile).mT)
         left_out, close = _take_out(near, tile, pair, bound)
-        if closed:
-            value, slope, factor = pair.closed_tile(near)
+        closed = pair.closed_tile(near) if clean else None
+        if closed is not None:
+            value, slope, factor = closed
         else:
             (value, slope, _), factor = pair.of_cosine(near, 4.0 - near), 1.0
         if left_out is not None:
@@ -194,7 +178,7 @@ def sweep(
     energy.mul_(energy.new_tensor(scales))
     energy = energy.to(_result_dtype(points))
     if pull is None:
-        return energy, None
+        return SweepResult(energy)
     del left
     gradient = torch.empty_like(pull, dtype=_result_dtype(points))
     factor_of_row = rows.inv_nu * _scale_of_row(sizes, scales, pair, rows.inv_nu)
@@ -206,17 +190,10 @@ def sweep(
         g = g + u * outward
         g = torch.where((cut_off[part] > 0) & (g.abs() > LONGEST), g * torch.inf, g)
         gradient[part] = g * factor_of_row[part]
-    return energy, gradient
+    return SweepResult(energy, gradient)
 
 
-def hessian_vector_product(
-    points: Tensor,
-    tangents: Tensor,
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    pair: PairFunction,
-    eps: float,
-) -> Tensor:
+def hessian_vector_product(request: SweepRequest, tangents: Tensor) -> Tensor:
     """Derivative of `sweep`'s gradient along `tangents` [T, k], in closed form, by the same tiles.
 
     With a dot for the derivative along the tangents t and tau_i = <v_i, t_i>:
@@ -227,6 +204,8 @@ def hessian_vector_product(
     Returns:
         [T, k], float32, float64 for float64 points.
     """
+    points, sizes, scales = request.points, request.sizes, request.scales
+    pair, eps = request.pair, request.eps
     dtype = _working_dtype(points)
     rows = normalize(points, eps, dtype)
     v, inv_nu, deficit = rows
@@ -321,9 +300,10 @@ def _scale_of_row(
 
 def _close_below(pair: PairFunction, dtype: torch.dtype) -> float:
     """r^2 below which a pair is done again; the exponent multiplies the error of r^2."""
-    trusted = min(CLOSE[dtype] * max((pair.s + 2.0) / 4.0, 1.0), 1.0)
-    # F' is about r^-(s + 2)
-    return max(trusted, 2.0 ** (-2.0 * RANGE_BITS[dtype] / (pair.s + 2.0)))
+    trusted = min(CLOSE[dtype] * max(pair.growth / 4.0, 1.0), 1.0)
+    # F' is about r^-growth
+    in_range = 2.0 ** (-2.0 * RANGE_BITS[dtype] / pair.growth) if pair.growth > 0 else 0.0
+    return max(trusted, in_range)
 
 
 def _take_out(

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from comhe_ext import ops
+from comhe_ext import backends
 
-BACKENDS = [name for name in ("torch", "cpu") if ops.unavailable(name) is None]
-if torch.cuda.is_available() and ops.unavailable("triton") is None:
+BACKENDS = [name for name in ("torch", "cpu") if backends.unavailable(name) is None]
+if torch.cuda.is_available() and backends.unavailable("triton") is None:
     BACKENDS.append("triton")
 
 

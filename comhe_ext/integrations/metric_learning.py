@@ -11,7 +11,9 @@ except ImportError as error:
         "this needs pytorch-metric-learning: pip install 'comhe-ext[metric-learning]'"
     ) from error
 
-from comhe_ext import functional, projections
+from comhe_ext import projections
+from comhe_ext.packing import Part, total_energy
+from comhe_ext.settings import BackendName, check_count, energy_settings
 
 
 class EnergyRegularizer(BaseRegularizer):
@@ -41,15 +43,13 @@ class EnergyRegularizer(BaseRegularizer):
         min_distance: float = 1e-3,
         num_projections: int = 0,
         dim: int = 40,
-        backend: functional.Backend | None = None,
+        backend: BackendName | None = None,
         **others: Any,
     ) -> None:
         super().__init__(**others)
-        self.num_projections = functional.check_count("num_projections", num_projections, least=0)
-        self.dim = functional.check_count("dim", dim)
-        self.settings = functional.Settings(
-            s, half_space, angular, "mean", eps, min_distance, backend
-        )
+        self.num_projections = check_count("num_projections", num_projections, least=0)
+        self.dim = check_count("dim", dim)
+        self.settings = energy_settings(s, half_space, angular, "mean", eps, min_distance, backend)
 
     def compute_loss(self, weights: Tensor) -> dict[str, dict[str, Any]]:
         """The energy, in the form that the library's reducers take."""
@@ -58,7 +58,5 @@ class EnergyRegularizer(BaseRegularizer):
             matrices = projections.random_projection(
                 self.num_projections, self.dim, weights.shape[1], device=weights.device
             )
-        energy = functional.total_energy(
-            [weights.unsqueeze(0)], [matrices], [1.0], self.settings.options
-        )
+        energy = total_energy([Part(weights.unsqueeze(0), matrices)], self.settings)
         return {"loss": {"losses": energy, "indices": None, "reduction_type": "already_reduced"}}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ..pair_functions import PairFunction, Riesz
+from ..sweep import Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
@@ -25,13 +26,7 @@ _MISSING = (
 _REBUILD = "reinstall comhe-ext, or rebuild a checkout: pip install -e ."
 
 
-class Pair(Protocol):
-    """f(t) = t^-s (s = 0: -log t) of the chord or angle t; its tangent below `min_distance`."""
-
-    s: float
-    half_space: bool
-    angular: bool
-    min_distance: float
+OFFERS = Offers(columns=True, max_columns=1 << 24)
 
 
 class _Pair(ctypes.Structure):
@@ -122,18 +117,22 @@ def _check(name: str, points: Tensor) -> None:
         raise ValueError(f"`{name}` must be contiguous, got strides {points.stride()}")
 
 
-def _run(call: _Call, pair: Pair, eps: float) -> None:
+def supports(pair: PairFunction) -> bool:
+    """Whether the library knows a pair function."""
+    return isinstance(pair, Riesz)
+
+
+def _run(call: _Call, request: SweepRequest) -> None:
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(reason)
-    if not 0 <= pair.s < float("inf"):
-        raise ValueError(f"`s` must be finite and at least 0, got {pair.s}")
-    if not 0 <= pair.min_distance < 2:
-        raise ValueError(f"`min_distance` must be in [0, 2), got {pair.min_distance}")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"`eps` must be finite and at least 0, got {eps}")
+    pair = request.pair
+    if not isinstance(pair, Riesz):
+        raise ValueError(f"`pair` must be one of ['riesz'] for backend 'cpu', got {pair}")
+    if not 0 <= request.eps < float("inf"):
+        raise ValueError(f"`eps` must be finite and at least 0, got {request.eps}")
     call.pair = _Pair(pair.s, pair.min_distance, pair.half_space, pair.angular)
-    call.eps = eps
+    call.eps = request.eps
     call.threads = torch.get_num_threads()
     isa = INSTRUCTION_SETS.index(instruction_set())
     status = _library().comhe_sweep(ctypes.byref(call), isa)
@@ -143,27 +142,20 @@ def _run(call: _Call, pair: Pair, eps: float) -> None:
         raise RuntimeError(f"the CPU kernel refused the call (code {status})")
 
 
-def sweep(
-    points: Tensor,
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    pair: Pair,
-    eps: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Energies of sets of rows, and their gradient.
+def sweep(request: SweepRequest) -> SweepResult:
+    """Energies of sets of rows, and their gradient; see `kernels.sweep`.
 
-    Args:
-        points: [T, k] raw rows, the sets stored one after another.
-        sizes: rows of each set; they sum to T.
-        scales: the factor of each set's energy.
-        pair: the pair function.
-        eps: added to each squared norm.
-        with_gradient: False computes the energies alone, at about a third of the work.
+    Of rows against columns, half space counts a pair as among rows, 2 f(c) + 2 f(-c), and has no
+    antipodal term: with the same rows on both sides that is twice the pair sum of the rows.
 
     Returns:
-        float32 energies [len(sizes)], and float32 [T, k]: the gradient of each row's own energy.
+        float32; the energies alone are about a third of the work.
     """
+    return _sweep_sets(request) if request.columns is None else _sweep_columns(request)
+
+
+def _sweep_sets(request: SweepRequest) -> SweepResult:
+    points, sizes, scales = request.points, request.sizes, request.scales
     _check("points", points)
     if any(n < 0 for n in sizes) or sum(sizes) != points.shape[0]:
         raise ValueError(
@@ -174,7 +166,7 @@ def sweep(
     size_array = (ctypes.c_int64 * len(sizes))(*sizes)
     scale_array = (ctypes.c_double * len(scales))(*scales)
     energy = torch.empty(len(sizes), dtype=torch.float32)
-    gradient = torch.empty(points.shape, dtype=torch.float32) if with_gradient else None
+    gradient = torch.empty(points.shape, dtype=torch.float32) if request.gradient else None
     call = _Call(
         points=points.data_ptr(),
         sizes=ctypes.addressof(size_array),
@@ -185,64 +177,46 @@ def sweep(
         k=points.shape[1],
         dtype=DTYPES[points.dtype],
     )
-    _run(call, pair, eps)
-    return energy, gradient
+    _run(call, request)
+    return SweepResult(energy, gradient)
 
 
-def cross(
-    rows: Tensor,
-    columns: Tensor,
-    row_index: Tensor,
-    column_index: Tensor,
-    scale: float,
-    pair: Pair,
-    eps: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Energy of every row with every column whose index differs, and the gradient to both.
-
-    Half space counts a pair as `sweep` does, 2 f(c) + 2 f(-c), and has no antipodal term here: with
-    the same rows on both sides this is twice the pair sum of `sweep`.
-
-    Args:
-        rows: [N, k] raw rows.
-        columns: [M, k] raw rows of the same dtype.
-        row_index: int32 [N].
-        column_index: int32 [M].
-        scale: the factor of the energy.
-        pair, eps, with_gradient: as in `sweep`.
-
-    Returns:
-        float32 energy [], gradient [N, k] and gradient [M, k].
-    """
-    _check("rows", rows)
+def _sweep_columns(request: SweepRequest) -> SweepResult:
+    rows, columns = request.points, request.columns
+    assert columns is not None
+    _check("points", rows)
     _check("columns", columns)
     if columns.dtype != rows.dtype or columns.shape[1] != rows.shape[1]:
         raise ValueError(
-            f"`columns` must have the dtype and width of `rows`, got {columns.dtype} "
+            f"`columns` must have the dtype and width of `points`, got {columns.dtype} "
             f"{tuple(columns.shape)} and {rows.dtype} {tuple(rows.shape)}"
         )
+    if len(request.sizes) != 1 or request.sizes[0] != rows.shape[0] or len(request.scales) != 1:
+        raise ValueError(
+            f"rows against columns are one set of {rows.shape[0]} rows with one scale, got sizes "
+            f"{list(request.sizes)} and {len(request.scales)} scales"
+        )
+    ids = []
     for name, index, points in (
-        ("row_index", row_index, rows),
-        ("column_index", column_index, columns),
+        ("row_ids", request.row_ids, rows),
+        ("column_ids", request.column_ids, columns),
     ):
-        if index.dtype != torch.int32 or tuple(index.shape) != (points.shape[0],):
-            raise ValueError(
-                f"`{name}` must be int32 of shape ({points.shape[0]},), "
-                f"got {index.dtype} {tuple(index.shape)}"
-            )
+        if index is None or index.dtype != torch.int32 or index.shape != points.shape[:1]:
+            got = None if index is None else (index.dtype, tuple(index.shape))
+            raise ValueError(f"`{name}` must be int32 of shape ({points.shape[0]},), got {got}")
+        ids.append(index.cpu())
+    numbers = torch.cat(ids)
     sizes = (ctypes.c_int64 * 2)(len(rows), len(columns))
-    factor = ctypes.c_double(scale)
-    ids = torch.cat([row_index, column_index]).cpu()
-    energy = torch.empty((), dtype=torch.float32)
+    factor = ctypes.c_double(request.scales[0])
+    energy = torch.empty(1, dtype=torch.float32)
     gradients = [
-        torch.empty(p.shape, dtype=torch.float32) if with_gradient else None
+        torch.empty(p.shape, dtype=torch.float32) if request.gradient else None
         for p in (rows, columns)
     ]
     call = _Call(
         points=rows.data_ptr(),
         columns=columns.data_ptr(),
-        ids=ids.data_ptr(),
+        ids=numbers.data_ptr(),
         sizes=ctypes.addressof(sizes),
         scales=ctypes.addressof(factor),
         energy=energy.data_ptr(),
@@ -253,5 +227,5 @@ def cross(
         k=rows.shape[1],
         dtype=DTYPES[rows.dtype],
     )
-    _run(call, pair, eps)
-    return energy, gradients[0], gradients[1]
+    _run(call, request)
+    return SweepResult(energy, *gradients)

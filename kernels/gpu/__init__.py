@@ -5,14 +5,13 @@ near_pairs, or large_k, then finish; pair_function holds what they share, backen
 """
 
 import importlib.util
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-if TYPE_CHECKING:
-    from .pair_function import Pair
+from ..pair_functions import PairFunction, Riesz
+from ..sweep import Offers, SweepRequest, SweepResult
+
+OFFERS = Offers(projection=True)
 
 
 def unavailable() -> str | None:
@@ -30,33 +29,13 @@ def unavailable() -> str | None:
     return None
 
 
-def sweep(
-    points: Tensor,
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    pair: "Pair",
-    eps: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Energy [B] and gradient [T, k] (or None) of packed sets; see `kernels.gpu.backend.sweep`."""
+def supports(pair: PairFunction) -> bool:
+    """Whether the kernels know a pair function."""
+    return isinstance(pair, Riesz)
+
+
+def sweep(request: SweepRequest) -> SweepResult:
+    """Energy [B] and gradient [T, k] of sets, projected or not; see `kernels.gpu.backend`."""
     from . import backend
 
-    return backend.sweep(points, sizes, scales, pair, eps, with_gradient)
-
-
-def project_sweep(
-    weights: Sequence[Tensor],
-    projections: Sequence[Tensor | None],
-    scales: Sequence[float],
-    pair: "Pair",
-    eps: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The sweep of the projected rows of several weights; see `kernels.gpu.backend.project_sweep`.
-
-    Returns:
-        Energy [B] and gradient in the projected rows [T, k] (or None), float32.
-    """
-    from . import backend
-
-    return backend.project_sweep(weights, projections, scales, pair, eps, with_gradient)
+    return backend.sweep(request)

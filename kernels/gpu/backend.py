@@ -9,7 +9,7 @@ tuned at run time, and but for the upload of tables when shapes are new nothing 
 so a CUDA graph captures a call whose shapes were seen before.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +18,12 @@ import torch
 import triton
 from torch import Tensor
 
+from ..sweep import Projected, SweepRequest, SweepResult
 from .direct import direct
 from .finish import finish
 from .large_k import ROW_TILE, large_k
 from .near_pairs import near_pairs
-from .pair_function import UNIT_SCALE, Pair, PairConstants, pair_constants
+from .pair_function import UNIT_SCALE, PairConstants, pair_constants
 from .pairwise import pairwise
 from .plan import (
     MAX_DIRECT,
@@ -144,18 +145,17 @@ class Call:
         )
 
 
-def make_call(
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    pair: Pair,
-    k: int,
-    with_gradient: bool,
-    device: torch.device,
-) -> Call:
-    """A call under the settings of now."""
-    precision = torch.get_float32_matmul_precision()
-    constants = pair_constants(pair)
-    return Call(tuple(sizes), tuple(scales), constants, k, with_gradient, device, precision)
+def make_call(request: SweepRequest, k: int, device: torch.device) -> Call:
+    """A call for rows of k columns under the settings of now."""
+    return Call(
+        tuple(request.sizes),
+        tuple(request.scales),
+        pair_constants(request.pair),
+        k,
+        request.gradient,
+        device,
+        torch.get_float32_matmul_precision(),
+    )
 
 
 @contextmanager
@@ -169,91 +169,61 @@ def on_device(device: torch.device) -> Iterator[None]:
             yield
 
 
-def sweep(
-    points: Tensor,
-    sizes: Sequence[int],
-    scales: Sequence[float],
-    pair: Pair,
-    eps: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Scaled sum over the pairs of each set, and its gradient in the rows.
+def sweep(request: SweepRequest) -> SweepResult:
+    """Scaled sum over the pairs of each set, and its gradient in the rows, projected or not.
 
-    Args:
-        points: [T, k] contiguous raw rows of all sets one after another.
-        sizes: rows of each set, B numbers that add up to T.
-        scales: factor of each set's sum.
-        pair: the pair function.
-        eps: added to the squared norms.
-        with_gradient: without it only the upper triangle is visited, and nothing but energies.
+    Without the gradient only the upper triangle is visited, and nothing but energies.
 
     Returns:
-        Energy [B] and gradient [T, k] (or None), float32.
+        Energy [B] and gradient [T, k] (or None), float32; columns that a row lacks are zero.
     """
+    if isinstance(request.source, Projected):
+        return _sweep_projected(request, request.source)
+    return _sweep_points(request, request.source)
+
+
+def _sweep_points(request: SweepRequest, points: Tensor) -> SweepResult:
     check(points)
     num_rows, k = points.shape
     if num_rows == 0:
         gradient = points.new_zeros(0, k, dtype=torch.float32)
-        return gradient.new_zeros(len(sizes)), gradient if with_gradient else None
+        energy = gradient.new_zeros(len(request.sizes))
+        return SweepResult(energy, gradient if request.gradient else None)
     if k == 0:
         # rows without columns are dead rows, and so are rows of one zero
-        zeros = points.new_zeros(num_rows, 1)
-        energy, of_zeros = sweep(zeros, sizes, scales, pair, eps, with_gradient)
-        return energy, of_zeros[:, :0] if of_zeros is not None else None
-    call = make_call(sizes, scales, pair, k, with_gradient, points.device)
+        energy, of_zeros, *_ = _sweep_points(request, points.new_zeros(num_rows, 1))
+        return SweepResult(energy, None if of_zeros is None else of_zeros[:, :0])
+    call = make_call(request, k, points.device)
     with on_device(call.device):
         rows = call.unit_rows()
-        normalize(points, rows, call.plan, call.tiles.block_m, eps)
-        return _meet_pairs(call, points, rows)
+        normalize(points, rows, call.plan, call.tiles.block_m, request.eps)
+        return SweepResult(*_meet_pairs(call, points, rows))
 
 
-def project_sweep(
-    weights: Sequence[Tensor],
-    projections: Sequence[Tensor | None],
-    scales: Sequence[float],
-    pair: Pair,
-    eps: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The sweep of the projected rows of several weights, projection included.
+def _sweep_projected(request: SweepRequest, source: Projected) -> SweepResult:
+    """One launch projects and normalizes all weights (128 a launch), whatever their widths.
 
-    One launch projects and normalizes all of them (128 weights a launch), whatever their widths;
-    nothing is launched, copied or waited for by weight or by matrix. Above k = 128 the products are
+    Nothing is launched, copied or waited for by weight or by matrix. Above k = 128 the products are
     GEMMs, one a weight.
-
-    Args:
-        weights: [N_l, d_l] each, all float32, float16 or bfloat16, any strides.
-        projections: [C_l, k, d_l] each, float32, one k; or None for the rows of the weight as they
-            are, one set of d_l <= k columns. Weight l makes C_l sets of N_l rows.
-        scales: factor of each set's sum, weight by weight, matrix by matrix.
-        pair, eps, with_gradient: as for `sweep`.
-
-    Returns:
-        Energy of each set [B] and the gradient in the projected rows [T, k] (or None), float32.
-        Columns that a row does not have are zero.
     """
+    weights, projections = source
     k = next((p.shape[1] for p in projections if p is not None), None)
     if k is None:
         k = max((w.shape[1] for w in weights), default=0)
-    sizes = [
-        w.shape[0]
-        for w, p in zip(weights, projections, strict=True)
-        for _ in range(1 if p is None else p.shape[0])
-    ]
     if not weights:
         raise ValueError("`weights` must hold at least one tensor, got none")
     for weight, projection in zip(weights, projections, strict=True):
         check(weight, "weights")
         _check_projected(weight, projection, weights[0], k)
     device = weights[0].device
-    if not 0 < k <= MAX_WIDTH or not sum(sizes):
+    if not 0 < k <= MAX_WIDTH or not sum(request.sizes):
         with on_device(device):
             parts = [_project(w, p, k) for w, p in zip(weights, projections, strict=True)]
             points = torch.cat(parts)
-        return sweep(points, sizes, scales, pair, eps, with_gradient)
-    call = make_call(sizes, scales, pair, k, with_gradient, device)
+        return _sweep_points(request, points)
+    call = make_call(request, k, device)
     with on_device(device):
-        points = torch.empty(sum(sizes), k, dtype=torch.float32, device=device)
+        points = torch.empty(sum(request.sizes), k, dtype=torch.float32, device=device)
         rows = call.unit_rows()
         sets = project_normalize(
             [w if w.stride(1) == 1 else w.contiguous() for w in weights],
@@ -262,11 +232,11 @@ def project_sweep(
             rows,
             call.plan,
             call.tiles.block_m,
-            eps,
+            request.eps,
             projection_precision(device),
         )
         hold([sets])
-        return _meet_pairs(call, points, rows)
+        return SweepResult(*_meet_pairs(call, points, rows))
 
 
 def _check_projected(weight: Tensor, projection: Tensor | None, first: Tensor, k: int) -> None:

@@ -16,10 +16,11 @@ is not. For pair functions that reach so far all sums are held in units of 2^ran
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import triton
 import triton.language as tl
+
+from ..pair_functions import PairFunction, Riesz
 
 # how a kernel is told the exponent; any s that is not 0, 1 or 2 is a runtime number
 LOG: tl.constexpr = tl.constexpr(0)
@@ -50,19 +51,6 @@ NEAR_CHORD = 2.0**-2
 # (r = sqrt 2) is at most 2^19 times smaller, so that its low half still resolves 2^-19 of it
 COEFFICIENT_MAX_BITS = 14
 COEFFICIENT_RANGE_BITS = 19
-
-
-class Pair(Protocol):
-    """The four numbers that define a pair function."""
-
-    @property
-    def s(self) -> float: ...
-    @property
-    def half_space(self) -> bool: ...
-    @property
-    def angular(self) -> bool: ...
-    @property
-    def min_distance(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -131,7 +119,10 @@ class PairConstants:
 
 
 @lru_cache(maxsize=256)
-def _constants(s: float, half_space: bool, angular: bool, m: float) -> PairConstants:
+def pair_constants(pair: PairFunction) -> PairConstants:
+    """The kernel arguments of a pair function."""
+    assert isinstance(pair, Riesz)
+    s, m, half_space, angular = pair.s, pair.min_distance, pair.half_space, pair.angular
     kind = {0.0: LOG, 1.0: ONE, 2.0: TWO}.get(s, POWER).value
     shortest = 2.0 * math.sin(m / 2.0) if angular else m
     # where F' is 2^COEFFICIENT_RANGE_BITS times that of the typical pair; 1/sin is about 1/theta
@@ -186,11 +177,6 @@ def _constants(s: float, half_space: bool, angular: bool, m: float) -> PairConst
 def _float32_power(bits: float) -> float:
     """2^bits, infinite where float32 has it so."""
     return 2.0**bits if bits < 128.0 else math.inf
-
-
-def pair_constants(pair: Pair) -> PairConstants:
-    """The kernel arguments of a pair function."""
-    return _constants(float(pair.s), pair.half_space, pair.angular, float(pair.min_distance))
 
 
 @triton.jit

@@ -1,0 +1,113 @@
+"""Which backend computes a sweep here, and why not another."""
+
+import importlib
+import sys
+import threading
+import warnings
+from typing import cast
+
+import torch
+
+from comhe_ext.kernels.pair_functions import PairFunction
+from comhe_ext.kernels.sweep import Backend
+
+BACKENDS = ("triton", "cpu", "torch")
+_MODULES = {
+    "triton": "comhe_ext.kernels.gpu",
+    "cpu": "comhe_ext.kernels.cpu.binding",
+    "torch": "comhe_ext.kernels.portable",
+}
+# torch calls ROCm devices "cuda" too
+_DEVICE_OF = {"triton": "cuda", "cpu": "cpu"}
+# not yet "triton" on "cuda": what has only been interpreted and compiled has to be asked for
+_DEFAULT_ON = {"cpu": "cpu"}
+
+_loaded: dict[str, Backend] = {}
+
+
+def load(name: str) -> Backend:
+    """The module of a backend; imported at first use, so that importing us never needs Triton."""
+    if name not in _loaded:
+        _loaded[name] = cast(Backend, importlib.import_module(_MODULES[name]))
+    return _loaded[name]
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot be used here, and the remedy; None if it can."""
+    try:
+        module = load(name)
+    except ImportError as error:
+        return f"backend {name!r} is not part of this installation ({error}): use backend='torch'"
+    return module.unavailable()
+
+
+_untold = threading.Lock()  # taken by the one thread that warns, and never given back
+
+
+def _tell_what_is_missing(name: str) -> None:
+    """Warn once a process where it could have a compiled kernel, which its build left out quietly.
+
+    pip hides what a build prints, so a compiler that fails would go unnoticed.
+    """
+    if sys.platform in ("linux", "darwin") and _untold.acquire(blocking=False):
+        warnings.warn(
+            f"{unavailable(name)}. Until then backend 'torch' does its work, several times slower "
+            "(backend='torch' asks for it without this warning). The kernel needs g++, or clang++ "
+            "with OpenMP; `pip install -v` shows what the compiler says",
+            stacklevel=3,
+        )
+
+
+# constants to torch.compile: tracing must not follow the search for libraries and GPUs. This is
+# all that torch.compiler.assume_constant_result does, but that imports Dynamo and with it Triton
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_tell_what_is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def choose(
+    name: str | None,
+    pair: PairFunction,
+    device: torch.device,
+    dtype: torch.dtype,
+    columns: int = 1,
+) -> str:
+    """The backend to use: the one asked for, which must work here, or the best that does."""
+    if name is None:
+        best = _DEFAULT_ON.get(device.type, "torch")
+        if best == "torch" or misfit(best, pair, dtype, columns) is not None:
+            return "torch"
+        if unavailable(best) is None:
+            return best
+        _tell_what_is_missing(best)
+        return "torch"
+    if name not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {name!r}")
+    if name == "torch":
+        return name
+    if (reason := unavailable(name)) is not None:
+        raise RuntimeError(reason)
+    if _DEVICE_OF[name] != device.type:
+        raise ValueError(
+            f"backend {name!r} needs tensors on {_DEVICE_OF[name]}, got {device}: "
+            "use backend='torch'"
+        )
+    if (error := misfit(name, pair, dtype, columns)) is not None:
+        raise error
+    return name
+
+
+def misfit(name: str, pair: PairFunction, dtype: torch.dtype, columns: int) -> Exception | None:
+    """Why a backend cannot take a pair function, a dtype or so many columns; None if it can."""
+    if name == "torch":
+        return None
+    backend = load(name)
+    if dtype == torch.float64 and not backend.OFFERS.float64:
+        return TypeError(f"backend {name!r} computes in float32, got float64: use backend='torch'")
+    if columns > backend.OFFERS.max_columns:
+        return ValueError(
+            f"backend {name!r} takes at most {backend.OFFERS.max_columns} columns, got {columns}: "
+            "use backend='torch'"
+        )
+    if not backend.supports(pair):
+        return ValueError(f"backend {name!r} does not know {pair}: use backend='torch'")
+    return None

@@ -1,0 +1,267 @@
+"""The energy of many sets, with its derivatives in every mode.
+
+The energy of a set is one number, so the forward sweep makes the gradient along with it: the
+backward only scales it, and the derivative along tangents (forward mode) is its product with them.
+Nothing keeps the projected rows for the backward. The gradient is a differentiable function too, in
+both modes, by a closed-form Hessian-vector product; a third derivative raises instead of being
+silently wrong.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comhe_ext.operators.library import (
+    differentiable_jvp,
+    differentiated,
+    final,
+    forward_mode,
+    leave_trace,
+    over_batch,
+    product,
+    quick_to_bind,
+)
+from comhe_ext.operators.sweep import SweepOptions, count_of, points_of
+
+
+class _Energy(torch.autograd.Function):
+    """Weights and matrices -> energy [B]; the gradient in the rows is kept for the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    @quick_to_bind
+    def forward(num_weights: int, arguments: Sequence[Any], *tensors: Any) -> tuple[Tensor, Tensor]:
+        weights, matrices = tensors[:num_weights], tensors[num_weights:]
+        energy, gradient = torch.ops.comhe_ext.sweep(weights, matrices, True, *arguments)
+        return energy, gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.num_weights, ctx.arguments, *tensors = inputs
+        gradient = output[1]
+        ctx.mark_non_differentiable(gradient)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_energy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_energy is None:
+            return None, None, *[None] * (len(ctx.needs_input_grad) - 2)
+        gradient, *tensors = ctx.saved_tensors
+        weights, matrices = tensors[: ctx.num_weights], tensors[ctx.num_weights :]
+        factors: Tensor | None = grad_energy
+        # nobody differentiates what runs without grad mode or tangents: then the values will do,
+        # also because Dynamo (2.13) cannot trace a setup_context Function inside a backward
+        if torch.is_grad_enabled() or forward_mode():
+            # to be differentiated again: as a function of the rows, and they of both tensors
+            points, sizes = points_of(weights, matrices)
+            sets = _Sets(sizes, ctx.arguments)
+            gradient = _Gradient.apply(points, gradient.view(points.shape), sets)
+            gradient = torch.ops.comhe_ext.scale_rows(gradient, grad_energy, sizes)
+            gradient, factors = gradient.reshape(-1, gradient.shape[-1]), None
+        needed = ctx.needs_input_grad[2:]
+        return None, None, *_pull_back(gradient, factors, weights, matrices, needed)
+
+
+class _EnergyWithTangents(torch.autograd.Function):
+    """Points -> energy [B] in forward mode too; apart, because Dynamo refuses what has a jvp."""
+
+    @staticmethod
+    def forward(points: Tensor, sets: "_Sets") -> tuple[Tensor, Tensor]:
+        weights = sets.weights(points)
+        nothing = [None] * len(weights)
+        energy, gradient = torch.ops.comhe_ext.sweep(weights, nothing, True, *sets.arguments)
+        return energy, gradient.view(points.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        points, ctx.sets = inputs
+        gradient = output[1]
+        ctx.mark_non_differentiable(gradient)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(points, gradient)
+        ctx.save_for_forward(points, gradient)
+
+    @staticmethod
+    def backward(ctx: Any, grad_energy: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        if grad_energy is None:
+            return None, None
+        points, gradient = ctx.saved_tensors
+        gradient = _Gradient.apply(points, gradient, ctx.sets)
+        scaled = torch.ops.comhe_ext.scale_rows(gradient, grad_energy, ctx.sets.sizes)
+        return scaled.to(points.dtype), None
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(
+        ctx: Any, points: Tensor, gradient: Tensor, tangents: Tensor, _: None
+    ) -> tuple[Tensor, None]:
+        gradient = _Gradient.apply(points, gradient, ctx.sets)
+        return torch.ops.comhe_ext.dot_rows(gradient, tangents, ctx.sets.sizes), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], points: Tensor, sets: "_Sets") -> tuple[Any, Any]:
+        sets = sets.repeated(info.batch_size)
+        return over_batch(_EnergyWithTangents.apply, info, in_dims, [points], sets)
+
+
+def _pull_back(
+    gradient: Tensor,
+    factors: Tensor | None,
+    weights: Sequence[Tensor],
+    projections: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """From the gradient in the projected rows [T, k] to those in the weights and the projections.
+
+    Two products a weight, of all its matrices at once: sum_c g_c P_c, and g_c^T W.
+
+    Args:
+        gradient: in the order of `_all_rows`.
+        factors: what each set's part is to be multiplied with, [B], or None.
+        weights, projections: what was projected.
+        needed: whether each of them wants its gradient.
+    """
+    grad_weights: list[Tensor | None] = []
+    grad_projections: list[Tensor | None] = []
+    row = first = 0
+    for index, (weight, matrices) in enumerate(zip(weights, projections, strict=True)):
+        sets, n, d = weight.shape
+        count = count_of(matrices)
+        part = gradient[row : row + sets * count * n].view(sets, count, n, gradient.shape[1])
+        if factors is not None:
+            part = part * factors[first : first + sets * count].view(sets, count, 1, 1)
+        row, first = row + sets * count * n, first + sets * count
+        grad_weight = grad_matrices = None
+        if matrices is None:
+            grad_weight = part[:, 0, :, :d]
+        else:
+            by_row = part.transpose(1, 2).reshape(sets * n, count * gradient.shape[1])
+            if needed[index]:
+                grad_weight = product(by_row, matrices.to(part.dtype).flatten(0, 1))
+            if needed[len(weights) + index]:
+                grad_matrices = product(by_row.mT, weight.to(part.dtype).flatten(0, 1))
+        grad_weights.append(
+            grad_weight if grad_weight is None else grad_weight.view(weight.shape).to(weight.dtype)
+        )
+        grad_projections.append(
+            grad_matrices
+            if grad_matrices is None or matrices is None
+            else grad_matrices.view(matrices.shape).to(matrices.dtype)
+        )
+    return [*grad_weights, *grad_projections]
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """Sizes and options as one argument: torch would look for tangents of a list's elements."""
+
+    sizes: Sequence[int]
+    arguments: Sequence[Any]
+
+    def weights(self, points: Tensor) -> list[Tensor]:
+        """The points of these sets, as `sweep` takes them."""
+        if points.dim() == 3:
+            return [points]
+        return [rows.unsqueeze(0) for rows in points.split(list(self.sizes))]
+
+    def repeated(self, batch: int) -> "_Sets":
+        """The same for all elements of a batch."""
+        options = SweepOptions.of(self.arguments).repeated(batch)
+        return _Sets(list(self.sizes) * batch, options.arguments)
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient that a sweep has made, as a function of the points."""
+
+    @staticmethod
+    def forward(points: Tensor, gradient: Tensor, sets: _Sets) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        points, gradient, ctx.sets = inputs
+        ctx.dtype = gradient.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(points)
+        ctx.save_for_forward(points)
+
+    @staticmethod
+    def backward(ctx: Any, cotangents: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if cotangents is None:
+            return None, None, None
+        (points,) = ctx.saved_tensors
+        to_points = _HessianProduct.apply(final(points, "energy"), cotangents, ctx.sets)
+        return to_points.to(points.dtype), None, None
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(ctx: Any, points: Tensor, tangents: Tensor, *_: None) -> Tensor:
+        return _HessianProduct.apply(final(points, "energy"), tangents.to(ctx.dtype), ctx.sets)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Sequence[Any], points: Tensor, gradient: Tensor, sets: _Sets
+    ) -> tuple[Any, Any]:
+        sets = sets.repeated(info.batch_size)
+        return over_batch(_Gradient.apply, info, in_dims, [points, gradient], sets)
+
+
+class _HessianProduct(torch.autograd.Function):
+    """H t of each set, linear in the tangents t; the points have to be `final`."""
+
+    @staticmethod
+    def forward(points: Tensor, tangents: Tensor, sets: _Sets) -> Tensor:
+        result: Tensor = torch.ops.comhe_ext.hessian_vector_product(
+            points, tangents, sets.sizes, *sets.arguments
+        )
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        points, _, ctx.sets = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(points)
+        ctx.save_for_forward(points)
+
+    @staticmethod
+    def backward(ctx: Any, cotangents: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        if cotangents is None:
+            return None, None, None
+        (points,) = ctx.saved_tensors
+        to_tangents = _HessianProduct.apply(points, cotangents, ctx.sets)
+        return torch.zeros_like(points), to_tangents, None
+
+    @staticmethod
+    @differentiable_jvp
+    def jvp(ctx: Any, points: Tensor, _: None, tangents: Tensor, __: None) -> Tensor:
+        return _HessianProduct.apply(points, tangents, ctx.sets)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Sequence[Any], points: Tensor, tangents: Tensor, sets: _Sets
+    ) -> tuple[Any, Any]:
+        sets = sets.repeated(info.batch_size)
+        return over_batch(_HessianProduct.apply, info, in_dims, [points, tangents], sets)
+
+
+def energy(
+    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], options: SweepOptions
+) -> Tensor:
+    """Compute the energies [B] of the sets of rows of weights [V, N, d], projected by matrices.
+
+    In one sweep; differentiable twice in all tensors, in both modes; see the top of this file.
+    """
+    if forward_mode():
+        leave_trace()
+        # torch's own products carry the tangents of weights and matrices to the rows
+        points, sizes = points_of(weights, matrices)
+        return _EnergyWithTangents.apply(points, _Sets(sizes, options.arguments))[0]
+    tensors = [*weights, *matrices]
+    if differentiated(*tensors):
+        return _Energy.apply(len(weights), options.arguments, *tensors)[0]
+    return torch.ops.comhe_ext.sweep(weights, matrices, False, *options.arguments)[0]

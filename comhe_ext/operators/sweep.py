@@ -1,0 +1,416 @@
+"""The operators of a sweep over many sets: what they take, their shapes, and their batching.
+
+    comhe_ext::sweep                   weights, matrices -> energy [B], gradient in the rows [T, k]
+    comhe_ext::hessian_vector_product  points, tangents -> like points
+    comhe_ext::scale_rows              rows, a factor of each set [B] -> like rows
+    comhe_ext::dot_rows                rows, rows -> [B]
+
+Weights are a list of [V, N, d], sets of any size and width; each has matrices [C, k, d] that
+project it, or None where its rows are taken as they are, filled up with zeros to k columns. Weight
+by weight, set by set, matrix by matrix they make the B sets of one sweep, V C sets of N rows each,
+which are T rows together. A plain energy is one without matrices. A backend may project and sweep
+in one go.
+
+The other operators take points [T, k] and the `sizes` of the sets, or B sets of N rows [B, N, k]
+with `sizes` empty: that keeps a symbolic N out of the arguments under torch.compile.
+
+None of them has a derivative: `comhe_ext.operators.energy` puts them together.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comhe_ext import backends
+from comhe_ext.kernels import portable, work_table
+from comhe_ext.kernels.pair_functions import PairFunction, pair_function
+from comhe_ext.kernels.sweep import Projected, SweepRequest
+from comhe_ext.operators.library import (
+    LIBRARY,
+    check_device,
+    check_like,
+    check_rows,
+    compute_dtype,
+    define,
+    in_front,
+    over_batch,
+    product,
+    split_batch,
+)
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """All of an energy that is not a tensor.
+
+    Args:
+        pair: the pair function.
+        reduction: "mean" over the unordered pairs of a set, or "sum" over the ordered ones.
+        eps: added to the squared norms.
+        backend: one that can take the rows, see `comhe_ext.backends`.
+        factors: of the sets' energies, one a set; none: all 1.
+    """
+
+    pair: PairFunction
+    reduction: str = "mean"
+    eps: float = 0.0
+    backend: str = "torch"
+    factors: Sequence[float] = ()
+    # the same as the operators take it
+    arguments: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        name, parameters = self.pair.name, self.pair.parameters
+        arguments = name, parameters, self.reduction, self.eps, self.backend, self.factors
+        object.__setattr__(self, "arguments", arguments)
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> "SweepOptions":
+        """What `arguments` gave, checked: an operator may be handed anything."""
+        name, parameters, reduction, eps, backend, *factors = arguments
+        return _options(name, tuple(parameters), reduction, eps, backend, *map(tuple, factors))
+
+    def check(self) -> None:
+        """Refuse numbers and names out of range; the types are known to be right."""
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"`eps` must be finite and at least 0, got {self.eps}")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"`reduction` must be 'mean' or 'sum', got {self.reduction!r}")
+        if self.backend not in backends.BACKENDS:
+            raise ValueError(f"`backend` must be one of {backends.BACKENDS}, got {self.backend!r}")
+        for factor in self.factors:
+            if not -math.inf < factor < math.inf:
+                raise ValueError(f"`factors` must be finite, got {factor}")
+
+    def repeated(self, batch: int) -> "SweepOptions":
+        """The same for all sets of a batch."""
+        return replace(self, factors=tuple(self.factors) * batch)
+
+    def request(
+        self, source: Tensor | Projected, sizes: Sequence[int], gradient: bool
+    ) -> SweepRequest:
+        """What a backend is asked."""
+        scales = _scales(tuple(sizes), self.pair, self.reduction, tuple(self.factors))
+        return SweepRequest(source, sizes, scales, self.pair, self.eps, gradient)
+
+
+# of what depends on shapes and settings alone, for every call is made of it
+
+
+@lru_cache(maxsize=1024)
+def _options(
+    name: str,
+    parameters: tuple[float, ...],
+    reduction: str,
+    eps: float,
+    backend: str,
+    factors: tuple[float, ...] = (),
+) -> SweepOptions:
+    options = SweepOptions(pair_function(name, parameters), reduction, eps, backend, factors)
+    options.check()
+    return options
+
+
+@lru_cache(maxsize=1024)
+def _scales(
+    sizes: tuple[int, ...], pair: PairFunction, reduction: str, factors: tuple[float, ...]
+) -> tuple[float, ...]:
+    """From each set's sum over unordered pairs to its energy, factor included."""
+    by_size = {n: pair.scale(n, reduction) for n in set(sizes)}
+    scales = tuple(by_size[n] for n in sizes)
+    if not factors:
+        return scales
+    return tuple(scale * factor for scale, factor in zip(scales, factors, strict=True))
+
+
+# --- sets -----------------------------------------------------------------------------------------
+
+
+def project(weight: Tensor, matrices: Tensor) -> Tensor:
+    """Rows [V, N, d] under each of the matrices [C, k, d] -> [V, C, N, k], as one product."""
+    dtype = compute_dtype(weight, matrices)
+    rows = weight.to(dtype).flatten(0, 1)
+    products = product(rows, matrices.to(dtype).flatten(0, 1).mT)
+    return products.unflatten(0, weight.shape[:2]).unflatten(-1, matrices.shape[:2]).transpose(1, 2)
+
+
+def pad(rows: Tensor, width: int) -> Tensor:
+    """Rows of `width` columns; a coordinate of zeros changes no cosine."""
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
+
+
+def _width(weights: Sequence[Tensor], matrices: Sequence[Tensor | None]) -> int:
+    """k, the one number of rows of all matrices; without any, the columns of the weights."""
+    for projection in matrices:
+        if projection is not None:
+            return projection.shape[1]
+    return max(weight.shape[2] for weight in weights)
+
+
+def count_of(matrices: Tensor | None) -> int:
+    return 1 if matrices is None else matrices.shape[0]
+
+
+def _set_sizes(weights: Sequence[Tensor], matrices: Sequence[Tensor | None]) -> list[int]:
+    """N of each set that weights and matrices make."""
+    return [
+        n
+        for weight, projection in zip(weights, matrices, strict=True)
+        for n in [weight.shape[1]] * (weight.shape[0] * count_of(projection))
+    ]
+
+
+def _all_rows(weights: Sequence[Tensor], matrices: Sequence[Tensor | None]) -> Iterator[Tensor]:
+    """The rows of each weight under all its matrices, its sets one after the other, [..., k]."""
+    width = _width(weights, matrices)
+    is_plain = all(projection is None for projection in matrices)
+    # rows as they are keep the dtype that they share
+    dtypes = {weight.dtype for weight in weights}
+    dtype = compute_dtype(*weights, *matrices)
+    if is_plain and len(dtypes) == 1:
+        (dtype,) = dtypes
+    for weight, projection in zip(weights, matrices, strict=True):
+        if projection is not None:
+            rows = project(weight, projection)
+        else:
+            rows = weight if weight.shape[2] == width else pad(weight, width)
+        yield rows.to(dtype)
+
+
+def _packed(
+    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], sizes: Sequence[int]
+) -> Tensor:
+    """All rows, [T, k]; copied once at most, from where products left them."""
+    if len(weights) == 1 and matrices[0] is None:
+        return weights[0].reshape(-1, weights[0].shape[2]).contiguous()
+    width, packed, first = _width(weights, matrices), None, 0
+    for rows in _all_rows(weights, matrices):
+        if packed is None:
+            packed = rows.new_empty(sum(sizes), width)
+        last = first + rows.numel() // width
+        packed[first:last].view(rows.shape).copy_(rows)
+        first = last
+    assert packed is not None
+    return packed
+
+
+def points_of(
+    weights: Sequence[Tensor], matrices: Sequence[Tensor | None]
+) -> tuple[Tensor, list[int]]:
+    """The same by torch's differentiable operators, and the size of each set."""
+    if len(weights) == 1 and matrices[0] is None:
+        return weights[0], []
+    width = _width(weights, matrices)
+    parts = [rows.reshape(-1, width) for rows in _all_rows(weights, matrices)]
+    return torch.cat(parts), _set_sizes(weights, matrices)
+
+
+# --- raw operators --------------------------------------------------------------------------------
+
+_OPTIONS = "str pair, float[] parameters, str reduction, float eps, str backend, float[] factors=[]"
+
+
+def _count_sets(name: str, points: Tensor, sizes: Sequence[int]) -> int:
+    """How many sets points of either form hold, checked."""
+    check_rows(name, points, (2, 3))
+    if points.dim() == 3:
+        if len(sizes) > 0:
+            raise ValueError(f"`sizes` must be empty where `{name}` is 3-D, got {list(sizes)}")
+        return points.shape[0]
+    if sum(sizes) != points.shape[0] or min(sizes, default=0) < 0:
+        raise ValueError(
+            f"`sizes` must be at least 0 and add up to {points.shape[0]} rows, got {list(sizes)}"
+        )
+    return len(sizes)
+
+
+def _check_options(
+    arguments: Sequence[Any], sets: int, columns: int, *tensors: Tensor | None
+) -> SweepOptions:
+    """The options of an operator on so many sets of rows, made from these tensors."""
+    options = SweepOptions.of(arguments)
+    factors = options.factors
+    if len(factors) > 0 and len(factors) != sets:
+        raise ValueError(f"`factors` must be empty or one a set ({sets}), got {len(factors)}")
+    if options.backend == "torch":
+        return options
+    first = tensors[0]
+    if options.backend == "cpu" and first is not None and first.device.type != "cpu":
+        raise ValueError(f"backend 'cpu' needs tensors on cpu, got {first.device}")
+    error = backends.misfit(options.backend, options.pair, compute_dtype(*tensors), columns)
+    if error is not None:
+        raise error
+    return options
+
+
+def _check_points(
+    points: Tensor, sizes: Sequence[int], arguments: Sequence[Any]
+) -> tuple[int, SweepOptions]:
+    sets = _count_sets("points", points, sizes)
+    return sets, _check_options(arguments, sets, points.shape[-1], points)
+
+
+def _check_weights(
+    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], arguments: Sequence[Any]
+) -> tuple[list[int], SweepOptions]:
+    """Sizes of the sets that weights and matrices make, and the options."""
+    if len(weights) == 0:
+        raise ValueError("`weights` must hold at least one tensor, got none")
+    if len(matrices) != len(weights):
+        raise ValueError(
+            f"`matrices` must have one entry a weight ({len(weights)}), got {len(matrices)}"
+        )
+    for weight in weights:
+        check_rows("weights", weight, (3,))
+        check_device("weights", weight, "weights[0]", weights[0])
+    width = _width(weights, matrices)
+    for weight, projection in zip(weights, matrices, strict=True):
+        if projection is None:
+            if weight.shape[2] > width:
+                raise ValueError(
+                    f"`weights` without matrices must have at most the {width} columns of the "
+                    f"projected rows, got shape {tuple(weight.shape)}"
+                )
+            continue
+        check_rows("matrices", projection, (3,))
+        check_device("matrices", projection, "weights", weight)
+        count, rows, columns = projection.shape
+        if count == 0 or rows != width or width == 0 or columns != weight.shape[2]:
+            raise ValueError(
+                f"`matrices` must be [C, {max(width, 1)}, {weight.shape[2]}] for a weight of "
+                f"shape {tuple(weight.shape)}, got shape {tuple(projection.shape)}"
+            )
+    sizes = _set_sizes(weights, matrices)
+    return sizes, _check_options(arguments, len(sizes), width, *weights, *matrices)
+
+
+@define(
+    f"sweep(Tensor[] weights, Tensor?[] matrices, bool gradient, {_OPTIONS}) -> (Tensor, Tensor)"
+)
+def _sweep(
+    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], gradient: bool, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    sizes, options = _check_weights(weights, matrices, arguments)
+    backend = backends.load(options.backend)
+    if backend.OFFERS.projection and any(projection is not None for projection in matrices):
+        sets: list[Tensor] = []
+        by_set: list[Tensor | None] = []
+        for weight, projection in zip(weights, matrices, strict=True):
+            sets += weight.unbind()
+            by_set += [None if projection is None else projection.float()] * weight.shape[0]
+        source: Tensor | Projected = Projected(sets, by_set)
+    else:
+        source = _packed(weights, matrices, sizes)
+    result = backend.sweep(options.request(source, sizes, gradient))
+    nothing = result.energy.new_empty(0)
+    return result.energy, nothing if result.gradient is None else result.gradient
+
+
+@define(
+    f"hessian_vector_product(Tensor points, Tensor tangents, int[] sizes, {_OPTIONS}) -> Tensor"
+)
+def _hessian_vector_product(
+    points: Tensor, tangents: Tensor, sizes: Sequence[int], *arguments: Any
+) -> Tensor:
+    _, options = _check_points(points, sizes, arguments)
+    check_like("tangents", tangents, "points", points)
+    if points.dim() == 3:
+        sizes = [points.shape[1]] * points.shape[0]
+    rows = points.reshape(-1, points.shape[-1]).contiguous()
+    # the portable tiles serve every device: second order is asked for rarely
+    request = options.request(rows, sizes, True)
+    return portable.hessian_vector_product(request, tangents.reshape(rows.shape)).view(points.shape)
+
+
+@define("scale_rows(Tensor rows, Tensor factors, int[] sizes) -> Tensor", composite=True)
+def _scale_rows(rows: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
+    sets = _count_sets("rows", rows, sizes)
+    check_device("factors", factors, "rows", rows)
+    if factors.dim() != 1 or factors.shape[0] != sets:
+        raise ValueError(f"`factors` must be one a set ({sets},), got {tuple(factors.shape)}")
+    if rows.dim() == 3:
+        return rows * factors[:, None, None]
+    return rows * work_table.spread_over_rows(factors, sizes)
+
+
+@define("dot_rows(Tensor left, Tensor right, int[] sizes) -> Tensor", composite=True)
+def _dot_rows(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
+    _count_sets("left", left, sizes)
+    check_like("right", right, "left", left)
+    if left.dim() == 3:
+        return (left * right).sum((1, 2))
+    return work_table.sum_over_rows((left * right).sum(1), sizes)
+
+
+@torch.library.register_fake("comhe_ext::sweep", lib=LIBRARY)
+def _(
+    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], gradient: bool, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    sizes, _ = _check_weights(weights, matrices, arguments)
+    dtype = compute_dtype(*weights, *matrices)
+    shape = (sum(sizes), _width(weights, matrices)) if gradient else (0,)
+    energy = weights[0].new_empty(len(sizes), dtype=dtype)
+    return energy, weights[0].new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("comhe_ext::hessian_vector_product", lib=LIBRARY)
+def _(points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
+    _check_points(points, sizes, settings)
+    check_like("tangents", tangents, "points", points)
+    return points.new_empty(points.shape, dtype=compute_dtype(points))
+
+
+# --- vmap: the batch becomes more sets of the same launch -----------------------------------------
+
+
+def _each(x: Tensor | None, dim: int | None, batch: int) -> list[Tensor | None]:
+    """A tensor for each element of the batch."""
+    return [x] * batch if x is None or dim is None else list(x.unbind(dim))
+
+
+def _sweep_batch(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+    """The lists of every element, one after the other; a single plain weight stays one."""
+    batch = info.batch_size
+    weights, matrices, gradient, *arguments = args
+    options = SweepOptions.of(arguments).repeated(batch)
+    if len(weights) == 1 and matrices[0] is None:
+        rows = in_front(weights[0], in_dims[0][0], batch)
+        lists: list[list[Any]] = [[rows.flatten(0, 1)], [None]]
+    else:
+        lists = []
+        for tensors, dims in zip((weights, matrices), in_dims[:2], strict=True):
+            by_tensor = [_each(x, d, batch) for x, d in zip(tensors, dims, strict=True)]
+            lists.append([x for element in zip(*by_tensor, strict=True) for x in element])
+    results = torch.ops.comhe_ext.sweep(*lists, gradient, *options.arguments)
+    if not gradient:  # nothing has no rows to share out
+        results = (results[0], results[1].view(batch, 0))
+        return (split_batch(results[0], batch), results[1]), (0, 0)
+    return tuple(split_batch(result, batch) for result in results), (0, 0)
+
+
+def _product_batch(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+    points, tangents, sizes, *arguments = args
+    options = SweepOptions.of(arguments).repeated(info.batch_size)
+    rest = (list(sizes) * info.batch_size, *options.arguments)
+    op = torch.ops.comhe_ext.hessian_vector_product
+    return over_batch(op, info, in_dims, (points, tangents), *rest)
+
+
+def _rows_batch(name: str) -> Callable[..., Any]:
+    op = getattr(torch.ops.comhe_ext, name)
+
+    def rule(info: Any, in_dims: Sequence[Any], left: Tensor, right: Tensor, sizes: Any) -> Any:
+        return over_batch(op, info, in_dims, (left, right), list(sizes) * info.batch_size)
+
+    return rule
+
+
+torch.library.register_vmap("comhe_ext::sweep", _sweep_batch, lib=LIBRARY)
+torch.library.register_vmap("comhe_ext::hessian_vector_product", _product_batch, lib=LIBRARY)
+for name in ("scale_rows", "dot_rows"):
+    torch.library.register_vmap(f"comhe_ext::{name}", _rows_batch(name), lib=LIBRARY)

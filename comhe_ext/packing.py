@@ -1,0 +1,89 @@
+"""From the layers and projections of a model to the sets of one sweep."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comhe_ext.operators.energy import energy
+from comhe_ext.operators.sweep import SweepOptions, pad
+from comhe_ext.settings import Settings
+
+
+@dataclass(frozen=True)
+class Part:
+    """The neurons of a layer, and how they count.
+
+    Args:
+        rows: [V, N, d], V sets that do not meet each other.
+        matrices: [C, k, d] that project them, or None for rows that are taken as they are.
+        factor: of the mean energy of the sets.
+    """
+
+    rows: Tensor
+    matrices: Tensor | None = None
+    factor: float = 1.0
+
+    @property
+    def width(self) -> int:
+        """Columns of the rows that are swept."""
+        return self.rows.shape[2] if self.matrices is None else self.matrices.shape[1]
+
+    @property
+    def num_sets(self) -> int:
+        return self.rows.shape[0] * (1 if self.matrices is None else self.matrices.shape[0])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.rows] if self.matrices is None else [self.rows, self.matrices]
+
+
+def set_energies(rows: Tensor, options: SweepOptions) -> Tensor:
+    """Energy of each set of `rows` [V, N, k], in one sweep -> [V]."""
+    return energy([rows], [None], options)
+
+
+def total_energy(parts: Sequence[Part], settings: Settings) -> Tensor:
+    """Sum over at least one part of its factor times the mean energy of its sets -> [].
+
+    Parts of one k, dtype and device share a sweep; rows without matrices join the one of projected
+    rows if they have no more columns.
+    """
+    places = [(part.rows.dtype, part.rows.device) for part in parts]
+    projected = {
+        place: part.width
+        for place, part in zip(places, parts, strict=True)
+        if part.matrices is not None
+    }
+    packs: dict[tuple[torch.dtype, torch.device, int], list[Part]] = {}
+    for place, part in zip(places, parts, strict=True):
+        width = part.width
+        if part.matrices is None and width < projected.get(place, 0):
+            width = projected[place]
+        packs.setdefault((*place, width), []).append(part)
+
+    totals = []
+    for (*_, width), pack in packs.items():
+        options = settings.options([x for part in pack for x in part.tensors], width)
+        factors = [f for part in pack for f in [part.factor / part.num_sets] * part.num_sets]
+        options = SweepOptions(
+            options.pair, options.reduction, options.eps, options.backend, tuple(factors)
+        )
+        rows, matrices = [part.rows for part in pack], [part.matrices for part in pack]
+        totals.append(energy(rows, matrices, options).sum())
+    return add(totals)
+
+
+def add(totals: Sequence[Tensor]) -> Tensor:
+    """Sum of scalars, on the device of the first."""
+    total = totals[0]
+    for other in totals[1:]:
+        total = total + other.to(total.device)
+    return total
+
+
+def stack_parts(parts: Sequence[Tensor]) -> Tensor:
+    """Groups of columns [..., N, k_g] as [..., G, N, k], k the largest k_g."""
+    width = max(part.shape[-1] for part in parts)
+    return torch.stack([pad(part, width) for part in parts], -3)

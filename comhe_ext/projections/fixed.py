@@ -1,0 +1,359 @@
+"""Draws of a seed and a step, the base of all projections, and those that do not learn."""
+
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from numbers import Integral
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Generator, Tensor, nn
+
+from comhe_ext.layers import Layer
+from comhe_ext.operators.library import LIBRARY, define
+from comhe_ext.packing import stack_parts
+from comhe_ext.settings import Settings, check_count, check_tensor, quote
+from comhe_ext.steps import host_tensor, loaded, set_number
+
+
+def random_projection(
+    num_projections: int,
+    dim: int,
+    in_features: int,
+    *,
+    generator: Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draw Gaussian projection matrices, iid N(0, 1) entries.
+
+    Torch equivalent::
+
+        torch.randn(num_projections, dim, in_features)
+
+    The entries are not divided by sqrt(dim): an energy does not see the length of its rows.
+
+    Args:
+        num_projections: C, how many matrices.
+        dim: k, the dimension projected to.
+        in_features: d, the dimension projected from.
+        generator: source of the random numbers, on `device`.
+        device: where to make them, torch's default device if None.
+        dtype: a floating-point dtype, torch's default dtype if None.
+
+    Returns:
+        [C, k, d], to be passed to `compressive_energy`.
+
+    Raises:
+        TypeError: a count is not an integer, or `dtype` is not floating-point.
+        ValueError: a count is less than 1.
+
+    Source: Lin et al. (2020), with the distribution of the authors' code.
+    """
+    num_projections = check_count("num_projections", num_projections)
+    dim = check_count("dim", dim)
+    in_features = check_count("in_features", in_features)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"`dtype` must be a floating-point dtype, got {dtype}")
+    return torch.randn(
+        num_projections, dim, in_features, generator=generator, device=device, dtype=dtype
+    )
+
+
+# --- draws that are a function of a seed and a step -----------------------------------------------
+
+
+@define(
+    "gaussian(Tensor state, int every, int stream, SymInt[] shape, ScalarType dtype, Device device)"
+    " -> Tensor"
+)
+def _gaussian(
+    state: Tensor,
+    every: int,
+    stream: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Normal numbers of step state[1] under seed state[0], the same for `every` steps in a row."""
+    if device.type == "meta":
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "random matrices cannot be drawn while a CUDA graph is captured, which would repeat "
+            "one draw for ever: call the regularizer outside of the graph"
+        )
+    seed, steps, _ = state.tolist()
+    draw = max(steps - 1, 0) // every
+    # three numbers into one seed, by the constants of the SplitMix64 generator
+    for number in (draw, stream):
+        seed = ((seed ^ number) * 0x9E3779B97F4A7C15 + 0xBF58476D1CE4E5B9) % 2**64
+        seed ^= seed >> 31
+    generator = Generator(device).manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
+
+
+@torch.library.register_fake("comhe_ext::gaussian", lib=LIBRARY)
+def _(
+    state: Tensor,
+    every: int,
+    stream: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@define("advance(Tensor(a!) state) -> ()")
+def _advance(state: Tensor) -> None:
+    """Count a step; before the first one, agree on a seed with the other ranks."""
+    seed, steps, is_common = state.tolist()
+    if not is_common:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            seeds = [seed]
+            torch.distributed.broadcast_object_list(seeds)
+            set_number(state, 0, seeds[0])
+        set_number(state, 2, 1)
+    set_number(state, 1, steps + 1)
+
+
+@torch.library.register_fake("comhe_ext::advance", lib=LIBRARY)
+def _(state: Tensor) -> None:
+    pass
+
+
+# --- projections of a model -----------------------------------------------------------------------
+
+
+Views: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
+
+
+class Projection(nn.Module):
+    """What takes the neurons of each layer to few dimensions; the base of the four below.
+
+    Args:
+        seed: of all that is drawn; None takes torch's seed, and on several ranks that of the first
+            one, broadcast at the first training step.
+    """
+
+    dim: int | None = None  # k; a layer of no more inputs is not projected. None: any layer is
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise TypeError(f"`seed` must be an int or None, got {type(seed).__name__}")
+        self._layers: list[Layer] = []
+        number = torch.initial_seed() if seed is None else int(seed)
+        # seed, steps, and whether all ranks know the seed; not a buffer: it stays on the host,
+        # where the draws are seeded
+        self._state = host_tensor([number % 2**63, 0, int(seed is not None)])
+
+    def bind(self, layers: Sequence[Layer], settings: Settings) -> None:
+        """Take charge of these layers, for an energy of these settings."""
+        if self._layers:
+            raise ValueError("`projection` already belongs to a regularizer: make one for each")
+        self._layers = list(layers)
+
+    def rebind(self, layers: Sequence[Layer]) -> None:
+        """Take charge of these layers instead, after the model was changed."""
+        self._layers = list(layers)
+
+    def step(self, rows: Mapping[str, Tensor] | None = None) -> None:
+        """Go on to the next training step."""
+        if torch.compiler.is_compiling():
+            torch.ops.comhe_ext.advance(self._state)
+        else:
+            _advance(self._state)
+
+    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """{layer: [C, k, d]} of this step, for the layers that learn."""
+        raise NotImplementedError
+
+    def views(self, rows: Mapping[str, Tensor]) -> Views:
+        """The sets [V, N, d] of each layer of `rows`, and the matrices that project them."""
+        # of one's own, `matrices` may do without the rows
+        takes_rows = len(signature(self.matrices).parameters) > 0
+        matrices = self.matrices(rows) if takes_rows else self.matrices()
+        for name, sets in rows.items():
+            self._check_matrices(name, sets, matrices)
+        return {name: (sets, matrices[name]) for name, sets in rows.items()}
+
+    def learning(self) -> list[Layer]:
+        """The layers whose weights are not frozen."""
+        return [layer for layer in self._layers if layer.learns()]
+
+    def get_extra_state(self) -> Tensor:
+        return self._state.clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._state = loaded(state)
+
+    def _check_matrices(self, name: str, rows: Tensor, matrices: object) -> None:
+        """Raise if what `matrices` returned does not project the rows of a layer."""
+        what = f"`{type(self).__name__}.matrices` must return a dict of a tensor for every layer"
+        if not isinstance(matrices, Mapping):
+            raise TypeError(f"{what}, got {type(matrices).__name__}")
+        if name not in matrices:
+            raise ValueError(f"{what}, got none for {name!r}, only {sorted(matrices)}")
+        check_tensor(f"matrices of layer {name!r}", matrices[name])
+        shape, inputs = tuple(matrices[name].shape), rows.shape[2]
+        if len(shape) != 3 or 0 in shape or shape[2] != inputs:
+            raise ValueError(
+                f"`matrices of layer {name!r}` must be [C, k, {inputs}], got shape {shape}"
+            )
+        if matrices[name].device != rows.device:
+            raise ValueError(
+                f"`matrices of layer {name!r}` must be on {rows.device}, got "
+                f"{matrices[name].device}"
+            )
+
+    def _draw(self, layer: Layer, count: int, dim: int, every: int, stream: int) -> Tensor:
+        dtype = torch.promote_types(layer.dtype, torch.float32)
+        shape = (count, dim, layer.sizes[2])
+        drawn: Tensor = torch.ops.comhe_ext.gaussian(
+            self._state, every, stream, shape, dtype, layer.device
+        )
+        return drawn
+
+
+class RandomProjection(Projection):
+    """Gaussian matrices, drawn afresh every so many steps (RP-CoMHE).
+
+    Torch equivalent::
+
+        matrices = {name: torch.randn(C, k, d) for each layer}    # at each step
+
+    Layers of equal width d share their draw, as they do in the authors' code: so a model of a
+    hundred layers draws a few matrices a step. Each layer by itself sees independent entries.
+
+    Args:
+        num_projections: C; 20 if neither is given.
+        dim: k.
+        neurons_per_projection: makes C grow with the layer: one matrix for so many neurons.
+        every: steps from one draw to the next.
+        seed: see `Projection`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or less than 1.
+
+    Source: Lin et al. (2020); the defaults are those of the authors' code.
+    """
+
+    def __init__(
+        self,
+        num_projections: int | None = None,
+        dim: int = 40,
+        *,
+        neurons_per_projection: int | None = None,
+        every: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(seed)
+        if num_projections is not None and neurons_per_projection is not None:
+            raise ValueError("`num_projections` and `neurons_per_projection` exclude each other")
+        if neurons_per_projection is not None:
+            neurons_per_projection = check_count("neurons_per_projection", neurons_per_projection)
+        else:
+            num_projections = 20 if num_projections is None else num_projections
+            num_projections = check_count("num_projections", num_projections)
+        self.num_projections = num_projections
+        self.neurons_per_projection = neurons_per_projection
+        self.dim: int = check_dim(dim)
+        self.every = check_count("every", every)
+
+    def _count(self, layer: Layer) -> int:
+        if self.neurons_per_projection is not None:
+            return max(layer.sizes[1] // self.neurons_per_projection, 1)
+        return self.num_projections or 1
+
+    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        by_kind: dict[Any, list[Layer]] = {}
+        for layer in self.learning():
+            kind = (layer.sizes[2], torch.promote_types(layer.dtype, torch.float32), layer.device)
+            by_kind.setdefault(kind, []).append(layer)
+        drawn = {}
+        for (width, *_), layers in by_kind.items():
+            counts = [self._count(layer) for layer in layers]
+            matrices = self._draw(layers[0], max(counts), self.dim, self.every, width)
+            for layer, count in zip(layers, counts, strict=True):
+                drawn[layer.name] = matrices[:count]
+        return drawn
+
+    def extra_repr(self) -> str:
+        count = self.num_projections or f"N / {self.neurons_per_projection}"
+        return f"{count} projections to {self.dim} dimensions, drawn every {self.every} steps"
+
+
+class GroupProjection(Projection):
+    """The coordinates of each layer in groups, whose sub-vectors have an energy each (group CoMHE).
+
+    Torch equivalent::
+
+        energy = torch.stack([hyperspherical_energy(part) for part in parts_of(weight)]).mean()
+
+    Args:
+        groups: how many; fewer where a group would have a single coordinate, whose neurons have
+            nowhere to turn.
+        layout: "contiguous", neighbouring coordinates; "strided", every `groups`-th coordinate;
+            "channels", input channels of a convolution with all their kernel positions
+            (contiguous coordinates elsewhere).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: Lin et al. (2020): projections that select coordinates.
+    """
+
+    def __init__(
+        self,
+        groups: int = 4,
+        layout: Literal["contiguous", "strided", "channels"] = "contiguous",
+    ) -> None:
+        super().__init__(seed=0)
+        self.groups = check_count("groups", groups)
+        if layout not in ("contiguous", "strided", "channels"):
+            raise ValueError(
+                f"`layout` must be 'contiguous', 'strided' or 'channels', got {quote(layout)}"
+            )
+        self.layout = layout
+
+    def split(self, layer: Layer, rows: Tensor) -> list[Tensor]:
+        """The columns of each group of the rows of a layer."""
+        width = rows.shape[-1]
+        if self.layout == "strided":
+            groups = min(self.groups, max(width // 2, 1))
+            return [rows[..., g::groups] for g in range(groups)]
+        kernel = getattr(layer.module, "kernel_size", ()) if self.layout == "channels" else ()
+        # indivisible: a channel with its kernel positions, and never a coordinate alone
+        size = torch.Size(kernel).numel()
+        channels = rows.unflatten(-1, (-1, size))
+        most = width // size if size > 1 else max(width // 2, 1)
+        return [part.flatten(-2) for part in channels.tensor_split(min(self.groups, most), -2)]
+
+    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        selected = {}
+        for layer in self.learning():
+            dtype = torch.promote_types(layer.dtype, torch.float32)
+            identity = torch.eye(layer.sizes[2], dtype=dtype, device=layer.device)
+            selected[layer.name] = stack_parts(self.split(layer, identity)).mT
+        return selected
+
+    def views(self, rows: Mapping[str, Tensor]) -> Views:
+        """The sub-vectors themselves: cheaper than a product with zeros and ones."""
+        views: Views = {}
+        for layer in self._layers:
+            if layer.name in rows:
+                parts = self.split(layer, rows[layer.name])
+                views[layer.name] = (stack_parts(parts).flatten(0, 1), None)
+        return views
+
+    def extra_repr(self) -> str:
+        return f"{self.groups} {self.layout} groups"
+
+
+def check_dim(dim: int) -> int:
+    """A dimension to project to."""
+    dim = check_count("dim", dim)
+    if dim == 1:
+        raise ValueError("`dim` must be at least 2: in one dimension neurons have nowhere to turn")
+    return dim

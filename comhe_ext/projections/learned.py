@@ -1,0 +1,259 @@
+"""Projections whose matrices learn beside the weights, each by an objective of its own."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from comhe_ext.functional import AngleKind, angle_differences, safe_sqrt
+from comhe_ext.layers import Layer
+from comhe_ext.operators.library import no_autocast
+from comhe_ext.packing import Part, total_energy
+from comhe_ext.projections.fixed import Projection, check_dim
+from comhe_ext.settings import Settings, check_count, check_factor, quote
+
+
+class _LearnedProjection(Projection):
+    """Matrices that descend an objective of their own, beside the weights."""
+
+    dim: int
+
+    def __init__(
+        self,
+        num_projections: int,
+        dim: int,
+        lr: float,
+        iterations: int,
+        weight_decay: float,
+        mode: Literal["unrolled", "alternating"],
+        seed: int | None,
+    ) -> None:
+        super().__init__(seed)
+        self.num_projections = check_count("num_projections", num_projections)
+        self.dim = check_dim(dim)
+        self.iterations = check_count("iterations", iterations)
+        self.lr = lr
+        self.weight_decay = check_factor("weight_decay", weight_decay)
+        if mode not in ("unrolled", "alternating"):
+            raise ValueError(f"`mode` must be 'unrolled' or 'alternating', got {quote(mode)}")
+        self.mode = mode
+        # layers whose matrices are still to be drawn: the model was not there yet
+        self._undrawn: set[str] = set()
+
+    @property
+    def lr(self) -> float:
+        """The step size, which may be set: a schedule of the network's serves both."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._lr = check_factor("lr", lr)
+
+    def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+        """What the matrices descend: a sum over layers, of which each sees its own term alone."""
+        raise NotImplementedError
+
+    def bind(self, layers: Sequence[Layer], settings: Settings) -> None:
+        super().bind(layers, settings)
+        self._settings = settings.in_full_space()
+        self.rebind(layers)
+
+    def rebind(self, layers: Sequence[Layer]) -> None:
+        super().rebind(layers)
+        kept, self._buffers, undrawn = dict(self._buffers), {}, self._undrawn
+        self._undrawn = set()
+        for layer in self._layers:
+            name = _buffer(layer)
+            shape = (self.num_projections, self.dim, layer.sizes[2])
+            before = kept.get(name)
+            if before is not None and before.shape == shape and layer.name not in undrawn:
+                self.register_buffer(name, before)
+                continue
+            self._undrawn.add(layer.name)
+            self.register_buffer(name, torch.empty(shape, device="meta"))
+            if layer.device.type != "meta":
+                self._matrices_of(layer)
+
+    def step(self, rows: Mapping[str, Tensor] | None = None) -> None:
+        compiling = torch.compiler.is_compiling()
+        before = None if compiling else int(self._state[0])
+        super().step()
+        if not compiling and int(self._state[0]) != before:
+            # the seed is that of the first rank now: draw the matrices that it has
+            self._undrawn.update(layer.name for layer in self._layers)
+        layers = self.learning()
+        constant = [x.detach() for x in self._rows(layers, rows)]
+        for _ in range(self.iterations):
+            matrices = [self._matrices_of(layer) for layer in layers]
+            gradients = self._gradients(constant, matrices, create_graph=False)
+            for layer, old, gradient in zip(layers, matrices, gradients, strict=True):
+                self._buffers[_buffer(layer)] = old - self.lr * (gradient + self.weight_decay * old)
+
+    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        layers = self.learning()
+        matrices = [self._matrices_of(layer) for layer in layers]
+        if self.mode == "unrolled" and torch.is_grad_enabled():
+            # one more step that is not kept, as a function of the weights
+            learning = self._rows(layers, rows)
+            gradients = self._gradients(learning, matrices, create_graph=True)
+            matrices = [m - self.lr * g for m, g in zip(matrices, gradients, strict=True)]
+        return {layer.name: m for layer, m in zip(layers, matrices, strict=True)}
+
+    def _rows(self, layers: Sequence[Layer], rows: Mapping[str, Tensor] | None) -> list[Tensor]:
+        return [layer.rows() if rows is None else rows[layer.name] for layer in layers]
+
+    def _matrices_of(self, layer: Layer) -> Tensor:
+        """The matrices of a layer, drawn at their first use."""
+        name = _buffer(layer)
+        if layer.name in self._undrawn and layer.device.type != "meta":
+            stream = [x.name for x in self._layers].index(layer.name)
+            with torch.inference_mode(False), torch.no_grad():
+                self._buffers[name] = self._draw(layer, self.num_projections, self.dim, 1, stream)
+            self._undrawn.discard(layer.name)
+        matrices = self._buffers[name]
+        assert matrices is not None
+        return matrices.to(layer.device)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for layer in self._layers:
+            given = state_dict.get(prefix + _buffer(layer))
+            if layer.name in self._undrawn and isinstance(given, Tensor) and not given.is_meta:
+                # room for what is loaded
+                own = self._buffers[_buffer(layer)]
+                assert own is not None
+                if own.shape == given.shape:
+                    self._buffers[_buffer(layer)] = torch.empty_like(given)
+                    self._undrawn.discard(layer.name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for layer in self._layers:
+            now = self._buffers[_buffer(layer)]
+            if now is not None and now.is_meta:
+                self._undrawn.add(layer.name)
+
+    def _gradients(
+        self, rows: Sequence[Tensor], matrices: Sequence[Tensor], create_graph: bool
+    ) -> Sequence[Tensor]:
+        if not matrices:
+            return []
+        # autocast would reach into the backward of the projection
+        with torch.enable_grad(), no_autocast(matrices[0].device.type):
+            leaves = [m.detach().requires_grad_() for m in matrices]
+            total = self.objective(rows, leaves)
+            return torch.autograd.grad(total, leaves, create_graph=create_graph)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_LearnedProjection":
+        # matrices follow a model to another device, not to a lower precision
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for layer in self._layers:
+            name = _buffer(layer)
+            before, after = kept[name], self._buffers[name]
+            assert before is not None and after is not None
+            if after.is_meta:
+                self._undrawn.add(layer.name)
+            if after.dtype != before.dtype and not before.is_meta:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_projections} projections to {self.dim} dimensions, {self.mode}, "
+            f"lr={self.lr}, iterations={self.iterations}"
+        )
+
+
+def _buffer(layer: Layer) -> str:
+    """Name of the buffer of a layer's matrices: no dots, nor any attribute's name."""
+    return "matrices/" + layer.name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
+
+
+class AngleProjection(_LearnedProjection):
+    """Matrices that learn to keep the angles between the neurons of their layer (AP-CoMHE).
+
+    Torch equivalent, of a step::
+
+        (gradient,) = torch.autograd.grad(angle_preserving_loss(weight, P), P)
+        P = P - lr * (gradient + weight_decay * P)    # `iterations` times
+
+    Args:
+        num_projections: C.
+        dim: k.
+        kind: what to keep, see `comhe_ext.angle_preserving_loss`; of angles the root of the sum
+            of squares is descended, so that one `lr` serves both.
+        lr: step size, in the authors' code that of the network; an attribute that may be set.
+        iterations: steps of the matrices for one of the weights.
+        weight_decay: of the matrices.
+        mode: "alternating", the weights see constant matrices; "unrolled", they see the matrices
+            one more step ahead, and their gradient goes through that step (second order; not
+            under torch.compile).
+        seed: see `Projection`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: Lin et al. (2020); the defaults are those of the authors' code.
+    """
+
+    def __init__(
+        self,
+        num_projections: int = 1,
+        dim: int = 30,
+        *,
+        kind: AngleKind = "cosine",
+        lr: float = 0.1,
+        iterations: int = 1,
+        weight_decay: float = 5e-7,
+        mode: Literal["unrolled", "alternating"] = "unrolled",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(num_projections, dim, lr, iterations, weight_decay, mode, seed)
+        if kind not in ("cosine", "angle"):
+            raise ValueError(f"`kind` must be 'cosine' or 'angle', got {quote(kind)}")
+        self.kind: AngleKind = kind
+
+    def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+        losses = [
+            safe_sqrt(angle_differences(sets, m, self.kind)).sum()
+            for sets, m in zip(rows, matrices, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+class AdversarialProjection(_LearnedProjection):
+    """Matrices that raise the energy which the weights lower (adversarial CoMHE).
+
+    Torch equivalent, of a step::
+
+        (gradient,) = torch.autograd.grad(-compressive_energy(weight, P), P)
+        P = P - lr * (gradient + weight_decay * P)    # `iterations` times
+
+    The energy they raise is that of full space, whatever that of the weights.
+
+    Args:
+        num_projections, dim, lr, weight_decay, mode, seed: see `AngleProjection`.
+        iterations: steps of the matrices for one of the weights.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: Lin et al. (2020); the defaults are those of the authors' code.
+    """
+
+    def __init__(
+        self,
+        num_projections: int = 1,
+        dim: int = 30,
+        *,
+        lr: float = 0.1,
+        iterations: int = 10,
+        weight_decay: float = 5e-7,
+        mode: Literal["unrolled", "alternating"] = "unrolled",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(num_projections, dim, lr, iterations, weight_decay, mode, seed)
+
+    def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+        return -total_energy(list(map(Part, rows, matrices)), self._settings)

@@ -1,0 +1,78 @@
+"""What a regularizer tells of the layers of a model."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from comhe_ext.layers import LeftOut
+from comhe_ext.output_layer import OutputLayer
+
+
+class LayerEnergy(NamedTuple):
+    """The energy of a layer as it is, and what to hold it against."""
+
+    energy: float
+    random: float  # expected of independent random directions, as many and as wide
+    lowest: float  # no configuration has less: the simplex bound, in half space that of Welch
+
+
+class Energies(dict[str, LayerEnergy]):
+    """{layer: its energy}; `table()` shows it."""
+
+    def table(self, format: str = "github") -> str:
+        """A table in one of the formats of the package tabulate."""
+        rows = [(name, *values) for name, values in self.items()]
+        return table(rows, ("layer", *LayerEnergy._fields), format)
+
+
+class RegularizedLayer(NamedTuple):
+    """A layer, and what `CoMHE` does with it."""
+
+    name: str
+    role: str  # "first", "hidden" or "output"
+    sets: int  # of neurons that meet each other: the groups of a convolution
+    neurons: int  # N of each set
+    inputs: int  # d of each neuron
+    factor: float
+    half_space: bool
+    projected: bool
+    learns: bool  # not frozen
+
+
+def table(rows: Iterable[Iterable[object]], headers: Iterable[str], format: str) -> str:
+    try:
+        from tabulate import tabulate
+    except ImportError as error:
+        raise ImportError(
+            "a table needs the package tabulate: pip install 'comhe-ext[table]'"
+        ) from error
+    text: str = tabulate(list(rows), tuple(headers), tablefmt=format, floatfmt=".4f")
+    return text
+
+
+def summary(
+    layers: Iterable[RegularizedLayer],
+    left_out: Sequence[LeftOut],
+    output: OutputLayer,
+    projection: str,
+    format: str,
+) -> str:
+    """A table of what is regularized, as what, and of what is left out and why."""
+    rows = [
+        (
+            layer.name,
+            layer.role if layer.learns else f"{layer.role}, frozen",
+            layer.sets,
+            layer.neurons,
+            layer.inputs,
+            f"{layer.factor:g}",
+            "half" if layer.half_space else "full",
+            projection if layer.projected else "none",
+        )
+        for layer in layers
+    ]
+    headers = ("layer", "as", "sets", "neurons", "inputs", "factor", "space", "projection")
+    text = table(rows, headers, format)
+    text += f"\n\nOutput layer: {output.name!r}, {output.reason}."
+    if left_out:
+        text += "\n\n" + table(left_out, ("left out", "why"), format)
+    return text

@@ -1,0 +1,228 @@
+"""Pair functions: f of the distance of two points, and all that a sweep needs to know of it.
+
+    t = r = sqrt(2 - 2c)       the chord, or
+    t = theta = arccos c       the angle in radians, with `angular`
+    F(c) = f(c)                or, in half space, f(c) + f(-c): each row stands for its antipode too
+
+A pair is given as `near` = r^2 = 2 - 2c and `far` = 4 - r^2 = 2 + 2c. Both are arguments because
+each loses its digits when it is computed from the other: near pairs are known by an exact `near`,
+almost antipodal ones by an exact `far`.
+
+A new pair function is a class here, with f, f' and f''. Every device computes it then, in plain
+torch; a compiled backend that knows its `number` is faster.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tangent(NamedTuple):
+    """The line that continues f below the distance `at`: value + slope (t - at)."""
+
+    at: float
+    value: float
+    slope: float
+
+
+@dataclass(frozen=True)
+class PairFunction:
+    """The base of all pair functions; frozen, and checked when it is made.
+
+    Args:
+        half_space: fold each pair with its mirror image, f(c) + f(-c).
+        angular: measure by the angle in radians, not by the chord.
+    """
+
+    half_space: bool = field(default=False, kw_only=True)
+    angular: bool = field(default=False, kw_only=True)
+
+    # as operators and compiled kernels know it
+    name: ClassVar[str]
+    number: ClassVar[int]
+    # distance below which f is continued by its tangent; 0 where f has no singularity
+    min_distance = 0.0
+
+    def __init_subclass__(cls) -> None:
+        PAIR_FUNCTIONS[cls.name] = cls
+
+    def of_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f, f' and f'' at the distance `t` > 0, any shape, elementwise; without the tangent."""
+        raise NotImplementedError
+
+    @property
+    def growth(self) -> float:
+        """How many powers of 1/t f' has more than a constant: what magnifies an error of t."""
+        return 0.0
+
+    def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        """F and F'/factor of a tile of r^2, with the factor, in as few passes as torch allows.
+
+        None where there is no short form. Valid out of reach of the tangent. Uses up `near`.
+        """
+        return None
+
+    # --- what follows from f ----------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        """All that defines it, as the numbers that `pair_function` takes."""
+        return tuple(float(getattr(self, x.name)) for x in fields(self))
+
+    @cached_property
+    def tangent(self) -> Tangent | None:
+        """Where f is continued by its tangent line, computed once on the host."""
+        if self.min_distance <= 0:
+            return None
+        at = torch.tensor(self.min_distance, dtype=torch.float64, device="cpu")
+        value, slope, _ = self.of_distance(at)
+        return Tangent(self.min_distance, float(value), float(slope))
+
+    @property
+    def two_ended(self) -> bool:
+        """Whether cosines near -1 need the same care as those near 1."""
+        return self.half_space or self.angular
+
+    def at_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f, f' and f'' at any distance `t` >= 0, the tangent included."""
+        if self.min_distance <= 0:
+            return self.of_distance(t)
+        # the line starts from f at the bound itself; clamp_min lets NaN through
+        value, first, second = self.of_distance(t.clamp_min(self.min_distance))
+        below = t < self.min_distance
+        # not everywhere: where f' is infinite, 0 times it is NaN
+        value = torch.where(below, value + first * (t - self.min_distance), value)
+        return value, first, second.masked_fill(below, 0.0)
+
+    def one_sided(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f(c) and its first and second derivative in c; zero derivatives at a coincident pair."""
+        if self.angular:
+            t = 2.0 * torch.atan2(near.sqrt(), far.sqrt())
+            sine = (near * far).sqrt() / 2.0
+            # dt/dc = -1/sin, d2t/dc2 = -cos/sin^3; at c = +-1 the angle has a kink: no direction
+            directionless = sine == 0
+            sine = sine.masked_fill(directionless, 1.0)
+            turn = (far - near) / 4.0 / sine
+        else:
+            t = near.sqrt()
+            # dr/dc = -1/r, d2r/dc2 = -1/r^3
+            directionless = t == 0
+            sine = t.masked_fill(directionless, 1.0)
+            turn = 1.0 / sine
+        value, first, second = self.at_distance(t)
+        slope = (-first / sine).masked_fill(directionless, 0.0)
+        curve = ((second - first * turn) / sine.square()).masked_fill(directionless, 0.0)
+        return value, slope, curve
+
+    def of_cosine(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """F(c), F'(c) and F''(c), folded where `half_space` says so."""
+        value, slope, curve = self.one_sided(near, far)
+        if self.half_space:
+            mirrored_value, mirrored_slope, mirrored_curve = self.one_sided(far, near)
+            value = value + mirrored_value
+            slope = slope - mirrored_slope
+            curve = curve + mirrored_curve
+        return value, slope, curve
+
+    def clean_above(self, near: float) -> bool:
+        """Whether no pair with both `near` and `far` above the bound reaches the tangent line."""
+        if self.angular:
+            return self.min_distance <= 2.0 * math.asin(math.sqrt(near) / 2.0)
+        return self.min_distance <= math.sqrt(near)
+
+    def pair_count(self, n: int) -> int:
+        """Unordered pairs among `n` rows, or among the 2n points of their half-space doubling."""
+        return n * (2 * n - 1) if self.half_space else n * (n - 1) // 2
+
+    def scale(self, n: int, reduction: str) -> float:
+        """The factor from the sum over unordered pairs of a set of `n` rows to its energy."""
+        if reduction == "sum":
+            return 2.0  # the papers sum over ordered pairs
+        return 1.0 / max(self.pair_count(n), 1)
+
+
+PAIR_FUNCTIONS: dict[str, type[PairFunction]] = {}
+
+
+def pair_function(name: str, parameters: Sequence[float]) -> PairFunction:
+    """The pair function of a name and of the numbers that its `parameters` gave."""
+    if name not in PAIR_FUNCTIONS:
+        raise ValueError(f"`pair` must be one of {sorted(PAIR_FUNCTIONS)}, got {name!r}")
+    kind = PAIR_FUNCTIONS[name]
+    if len(parameters) != len(fields(kind)):
+        raise ValueError(
+            f"`parameters` of {name!r} must be {len(fields(kind))} numbers, got {len(parameters)}"
+        )
+    half_space, angular, *others = parameters
+    names = [x.name for x in fields(kind)[2:]]
+    values = dict(zip(names, others, strict=True))
+    return kind(half_space=bool(half_space), angular=bool(angular), **values)
+
+
+@dataclass(frozen=True)
+class Riesz(PairFunction):
+    """Riesz' function t^-s, and log(1/t) for s = 0.
+
+    Args:
+        s: the exponent, any finite s >= 0.
+        min_distance: below it (in the unit of the distance) f goes on along its tangent line, so
+            that a near-duplicate is pushed away with a finite force; 0 is the pure definition.
+
+    Source: Liu et al. (2018), MHE.
+    """
+
+    s: float = 2.0
+    min_distance: float = 1e-3
+
+    name: ClassVar[str] = "riesz"
+    number: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.s < math.inf:
+            raise ValueError(f"`s` must be finite and at least 0, got {self.s}")
+        if not 0 <= self.min_distance < 2:
+            raise ValueError(
+                f"`min_distance` must be at least 0 and less than 2, got {self.min_distance}"
+            )
+
+    def of_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.s == 0:
+            return -t.log(), -1.0 / t, t.square().reciprocal()
+        value = t.pow(-self.s)
+        first = -self.s * value / t
+        return value, first, -(self.s + 1) * first / t
+
+    @property
+    def growth(self) -> float:
+        return self.s + 2.0
+
+    def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        if self.angular or (self.half_space and self.s not in (0.0, 1.0, 2.0)):
+            return None
+        if self.half_space:
+            if self.s == 1:
+                left, right = near.rsqrt(), (4.0 - near).rsqrt_()
+                value = left + right
+                return value, left.pow_(3).sub_(right.pow_(3)), 1.0
+            product = (4.0 - near).mul_(near)  # r^2 (4 - r^2) = 4 (1 - c^2)
+            twice_cosine = near.neg_().add_(2.0)
+            if self.s == 0:
+                value = product.log().mul_(-0.5)
+                return value, twice_cosine.div_(product), 2.0
+            value = product.reciprocal_().mul_(4.0)
+            return value, twice_cosine.mul_(value).mul_(value), 1.0
+        if self.s == 2:
+            value = near.reciprocal_()
+            return value, value.square(), 2.0
+        if self.s == 1:
+            value = near.rsqrt_()
+            return value, value.pow(3), 1.0
+        if self.s == 0:
+            return near.log().mul_(-0.5), near.reciprocal_(), 1.0
+        value = near.pow(-self.s / 2.0)
+        return value, value / near, self.s

@@ -1,0 +1,140 @@
+// Random shapes, offsets, options and rows through the C interface of the CPU kernel, for libFuzzer:
+// `make fuzz`. Inputs and outputs have exactly their size, so that AddressSanitizer sees one step
+// too far; every output must be written, and rows without NaN and infinity give no NaN.
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../kernels/cpu/pairwise.h"
+
+extern "C" int comhe_best_isa();
+extern "C" int comhe_sweep(const Call *call, int isa);
+
+namespace {
+
+// The input's bytes, then, for ever, numbers that depend on all of them.
+struct Bytes {
+    const uint8_t *data;
+    size_t left;
+    uint32_t state;
+    unsigned next(unsigned bound) {
+        for (int i = 0; i < 2; i++) {
+            state = state * 16777619 + 97;
+            if (!left) continue;
+            state ^= *data++;
+            left--;
+        }
+        return (state >> 8) % bound;
+    }
+};
+
+void require(bool holds) {
+    if (!holds) abort();
+}
+
+// Random rows; or all close; or axes, their opposites and dead rows; or huge; or close to one of a few
+// directions and their opposites; or any bits (`wild`).
+void fill(Bytes &bytes, void *points, int64_t rows, int64_t k, int dtype, bool wild) {
+    uint32_t state = bytes.next(65536) + 1;
+    const int kind = bytes.next(5);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t q = 0; q < k; q++) {
+            state = state * 1664525 + 1013904223;
+            float x = int32_t(state) * 0x1p-31f;
+            if (kind == 1) x = q == 0 ? 1 : x * 1e-4f;
+            if (kind == 2) x = i % 3 ? (q == i % k) * (i % 2 ? 1.f : -1.f) : 0;
+            if (kind == 3) x *= 1e30f;
+            if (kind == 4) x = (q == i % 3) * (i % 5 < 2 ? 1.f : -1.f) + x * 1e-4f;
+            uint32_t bits;
+            memcpy(&bits, &x, 4);
+            if (wild) bits = state;
+            if (dtype == FLOAT32) memcpy((char *)points + 4 * (i * k + q), &bits, 4);
+            const uint16_t half = dtype == BFLOAT16 ? bits >> 16 : wild ? state >> 16 : 0x3000 + (state >> 20) % 0x800 + (state >> 16 & 0x8000);
+            if (dtype != FLOAT32) memcpy((char *)points + 2 * (i * k + q), &half, 2);
+        }
+}
+
+// A copy on the heap of exactly this size.
+template <class T> T *exact(const T *from, size_t count) {
+    T *to = (T *)malloc(count * sizeof(T) + !count);
+    if (count) memcpy(to, from, count * sizeof(T));
+    return to;
+}
+
+float *poisoned(size_t count) {
+    float *p = (float *)malloc(count * sizeof(float) + !count);
+    memset(p, 0xaa, count * sizeof(float));  // no result is -3.0316488e-13
+    return p;
+}
+
+void written(const float *p, size_t count, bool finite) {
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, p + i, 4);
+        require(bits != 0xaaaaaaaa && !(finite && isnan(p[i])));
+    }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    Bytes bytes = {data, size, 2166136261u};
+    Call call = {};
+    const bool rectangular = bytes.next(4) == 0, wild = bytes.next(8) == 0, gradient = bytes.next(4);
+    call.sets = rectangular ? 2 : bytes.next(5);
+    call.k = bytes.next(8) ? 1 + bytes.next(70) : 250 + bytes.next(60);
+    call.dtype = bytes.next(3);
+    call.threads = 1 + bytes.next(3);
+    const double exponents[] = {0, 1, 2, 0.5, 3.7, 30}, distances[] = {1e-3, 0, 0.5, 1.99};
+    call.pair.s = exponents[bytes.next(6)];
+    call.pair.min_distance = distances[bytes.next(4)];
+    call.pair.half_space = bytes.next(2);
+    call.pair.angular = bytes.next(2);
+    call.eps = bytes.next(2) * 1e-4;
+    int64_t sizes[4], rows = 0;
+    double scales[4];
+    for (int s = 0; s < call.sets; s++) {
+        // the largest are enough work for several threads
+        sizes[s] = bytes.next(6) ? bytes.next(60) : bytes.next(6) ? bytes.next(420) : 800 + bytes.next(300);
+        scales[s] = 1e-6;
+        rows += sizes[s];
+    }
+    const int64_t first = rectangular ? sizes[0] : rows, second = rows - first;
+    const size_t width = call.dtype == FLOAT32 ? 4 : 2;
+    void *points = malloc(first * call.k * width + !first), *columns = nullptr;
+    fill(bytes, points, first, call.k, call.dtype, wild);
+    int32_t *ids = nullptr;
+    if (rectangular) {
+        columns = malloc(second * call.k * width + !second);
+        fill(bytes, columns, second, call.k, call.dtype, wild);
+        ids = (int32_t *)malloc(rows * sizeof(int32_t) + !rows);
+        for (int64_t i = 0; i < rows; i++) ids[i] = i < first ? int32_t(i) : int32_t(i - bytes.next(300));
+    }
+    call.points = points;
+    call.rectangular = rectangular;
+    call.columns = columns;
+    call.ids = ids;
+    call.sizes = exact(sizes, call.sets);
+    call.scales = exact(scales, rectangular ? 1 : call.sets);
+    const size_t energies = rectangular ? 1 : call.sets;
+    // an infinite energy has no useful gradient, and large powers of close pairs are infinite
+    const bool finite = !wild && call.pair.min_distance > 0 && call.pair.s < 4;
+    for (int isa = 0; isa <= comhe_best_isa(); isa++) {
+        call.energy = poisoned(energies);
+        call.gradient = gradient ? poisoned(first * call.k) : nullptr;
+        call.columns_gradient = gradient && rectangular ? poisoned(second * call.k) : nullptr;
+        require(comhe_sweep(&call, isa) == OK);
+        written(call.energy, energies, finite);
+        if (gradient) written(call.gradient, first * call.k, finite);
+        if (gradient && rectangular) written(call.columns_gradient, second * call.k, finite);
+        free(call.energy);
+        free(call.gradient);
+        free(call.columns_gradient);
+    }
+    free(points);
+    free(columns);
+    free(ids);
+    free((void *)call.sizes);
+    free((void *)call.scales);
+    return 0;
+}

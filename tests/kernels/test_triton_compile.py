@@ -1,0 +1,90 @@
+"""The Triton kernels compile for real GPUs, none of which is needed: a small part of the matrix.
+
+The whole of it is `make compile-gpu`. In a process of its own, because TRITON_INTERPRET=1 would
+replace the compiler.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from comhe_ext.kernels import gpu
+from comhe_ext.testing import (
+    random_rows,
+    riesz,
+    sweep_of,
+    sweep_projected,
+)
+
+pytest.importorskip("triton")
+
+
+def test_kernels_compile_without_spills_and_with_tensor_cores():
+    command = Path(__file__).parents[2] / "bench" / "compile_gpu.py"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, str(command), "--small", "--jobs", "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        assert target in result.stdout
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="needs the compiler's launcher")
+def test_a_new_size_compiles_nothing(monkeypatch):
+    """What N decides is no constant of a kernel and no number that Triton specializes on."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import jit
+
+    from comhe_ext.kernels.gpu import backend
+
+    target = CUDABackend(GPUTarget("cuda", 90, 32))
+    variants = set()
+
+    def specialize(kernel, *args, grid, warmup, **constants):
+        bind = jit.create_function_from_signature(kernel.signature, kernel.params, target)
+        _, specialization, options = bind(*args, **constants)
+        variants.add((kernel.__name__, str(specialization), str(options)))
+
+    monkeypatch.setattr(jit.JITFunction, "run", specialize)
+    monkeypatch.setattr(backend, "check", lambda *_: None)
+    monkeypatch.setattr(backend, "target_of", lambda _: "sm_90")
+    for k in (3, 12, 40, 200):
+        matrices = torch.zeros(2, k, 50)
+        seen = []
+        for n in (64, 1, 2, 15, 16, 17, 63, 65, 128, 1000, 1024):
+            sweep_of(backend, random_rows(n, k), [n], [1.0], riesz(), 0.0, True)
+            if k <= 128:
+                sweep_projected(
+                    backend, [random_rows(n, 50)], [matrices], [1.0, 1.0], riesz(), 0.0, True
+                )
+            seen.append(len(variants))
+        assert seen[0] > 0 and seen == seen[:1] * len(seen), (k, seen)
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA or ROCm device is available" in gpu.unavailable()
+    if torch.version.hip is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        assert "older than compute capability 8.0" in gpu.unavailable()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "Triton is not installed" in gpu.unavailable()
+
+
+def test_tensors_elsewhere_are_refused():
+    rows, matrix = random_rows(4, 3), random_rows(2, 3).unsqueeze(0)
+    with pytest.raises(ValueError, match="`points` must be on a GPU .* got a cpu tensor"):
+        sweep_of(gpu, rows, [4], [1.0], riesz(), 0.0, True)
+    with pytest.raises(ValueError, match="`weights` must be on a GPU"):
+        sweep_projected(gpu, [rows], [matrix], [1.0], riesz(), 0.0, True)

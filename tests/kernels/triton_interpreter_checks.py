@@ -1,0 +1,818 @@
+"""Every Triton kernel and every branch of it, run by Triton's interpreter against the definition.
+
+Collected only by `test_triton_interpreter.py`, in a process of its own: TRITON_INTERPRET=1 is read
+when the kernels are defined.
+"""
+
+import itertools
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
+
+from comhe_ext import reference
+from comhe_ext.kernels import gpu
+from comhe_ext.kernels.gpu import (
+    backend,
+    direct,
+    finish,
+    large_k,
+    near_pairs,
+    pair_function,
+    pairwise,
+    plan,
+    project_normalize,
+)
+from comhe_ext.operators.energy import energy as projected_energy
+from comhe_ext.testing import (
+    options_of,
+    paired_rows,
+    random_rows,
+    relative_error,
+    riesz,
+    sweep_of,
+    sweep_projected,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_empty"),
+    # the interpreter computes what a mask discards, in numpy, and numpy says so
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    # Triton 3.6's own, under numpy 2.3; from numpy 2.4 on its interpreter does not work
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning:triton"),
+]
+
+LAUNCHES: Counter[str] = Counter()
+SEEN: set[tuple[object, ...]] = set()
+inside = False  # a kernel runs: what torch is asked for is the interpreter's business
+# the constants that open or close a branch
+BRANCHES = ("KIND", "HALF", "ANGLE", "WITH_FORCE")
+OTHER_BRANCHES = (
+    "COSINE_TERMS",
+    "FORCE_TERMS",
+    "FORCE_HALVES",
+    "COLUMNS",
+    "WITH_REST",
+    "K",
+    "WIDTH",
+)
+
+
+class Recorded:
+    """A kernel that counts its launches and notes the constants it was launched with."""
+
+    def __init__(self, module, name):
+        self.kernel, self.name = getattr(module, name), name
+        setattr(module, name, self)
+
+    def __getitem__(self, grid):
+        launch = self.kernel[grid]
+
+        def run(*args, **constants):
+            global inside
+            LAUNCHES[self.name] += 1
+            SEEN.add((self.name, *(constants.get(c) for c in BRANCHES)))
+            for constant in OTHER_BRANCHES:
+                if constant in constants:
+                    SEEN.add((self.name, constant, constants[constant]))
+            inside = True
+            try:
+                return launch(*args, **constants)
+            finally:
+                inside = False
+
+        return run
+
+
+KERNELS = (
+    (project_normalize, "normalize_kernel"),
+    (project_normalize, "project_normalize_kernel"),
+    (pairwise, "pairwise_kernel"),
+    (near_pairs, "near_pairs_kernel"),
+    (direct, "direct_kernel"),
+    (large_k, "coefficient_kernel"),
+    (large_k, "near_block_kernel"),
+    (finish, "finish_kernel"),
+    (finish, "total_kernel"),
+)
+for where, kernel in KERNELS:
+    Recorded(where, kernel)
+
+PAIRS = [
+    riesz(s, half_space, angular)
+    for s, half_space, angular in itertools.product(
+        (0.0, 1.0, 2.0, 1.5), (False, True), (False, True)
+    )
+]
+
+
+def truth(points, sizes, scales, pair, eps):
+    """Scaled energies [B] and the gradient [T, k] of their sum, float64."""
+    points = points.double().requires_grad_()
+    energies = [
+        scale
+        / 2
+        * reference.hyperspherical_energy(
+            rows,
+            pair.s,
+            half_space=pair.half_space,
+            angular=pair.angular,
+            reduction="sum",
+            eps=eps,
+            min_distance=pair.min_distance,
+        )
+        for rows, scale in zip(points.split(sizes), scales, strict=True)
+    ]
+    energy = torch.stack(energies)
+    (gradient,) = torch.autograd.grad(energy.sum() + 0 * points.sum(), points)
+    return energy.detach(), gradient
+
+
+def check(points, pair, eps=0.0, sizes=None, energy_bound=1e-6, gradient_bound=2e-6):
+    """Energy, gradient and the energy alone against the definition."""
+    sizes = sizes or [points.shape[0]]
+    scales = [(1.0 + i) / max(n * (n - 1) // 2, 1) for i, n in enumerate(sizes)]
+    energy, gradient = sweep_of(gpu, points, sizes, scales, pair, eps, True)
+    alone, nothing = sweep_of(gpu, points, sizes, scales, pair, eps, False)
+    expected, expected_gradient = truth(points, sizes, scales, pair, eps)
+    assert nothing is None
+    assert energy.dtype == alone.dtype == gradient.dtype == torch.float32
+    assert energy.shape == alone.shape == (len(sizes),)
+    assert gradient.shape == points.shape
+    for e, a, t in zip(energy, alone, expected, strict=True):
+        assert relative_error(e, t, 1e-6) <= energy_bound
+        assert relative_error(a, t, 1e-6) <= energy_bound
+    assert torch.isfinite(gradient).all()
+    floor = 1e-6 * float(expected.abs().sum())
+    assert relative_error(gradient, expected_gradient, floor) <= gradient_bound
+    return energy, gradient
+
+
+# --- every branch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [3, 20, 129], ids=["direct", "pairwise", "large_k"])
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_every_pair_function(pair, k):
+    mirrored = pair.half_space or pair.angular
+    n = 66 if k < 129 else 34
+    close = paired_rows(n, k, 1e-2, pairs=1, seed=1)
+    if mirrored:
+        close[1] = -2.0 * paired_rows(n, k, 2e-2, pairs=1, seed=1)[n - 1]
+    points = torch.cat([random_rows(1, k), close, random_rows(9, k, seed=3)])
+    sizes = [1, n, 9]
+    # short rows, so that eps shows in every digit
+    check(0.1 * points, pair, 1e-4, sizes, gradient_bound=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pair", "k"),
+    [*itertools.product(PAIRS, (4, 12)), *((p, 130) for p in PAIRS if p.s == 2.0)],
+    ids=str,
+)
+def test_random_rows(pair, k):
+    check(random_rows(97 if k < 129 else 70, k), pair)
+
+
+# around the tile edges: 64 rows or 128, 64 columns or 32 or 16
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129])
+def test_sizes_around_the_tiles(n):
+    check(random_rows(n, 12), riesz(2.0))
+    check(random_rows(n, 2), riesz(1.0))
+
+
+# exactly 8, 16, 32, 64, 128 columns, and one more: the next path or the next width
+@pytest.mark.parametrize("k", [1, 2, 5, 6, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 200])
+def test_every_width(k):
+    pair = riesz(2.0, min_distance=0.1)
+    check(random_rows(67, k), pair, 1e-3, gradient_bound=1e-5 if k < 3 else 2e-6)
+
+
+SHAPES = sorted(
+    {
+        (width, tiles)
+        for table in plan.TILE_TABLE.values()
+        for width, row in table.items()
+        for tiles in row
+    },
+    key=str,
+)
+
+
+@pytest.mark.parametrize(("k", "tiles"), SHAPES, ids=str)
+def test_every_tile_shape(k, tiles, monkeypatch):
+    monkeypatch.setattr(backend, "tiles_for", lambda *_: tiles)
+    check(paired_rows(150, k, 1e-2, pairs=2), riesz(2.0), gradient_bound=1e-5)
+
+
+def test_long_rows_are_summed_in_parts(monkeypatch):
+    monkeypatch.setattr(pairwise, "TILES_PER_SUM", 2)
+    monkeypatch.setattr(plan, "ITEMS_WANTED", 1)
+    plan.make_plan.cache_clear()
+    check(random_rows(449, 10), riesz(2.0))
+    check(random_rows(449, 10), riesz(0.0))
+    plan.make_plan.cache_clear()
+
+
+def test_blocks_of_the_cosine_matrix(monkeypatch):
+    """More than one block in rows and in columns, with close pairs across them."""
+    monkeypatch.setattr(large_k, "BLOCK_ELEMENTS", (1, 64 * 128))
+    monkeypatch.setattr(large_k, "BLOCK_COLS", 128)
+    points = paired_rows(150, 129, 1e-3, pairs=3)
+    check(points, riesz(2.0), 1e-6, gradient_bound=1e-5)
+    check(
+        torch.cat([random_rows(20, 129, seed=4), points]),
+        riesz(0.0, True),
+        sizes=[20, 150],
+        gradient_bound=1e-5,
+    )
+
+
+# --- precision ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "angle"), [*itertools.product((3, 16), (0.1, 1e-2, 1e-3, 1e-4)), (132, 1e-4)]
+)
+@pytest.mark.parametrize(
+    ("pair", "eps"),
+    [
+        (riesz(2.0, min_distance=0.0), 0.0),
+        (riesz(1.0, min_distance=0.0), 1e-4),
+        (riesz(0.0, True, min_distance=0.0), 1e-6),
+        (riesz(2.0, True, min_distance=0.0), 0.0),
+        (riesz(2.0, False, True, min_distance=0.0), 0.0),
+        (riesz(1.0, True, True, min_distance=0.0), 1e-6),
+    ],
+    ids=str,
+)
+def test_close_pairs(pair, eps, angle, k):
+    check(paired_rows(36, k, angle, pairs=1), pair, eps, gradient_bound=1e-5)
+    if pair.half_space or pair.angular:
+        points = paired_rows(36, k, angle, pairs=1, antipodal=True)
+        check(points, pair, eps, gradient_bound=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("k", "min_distance"), [*itertools.product((3, 16), (1e-3, 0.04, 0.5, 1.9)), (132, 0.5)]
+)
+def test_tangent_line(min_distance, k):
+    points = paired_rows(36, k, 3e-4, pairs=1)
+    for half_space, angular in itertools.product((False, True), (False, True)):
+        pair = riesz(2.0, half_space, angular, min_distance)
+        check(points, pair, 1e-5, gradient_bound=1e-5)
+
+
+# above k = 128 the same functions meet such pairs as in `near_pairs`
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(
+    ("pair", "k"),
+    [
+        *itertools.product([p for p in PAIRS if p.s != 1.0], (2, 16)),
+        *itertools.product([p for p in PAIRS if p.s == 2.0], (132,)),
+    ],
+    ids=str,
+)
+def test_coincident_and_antipodal_rows(pair, sign, k):
+    points = random_rows(9, k)
+    points[7] = sign * points[2]
+    check(points, pair, gradient_bound=1e-5)
+    _, gradient = sweep_of(gpu, points[[2, 7]], [2], [1.0], pair, 0.0, True)
+    assert gradient.abs().max() <= 1e-6  # no direction, or at the top of the pair function
+    if sign > 0 and k != 2:
+        pure = replace(pair, min_distance=0.0)
+        energy, gradient = sweep_of(gpu, points, [9], [1.0], pure, 0.0, True)
+        assert energy.item() == math.inf and torch.isfinite(gradient).all()
+
+
+# `direct` takes for one direction what 48 bits do not tell apart; with eps above that
+@pytest.mark.parametrize("factor", [3.0, -49.0])
+@pytest.mark.parametrize(
+    ("pair", "k", "eps"),
+    [
+        *itertools.product([p for p in PAIRS if p.s in (0.0, 2.0)], (5, 20), (0.0, 1e-6)),
+        *itertools.product([riesz(2.0, True), riesz(6.0)], (20, 131), (0.0, 1e-10)),
+    ],
+    ids=str,
+)
+def test_multiples_of_a_row(pair, k, eps, factor):
+    points = random_rows(9, k)
+    points[2] = torch.arange(1.0, k + 1).remainder(5.0) - 2.0
+    points[7] = factor * points[2]
+    duplicates = points.clone()
+    duplicates[7] = math.copysign(1.0, factor) * points[2]
+    _, gradient = check(points, pair, eps, gradient_bound=1e-5)
+    if eps == 0.0:
+        _, expected = truth(duplicates, [9], [1.0 / 36], pair, eps)
+        expected[7] /= abs(factor)
+        assert relative_error(gradient[[2, 7]], expected[[2, 7]]) <= 1e-5
+        if factor > 0.0 or pair.half_space:
+            pure = replace(pair, min_distance=0.0)
+            energy, gradient = sweep_of(gpu, points, [9], [1.0], pure, 0.0, True)
+            assert energy.item() == math.inf and torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("k", [4, 20, 131])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        riesz(10.0),
+        riesz(12.0, True),
+        riesz(12.0, False, True),
+        riesz(40.0),
+        riesz(0.0, min_distance=0.0),
+        riesz(1.0, True, min_distance=0.0),
+        riesz(2.0, min_distance=0.0),
+        riesz(2.0, True, True, min_distance=0.0),
+    ],
+    ids=str,
+)
+def test_forces_beyond_float32(pair, k):
+    """What is finite in the result comes out, whatever was on the way; else infinity."""
+    side = -1.0 if pair.half_space else 1.0
+    for distance in (1e-5, 1e-7, 1e-10):
+        points = random_rows(7, k)
+        points[1] = 0.0
+        points[1, 0] = 1.0
+        points[5] = side * points[1]
+        points[5, 1] = distance
+        energy, gradient = sweep_of(gpu, points, [7], [1.0 / 21], pair, 0.0, True)
+        expected, expected_gradient = truth(points, [7], [1.0 / 21], pair, 0.0)
+        bound = max(1e-5, 2 * pair.s * 2.0**-23)
+        assert not gradient.isnan().any()
+        rounded = expected_gradient.float()
+        held = rounded.isfinite().all(1)
+        assert relative_error(gradient[held], expected_gradient[held]) <= bound
+        # the entry that parts the rows; others may be too small to know that they are infinite
+        assert torch.equal(gradient[~held, 1], rounded[~held, 1])
+        if expected.float().isfinite().all():
+            assert relative_error(energy, expected) <= bound
+        else:
+            assert energy.item() == math.inf
+
+
+@pytest.mark.parametrize("s", [2.5, 4.0, 10.0, 16.0, 50.0])
+@pytest.mark.parametrize("half_space", [False, True])
+def test_large_exponents(s, half_space):
+    """The coefficients stay inside the range of fp16 at any exponent."""
+    # an error of a distance, that of float32, is multiplied by the exponent
+    bound = max(2e-6, s * 2.0**-23)
+    energy_bound = max(1e-6, s * 2.0**-23)
+    points = random_rows(130, 12)
+    check(points, riesz(s, half_space), 0.0, None, energy_bound, bound)
+
+
+def test_range_of_the_fp16_split():
+    """Coefficients: below the largest fp16 at the near chord, resolved to 2^-19 at r = sqrt 2.
+
+    Unit rows: 256 v is 256 at most, and an entry that is lost below the smallest subnormal low half
+    changes a cosine by less than float32 rounds it.
+    """
+    largest, smallest = 65504.0, 2.0**-24
+    for s, half_space, angular in itertools.product(
+        (0.0, 1e-3, 0.5, 1.0, 1.7, 2.0, 3.0, 4.0, 8.0, 10.0, 16.0, 50.0),
+        (False, True),
+        (False, True),
+    ):
+        constants = pair_function.pair_constants(riesz(s, half_space, angular))
+        near = 2.0 - 2.0 * constants.near_cosine
+        x = torch.tensor([near, 2.0], dtype=torch.float64)
+        _, slope, _ = riesz(s, False, angular, 0.0).one_sided(x, 4.0 - x)
+        raw = slope / constants.force_unit
+        assert raw[0] < largest
+        assert smallest / 2 / raw[1] <= 1.001 * 2.0**-19
+    scale = pair_function.UNIT_SCALE.value
+    assert scale * 1.001 < largest
+    # an error of half the smallest subnormal in each of k = 128 entries, against an entry of 1
+    assert math.sqrt(128) * smallest / 2 / scale < 2.0**-25
+
+
+@pytest.mark.parametrize("k", [20, 131], ids=["pairwise", "large_k"])
+@pytest.mark.parametrize(
+    ("precision", "energy_bound", "gradient_bound"),
+    [("high", 1e-6, 1e-3), ("medium", 1e-4, 2e-3)],
+)
+def test_cheaper_products(precision, energy_bound, gradient_bound, k):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        points = random_rows(150, k)
+        check(points, riesz(2.0), 0.0, None, energy_bound, gradient_bound)
+        points = paired_rows(70, k, 1e-3, pairs=1)
+        check(points, riesz(2.0), 0.0, None, energy_bound, gradient_bound)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [3, 20, 131])
+def test_half_precision_rows_are_exact(dtype, k):
+    check(random_rows(70, k, dtype=dtype), riesz(2.0))
+
+
+@pytest.mark.parametrize("k", [3, 20, 131])
+@pytest.mark.parametrize("magnitude", [1e-25, 1e25])
+def test_magnitude_of_rows(magnitude, k):
+    points = random_rows(40, k)
+    points[::2] *= magnitude
+    pair = riesz(2.0)
+    energy, gradient = sweep_of(gpu, points, [40], [1.0], pair, 0.0, True)
+    expected, expected_gradient = truth(points, [40], [1.0], pair, 0.0)
+    assert relative_error(energy, expected) <= 1e-6
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        assert relative_error(gradient[rows], expected_gradient[rows]) <= 2e-6
+
+
+# --- edges ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [3, 20, 131])
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+@pytest.mark.parametrize("half_space", [False, True])
+def test_dead_rows(eps, half_space, k):
+    points = random_rows(66, k)
+    points[[0, 40, 65]] = 0.0
+    _, gradient = check(points, riesz(2.0, half_space), eps)
+    if eps == 0.0:
+        assert (gradient[[0, 40, 65]] == 0).all()
+
+
+@pytest.mark.parametrize("k", [3, 20, 131])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("pair", [riesz(2.0), riesz(0.0, True), riesz(1.0, True, True)], ids=str)
+def test_bad_rows_stay_in_their_set(pair, bad, k):
+    points = random_rows(90, k)
+    points[50, k - 1] = bad
+    for with_gradient in (True, False):
+        energy, gradient = sweep_of(gpu, points, [40, 30, 20], [1.0] * 3, pair, 0.0, with_gradient)
+        assert energy.isnan().tolist() == [False, True, False]
+    expected, _ = truth(points[:40], [40], [1.0], pair, 0.0)
+    assert relative_error(energy[0], expected[0]) <= 1e-6
+    assert torch.isfinite(gradient[:40]).all() if gradient is not None else True
+
+
+def test_no_rows():
+    for k in (0, 3):
+        energy, gradient = sweep_of(gpu, torch.zeros(0, k), [0, 0], [1.0, 1.0], riesz(), 0.0, True)
+        assert energy.tolist() == [0.0, 0.0] and gradient.shape == (0, k)
+    points = random_rows(3, 2)
+    energy, gradient = sweep_of(gpu, points, [0, 1, 0, 2], [1.0] * 4, riesz(), 0.0, True)
+    assert energy[:3].tolist() == [0.0, 0.0, 0.0] and energy[3] > 0
+    assert gradient[0].tolist() == [0.0, 0.0]
+
+
+def test_no_columns():
+    energy, gradient = sweep_of(gpu, torch.zeros(4, 0), [4], [1.0], riesz(2.0), 0.0, True)
+    assert abs(energy.item() - 3.0) <= 1e-6 and gradient.shape == (4, 0)
+
+
+def test_float64_is_refused():
+    with pytest.raises(TypeError, match="float32, float16 or bfloat16"):
+        sweep_of(gpu, torch.zeros(4, 3, dtype=torch.float64), [4], [1.0], riesz(), 0.0, True)
+
+
+# --- projection -----------------------------------------------------------------------------------
+
+
+def project_truth(weights, projections, k, scales, pair, eps):
+    """Energies, gradient in the projected rows, gradients in weights and projections, float64."""
+    leaves = [t.double().requires_grad_() if t is not None else None for t in projections]
+    weights = [w.double().requires_grad_() for w in weights]
+    rows = [
+        torch.nn.functional.pad(w, (0, k - w.shape[1])) if p is None else (w @ p.mT).flatten(0, 1)
+        for w, p in zip(weights, leaves, strict=True)
+    ]
+    sizes = [
+        w.shape[0]
+        for w, p in zip(weights, leaves, strict=True)
+        for _ in range(1 if p is None else p.shape[0])
+    ]
+    rows = torch.cat(rows)
+    energy, gradient = truth(rows.detach(), sizes, scales, pair, eps)
+    wanted = torch.autograd.grad(rows, [*weights, *(p for p in leaves if p is not None)], gradient)
+    return energy, gradient, wanted
+
+
+def matrices(count, k, d, seed):
+    return random_rows(count * k, d, seed=seed).view(count, k, d)
+
+
+# in eight dimensions the rows are far enough apart not to feel that p is rounded to float32
+@pytest.mark.parametrize("k", [8, 40, 130], ids=["direct", "pairwise", "large_k"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_projection_of_weights_of_any_width(dtype, k):
+    """Rows of any stride and dtype, float32 matrices, and a weight too narrow to project."""
+    wide = random_rows(50, 70, dtype=dtype).t()  # columns are not contiguous
+    part = random_rows(33, 40, seed=1, dtype=dtype)[:, 5:32]  # rows are not contiguous
+    narrow = random_rows(9, min(k - 1, 20), seed=2, dtype=dtype)
+    weights = [wide, part, narrow, random_rows(0, 5, dtype=dtype)]
+    projections = [
+        matrices(2, k, 50, 3),
+        matrices(27, k, 1, 4).permute(2, 1, 0),
+        None,
+        matrices(2, k, 5, 5),
+    ]
+    scales, pair = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], riesz(2.0, k != 8)
+    LAUNCHES.clear()
+    energy, gradient = sweep_projected(gpu, weights, projections, scales, pair, 1e-4, True)
+    if k < 130:
+        assert 0 < sum(LAUNCHES.values()) <= 5
+    expected, row_gradient, wanted = project_truth(weights, projections, k, scales, pair, 1e-4)
+    assert energy.dtype == gradient.dtype == torch.float32
+    assert relative_error(energy, expected) <= 1e-6
+    assert relative_error(gradient, row_gradient) <= 2e-6
+    assert (
+        gradient[173:, narrow.shape[1] :] == 0
+    ).all()  # columns that the narrow weight does not have
+    alone, nothing = sweep_projected(gpu, weights, projections, scales, pair, 1e-4, False)
+    assert nothing is None and relative_error(alone, expected) <= 1e-6
+    # what the caller makes of it: two GEMMs a weight
+    first, leaf = 0, len(weights)
+    for i, (w, p) in enumerate(zip(weights, projections, strict=True)):
+        count = 1 if p is None else p.shape[0]
+        part = gradient[first : first + count * w.shape[0]].view(count, w.shape[0], k)
+        first += count * w.shape[0]
+        if p is None:
+            assert relative_error(part[0, :, : w.shape[1]], wanted[i]) <= 2e-6
+            continue
+        assert relative_error((part @ p).sum(0), wanted[i]) <= 2e-6
+        assert relative_error(part.mT @ w.float(), wanted[leaf]) <= 2e-6
+        leaf += 1
+
+
+@pytest.mark.parametrize("k", [3, 12])
+def test_unprojected_weights_are_taken_as_they_are(k):
+    weights = [random_rows(20, k), random_rows(30, 2, seed=1)]
+    pair = riesz(2.0)
+    energy, gradient = sweep_projected(gpu, weights, [None, None], [1.0, 1.0], pair, 0.0, True)
+    padded = torch.nn.functional.pad(weights[1], (0, k - 2))
+    swept, same = sweep_of(
+        gpu, torch.cat([weights[0], padded]), [20, 30], [1.0, 1.0], pair, 0.0, True
+    )
+    assert torch.equal(energy, swept) and torch.equal(gradient, same)
+
+
+def test_more_weights_than_a_launch_takes(monkeypatch):
+    monkeypatch.setattr(project_normalize, "MAX_WEIGHTS", 3)
+    project_normalize.set_table.cache_clear()
+    weights = [random_rows(5 + i, 9 + i, seed=i) for i in range(7)]
+    projections = [matrices(2, 12, 9 + i, i) if i % 3 else None for i in range(7)]
+    scales, pair = [1.0] * 11, riesz(1.0)
+    energy, gradient = sweep_projected(gpu, weights[:1], [None], [1.0], pair, 0.0, True)
+    LAUNCHES.clear()
+    projections = [matrices(2, 15, 9 + i, i) if i % 3 else None for i in range(7)]
+    energy, gradient = sweep_projected(gpu, weights, projections, scales, pair, 0.0, True)
+    assert LAUNCHES["project_normalize_kernel"] == 3
+    expected, row_gradient, _ = project_truth(weights, projections, 15, scales, pair, 0.0)
+    assert relative_error(energy, expected) <= 1e-6
+    assert relative_error(gradient, row_gradient) <= 2e-6
+    project_normalize.set_table.cache_clear()
+
+
+def test_a_resnet50_takes_five_launches_and_no_copy():
+    """54 weights, of which two are not projected; few neurons and matrices for the interpreter."""
+    weights = [random_rows(2, 3 + i, seed=i) for i in range(54)]
+    projections = [None if i < 2 else matrices(1, 40, 3 + i, i) for i in range(54)]
+    arguments = [1.0] * 54, riesz(2.0, True), 0.0, True
+    asked = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not inside:
+                asked[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    sweep_projected(gpu, weights, projections, *arguments)
+    # new tensors, as parametrized weights and fresh matrices are
+    weights = [w.clone() for w in weights]
+    LAUNCHES.clear()
+    with Counting():
+        sweep_projected(gpu, weights, projections, *arguments)
+    assert sum(LAUNCHES.values()) == 5
+    # tables come from the cache, results are memory that the kernels fill, poisoned by the fixture
+    assert set(asked) <= {"empty", "fill_", "slice"}, asked
+
+
+def test_operators_of_weights_reach_the_projecting_kernel():
+    weights = [random_rows(40, 20).view(2, 20, 20).bfloat16(), random_rows(9, 7)[None].bfloat16()]
+    projections = [matrices(3, 12, 20, 0), None]
+    results = []
+    for name in ("triton", "torch"):
+        options = options_of(s=1.0, half_space=True, backend=name, factors=[1.0, 2.0] * 3 + [1.0])
+        leaves = [w.clone().requires_grad_() for w in weights]
+        matrix = projections[0].clone().requires_grad_()
+        LAUNCHES.clear()
+        energies = projected_energy(leaves, [matrix, None], options)
+        launches = sum(LAUNCHES.values())
+        assert (0 < launches <= 5) == (name == "triton")
+        factors = torch.linspace(1.0, 2.0, 7)
+        gradients = torch.autograd.grad((energies * factors).sum(), [*leaves, matrix])
+        results.append([energies, *gradients])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype and relative_error(one, other) <= 4e-3
+    assert relative_error(results[0][0], results[1][0]) <= 1e-6
+    assert relative_error(results[0][3], results[1][3]) <= 2e-6
+
+
+def test_addresses_of_weights_are_not_remembered():
+    pair = riesz(2.0)
+    for seed in range(3):
+        weights, projections = [random_rows(20, 30, seed=seed)], [matrices(2, 12, 30, seed)]
+        energy, _ = sweep_projected(gpu, weights, projections, [1.0, 1.0], pair, 0.0, True)
+        expected, *_ = project_truth(weights, projections, 12, [1.0, 1.0], pair, 0.0)
+        assert relative_error(energy, expected) <= 1e-6
+    assert project_normalize.set_table.cache_info().currsize <= 64
+
+
+def test_what_does_not_fit_together_is_refused():
+    w, p = random_rows(4, 6), matrices(2, 3, 6, 0)
+
+    def project_sweep(weights, projections):
+        return sweep_projected(gpu, weights, projections, [1.0] * 4, riesz(), 0.0, True)
+
+    with pytest.raises(ValueError, match="at least one tensor"):
+        project_sweep([], [])
+    with pytest.raises(TypeError, match="one dtype"):
+        project_sweep([w, w.half()], [p, p])
+    with pytest.raises(TypeError, match="`weights` must be float32"):
+        project_sweep([w.double()], [p])
+    with pytest.raises(TypeError, match="`projections` must be float32"):
+        project_sweep([w], [p.half()])
+    with pytest.raises(ValueError, match=r"must be \[C, 3, 6\], got shape \(2, 4, 6\)"):
+        project_sweep([w, w], [p, matrices(2, 4, 6, 0)])
+    with pytest.raises(ValueError, match="at most 3 columns"):
+        project_sweep([w, w], [p, None])
+
+
+@pytest.mark.parametrize("k", [20, 131])
+def test_autocast_lowers_nothing(k):
+    weights, projections = [random_rows(40, 150)], [matrices(1, k, 150, 0)]
+    pair = riesz(2.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        swept = sweep_of(gpu, random_rows(40, k), [40], [1.0], pair, 0.0, True)
+        projected = sweep_projected(gpu, weights, projections, [1.0], pair, 0.0, True)
+    expected = sweep_of(gpu, random_rows(40, k), [40], [1.0], pair, 0.0, True)
+    assert all(torch.equal(a, b) for a, b in zip(swept, expected, strict=True))
+    expected = sweep_projected(gpu, weights, projections, [1.0], pair, 0.0, True)
+    assert all(torch.equal(a, b) for a, b in zip(projected, expected, strict=True))
+
+
+# --- tensor cores that truncate -------------------------------------------------------------------
+
+
+def truncating_dot(builder, a, b, total, input_precision, max_num_imprecise_acc):
+    """What a step of an NVIDIA tensor core does: 16 products and the sum so far are cut to two bits
+    more than float32 of the largest has, added, and cut to float32, all towards zero.
+    """
+    left, right = a.data.astype(numpy.float64), b.data.astype(numpy.float64)
+    sums = total.data.astype(numpy.float64)
+
+    def cut(x, largest, bits):
+        unit = numpy.ldexp(1.0, numpy.frexp(largest)[1] - bits)
+        return numpy.trunc(x / unit) * unit
+
+    for k in range(0, left.shape[1], 16):
+        products = left[:, k : k + 16, None] * right[None, k : k + 16, :]
+        largest = numpy.maximum(numpy.abs(products).max(1), numpy.abs(sums))
+        sums = cut(sums, largest, 26) + cut(products, largest[:, None], 26).sum(1)
+        sums = cut(sums, sums, 24)
+    return interpreter.TensorHandle(sums.astype(total.data.dtype), total.dtype.scalar)
+
+
+@pytest.fixture
+def one_row_tile(monkeypatch):
+    """Tensor cores that truncate, and only the first row tile meets anybody: for large N."""
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", truncating_dot)
+
+    def make_plan(sizes, block_m, *rest):
+        whole = plan.make_plan(sizes, block_m, *rest)
+        items = whole.items.clone()
+        idle = items[:, 0] > 0
+        items[idle, 2] = items[idle, 1]
+        return replace(whole, items=items)
+
+    monkeypatch.setattr(backend, "make_plan", make_plan)
+
+
+def gradient_of_first_rows(points, count, pair):
+    """dE/dp of the first rows, float64; eps = 0."""
+    v = torch.nn.functional.normalize(points.double())
+    rows = points[:count].double().requires_grad_()
+    parts = []
+    for i in range(count):
+        near = (torch.nn.functional.normalize(rows[i], dim=0) - v).square().sum(1)
+        near = torch.cat([near[:i], near[i + 1 :]])
+        value = reference._pair_function(near.sqrt(), pair.s, pair.min_distance).sum()
+        if pair.half_space:
+            far = (4.0 - near).sqrt()
+            value = 2 * (value + reference._pair_function(far, pair.s, pair.min_distance).sum())
+        parts.append(value)
+    (gradient,) = torch.autograd.grad(torch.stack(parts).sum(), rows)
+    return gradient
+
+
+def check_first_rows(n, k, pair):
+    points = random_rows(n, k)
+    _, gradient = sweep_of(gpu, points, [n], [1.0], pair, 0.0, True)
+    expected = gradient_of_first_rows(points, 32, pair)
+    assert relative_error(gradient[:32], expected) <= 2e-6
+
+
+@pytest.mark.parametrize(("n", "k"), [(4096, 16)])
+def test_truncation_does_not_add_up(one_row_tile, n, k, monkeypatch):
+    monkeypatch.setattr(plan, "ITEMS_WANTED", 1)  # all columns in one item, the longest sum
+    check_first_rows(n, k, riesz(2.0, True, min_distance=0.0))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("s", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("k", [2, 3, 8, 9, 10, 16, 17, 24, 25, 32, 64, 128])
+def test_accuracy_of_16384_rows(one_row_tile, k, s, half_space):
+    check_first_rows(16384, k, riesz(s, half_space, min_distance=0.0))
+
+
+# --- launches and tables --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "most"), [(3, 4), (20, 5)])
+def test_launches_do_not_grow_with_the_sets(k, most):
+    counts = []
+    for sizes in ([20], [3, 20, 64, 1, 65, 7]):
+        points = random_rows(sum(sizes), k)
+        LAUNCHES.clear()
+        sweep_of(gpu, points, sizes, [1.0] * len(sizes), riesz(), 0.0, True)
+        counts.append(sum(LAUNCHES.values()))
+    assert counts[0] == counts[1] <= most
+
+
+def test_runs_are_equal_to_the_bit():
+    points = paired_rows(140, 20, 1e-3)
+    runs = [sweep_of(gpu, points, [75, 65], [1.0, 2.0], riesz(), 0.0, True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize(("block_m", "block_n"), [(64, 64), (128, 64), (64, 16)])
+def test_work_items_meet_every_tile_once(block_m, block_n, upper):
+    sizes = (1, 0, 64, 65, 700, 128)
+    work = plan.make_plan(sizes, block_m, block_n, 5, upper, torch.device("cpu"))
+    met = Counter()
+    for row0, begin, end, _, slot, _ in work.items.tolist():
+        assert begin < end
+        for tile in range(begin, end):
+            met[row0, tile] += 1
+        met["slot", slot] += 1
+    expected = Counter({("slot", slot): 1 for slot in range(work.num_items)})
+    for first, n in zip(work.first_packed_row, sizes, strict=True):
+        assert first % block_m == 0
+        for row0 in range(first, first + n, block_m):
+            start = row0 if upper else first
+            for col in range(start - start % block_n, first + n, block_n):
+                expected[row0, col // block_n] += 1
+    assert met == expected
+    slots = sorted(
+        slot
+        for _, _, _, first, count, _ in work.row_tiles.tolist()
+        for slot in range(first, first + count)
+    )
+    assert slots == list(range(work.num_items))
+
+
+def test_memory_of_the_slots_is_bounded():
+    for n, k in ((4096, 32), (16384, 32), (1_000_000, 64)):
+        splits = plan.splits_for((n,), 128, k, plan.row_width(k), True)
+        work = plan.make_plan((n,), 128, 64, splits, False, torch.device("cpu"))
+        slots = work.num_items * 128 * (4 * k + 12)
+        rows = work.packed_rows * (4 * plan.row_width(k) + 12) + 4 * n * k
+        assert slots + rows <= max(8 * n * k * 4, 2 * plan.SMALL_BYTES)
+
+
+def test_too_many_rows():
+    with pytest.raises(ValueError, match="at most 2\\^31"):
+        plan.make_plan((2**31,), 128, 64, 1, False, torch.device("cpu"))
+
+
+def test_nothing_was_left_out():
+    """Runs last: every constant branch of every kernel was taken above."""
+    wanted = {(f"{name}_kernel", *[None] * 4) for name in ("normalize", "total")}
+    wanted.add(("project_normalize_kernel", *[None] * 4))
+    sweeps = ("pairwise", "near_pairs", "direct", "coefficient", "near_block", "finish")
+    for pair in itertools.product(range(4), *[(False, True)] * 3):
+        wanted |= {(f"{name}_kernel", *pair) for name in sweeps}
+    for constant in ("COLUMNS", "WITH_REST"):
+        for name in ("normalize_kernel", "project_normalize_kernel"):
+            wanted |= {(name, constant, choice) for choice in (False, True)}
+    wanted |= {("direct_kernel", "K", k) for k in range(1, plan.MAX_DIRECT + 1)}
+    for width in (16, 32, 64, 128):
+        wanted |= {(f"{name}_kernel", "WIDTH", width) for name in ("pairwise", "near_pairs")}
+    wanted |= {("pairwise_kernel", "COSINE_TERMS", terms) for terms in (1, 3, 4)}
+    wanted |= {("near_pairs_kernel", "COSINE_TERMS", terms) for terms in (3, 4)}
+    wanted |= {("pairwise_kernel", "FORCE_TERMS", terms) for terms in (1, 3)}
+    wanted |= {("coefficient_kernel", "FORCE_HALVES", halves) for halves in (1, 2)}
+    assert not wanted - SEEN
