@@ -15,17 +15,21 @@ from comhe_ext.functional import (
     compressive_energy,
     group_energy,
     hyperspherical_energy,
+    pair_energy,
 )
+from comhe_ext.kernels.pair_functions import Riesz
 from comhe_ext.projections import random_projection
 from comhe_ext.regularizer import CoMHE
 
 __all__ = [
     "CoMHE",
+    "Riesz",
     "angle_preserving_loss",
     "compressive_energy",
     "group_energy",
     "hyperspherical_energy",
     "init",
+    "pair_energy",
     "projections",
     "random_projection",
 ]

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.operators import angle_loss
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import DTYPES, compute_dtype
@@ -19,6 +20,7 @@ from comhe_ext.settings import (
     check_projection,
     check_weight,
     energy_settings,
+    pair_settings,
     quote,
 )
 
@@ -79,6 +81,40 @@ def hyperspherical_energy(
     options = settings.options((weight,))
     energies = set_energies(weight if weight.dim() == 3 else weight.unsqueeze(0), options)
     return energies.view(weight.shape[:-2])
+
+
+def pair_energy(
+    rows: Tensor,
+    *,
+    pair: PairFunction = Riesz(),  # noqa: B008 (frozen)
+    reduction: Reduction = "mean",
+    eps: float = 0.0,
+    backend: BackendName | None = None,
+) -> Tensor:
+    """Compute the energy of `rows` by any pair function.
+
+    Torch equivalent, of `Riesz(s)`::
+
+        r = torch.nn.functional.pdist(torch.nn.functional.normalize(rows))
+        energy = (r**-s).mean()
+
+    `hyperspherical_energy` is this function of `Riesz`, with its parameters as keywords.
+
+    Args:
+        rows: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`.
+        pair: a pair function of `comhe_ext`; half space, the angle and the rest are its own.
+        reduction, eps, backend: see `hyperspherical_energy`.
+
+    Returns:
+        The energy, [] or [B], float32 (float64 for float64 rows). Differentiable twice.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `hyperspherical_energy`.
+    """
+    check_weight(rows, "rows")
+    options = pair_settings(pair, reduction, eps, backend).options((rows,))
+    energies = set_energies(rows if rows.dim() == 3 else rows.unsqueeze(0), options)
+    return energies.view(rows.shape[:-2])
 
 
 def compressive_energy(

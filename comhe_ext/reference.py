@@ -5,7 +5,7 @@ it is meant to be read beside Liu et al., "Learning towards minimum hyperspheric
 and Lin et al., "Regularizing neural networks via minimizing hyperspherical energy" (2020).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,19 +65,29 @@ def hyperspherical_energy(
     min_distance: float = 1e-3,
 ) -> Tensor:
     """Energy in float64 of the rows of `weight` [N, d] -> [], or of [B, N, d] -> [B]."""
+    return pair_energy(
+        weight,
+        lambda t: _pair_function(t, s, min_distance),
+        half_space=half_space,
+        angular=angular,
+        reduction=reduction,
+        eps=eps,
+    )
+
+
+def pair_energy(
+    weight: Tensor,
+    function: Callable[[Tensor], Tensor],
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    reduction: str = "mean",
+    eps: float = 0.0,
+) -> Tensor:
+    """The same for any `function` of the distance (chord or angle) of two points, elementwise."""
     if weight.dim() == 3:
-        sets = [
-            hyperspherical_energy(
-                w,
-                s,
-                half_space=half_space,
-                angular=angular,
-                reduction=reduction,
-                eps=eps,
-                min_distance=min_distance,
-            )
-            for w in weight
-        ]
+        options = {"half_space": half_space, "angular": angular}
+        sets = [pair_energy(w, function, **options, reduction=reduction, eps=eps) for w in weight]
         return torch.stack(sets) if sets else weight.new_zeros(0, dtype=torch.float64)
 
     p = weight.double()
@@ -96,7 +106,7 @@ def hyperspherical_energy(
     near = _difference(v[i], v[j], length[i], length[j]).square().sum(1) + both
     far = _difference(v[i], -v[j], length[i], length[j]).square().sum(1) + both
     distance = 2 * torch.atan2(_sqrt(near), _sqrt(far)) if angular else _sqrt(near)
-    total = _pair_function(distance, s, min_distance).sum()
+    total = function(distance).sum()
     return 2 * total if reduction == "sum" else total / max(i.numel(), 1)
 
 

@@ -85,6 +85,13 @@ def _checked(
         half_space=check_flag("half_space", half_space),
         angular=check_flag("angular", angular),
     )
+    return pair_settings(pair, reduction, eps, backend)
+
+
+def pair_settings(pair: PairFunction, reduction: str, eps: float, backend: str | None) -> Settings:
+    """The same for a pair function that is one already."""
+    if not isinstance(pair, PairFunction):
+        raise TypeError(f"`pair` must be a pair function, as Riesz(2.0), got {quote(pair)}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"`reduction` must be 'mean' or 'sum', got {quote(reduction)}")
     if backend is not None and backend not in backends.BACKENDS:
@@ -120,12 +127,13 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_weight(weight: Tensor) -> None:
-    check_tensor("weight", weight)
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Sets of rows, one or a batch of them."""
+    check_tensor(name, weight)
     if weight.dim() not in (2, 3):
-        raise ValueError(f"`weight` must be 2-D or 3-D, got shape {tuple(weight.shape)}")
+        raise ValueError(f"`{name}` must be 2-D or 3-D, got shape {tuple(weight.shape)}")
     if weight.shape[-1] == 0:
-        raise ValueError(f"`weight` must have at least one column, got shape {tuple(weight.shape)}")
+        raise ValueError(f"`{name}` must have at least one column, got shape {tuple(weight.shape)}")
 
 
 def check_projection(weight: Tensor, projection: Tensor) -> None:

@@ -51,9 +51,23 @@ class PairFunction:
     def __init_subclass__(cls) -> None:
         PAIR_FUNCTIONS[cls.name] = cls
 
+    def __post_init__(self) -> None:
+        for name in ("half_space", "angular"):
+            if not isinstance(getattr(self, name), bool):
+                kind = type(getattr(self, name)).__name__
+                raise TypeError(f"`{name}` must be a bool, got {kind}")
+        for x in fields(self)[2:]:
+            value = getattr(self, x.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"`{x.name}` must be a number, got {type(value).__name__}")
+
     def of_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f, f' and f'' at the distance `t` > 0, any shape, elementwise; without the tangent."""
         raise NotImplementedError
+
+    def of_square(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """f, f' and f'' as functions of x = t^2 >= 0, where they are smooth there; else None."""
+        return None
 
     @property
     def growth(self) -> float:
@@ -100,7 +114,11 @@ class PairFunction:
         return value, first, second.masked_fill(below, 0.0)
 
     def one_sided(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f(c) and its first and second derivative in c; zero derivatives at a coincident pair."""
+        """f(c) and its first and second derivative in c; zero derivatives at a kink of f."""
+        smooth = None if self.angular else self.of_square(near)
+        if smooth is not None:
+            value, first, second = smooth
+            return value, -2.0 * first, 4.0 * second
         if self.angular:
             t = 2.0 * torch.atan2(near.sqrt(), far.sqrt())
             sine = (near * far).sqrt() / 2.0
@@ -183,6 +201,7 @@ class Riesz(PairFunction):
     number: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.s < math.inf:
             raise ValueError(f"`s` must be finite and at least 0, got {self.s}")
         if not 0 <= self.min_distance < 2:
