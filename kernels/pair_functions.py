@@ -245,3 +245,44 @@ class Riesz(PairFunction):
             return near.log().mul_(-0.5), near.reciprocal_(), 1.0
         value = near.pow(-self.s / 2.0)
         return value, value / near, self.s
+
+
+@dataclass(frozen=True)
+class Gaussian(PairFunction):
+    """The Gaussian potential exp(-tau t^2), bounded: duplicates add 1 and are not pushed.
+
+    Of the chord it is exp(2 tau c) up to a constant factor.
+
+    Args:
+        tau: a finite number greater than 0.
+
+    Source: Wang and Isola (2020), whose uniformity is the logarithm of its mean.
+    """
+
+    tau: float = 1.0
+
+    name: ClassVar[str] = "gaussian"
+    number: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"`tau` must be finite and greater than 0, got {self.tau}")
+
+    def of_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, twice = (-self.tau * t.square()).exp(), 2.0 * self.tau
+        return value, -twice * t * value, twice * (twice * t.square() - 1.0) * value
+
+    def of_square(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        value = (-self.tau * x).exp()
+        return value, -self.tau * value, self.tau**2 * value
+
+    def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        if self.angular:
+            return None
+        if self.half_space:
+            far = (4.0 - near).mul_(-self.tau).exp_()
+            value = near.mul_(-self.tau).exp_()
+            return value + far, value - far, 2.0 * self.tau
+        value = near.mul_(-self.tau).exp_()
+        return value, value, 2.0 * self.tau

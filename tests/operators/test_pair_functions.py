@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import comhe_ext
-from comhe_ext import Riesz, backends, reference
+from comhe_ext import Gaussian, Riesz, backends, reference
 from comhe_ext.kernels.pair_functions import PAIR_FUNCTIONS, PairFunction, pair_function
 from comhe_ext.testing import random_rows, relative_error
 
@@ -20,6 +20,8 @@ DEFINED = [
     (Riesz(0.5, 0.0), lambda t: t**-0.5),
     (Riesz(0.0, 0.0), lambda t: -t.log()),
     (Riesz(1.0, 0.5), lambda t: torch.where(t < 0.5, 2 - 4 * (t - 0.5), 1 / t)),
+    (Gaussian(2.0), lambda t: (-2 * t**2).exp()),
+    (Gaussian(0.3), lambda t: (-0.3 * t**2).exp()),
 ]
 SPACES = [
     dict(half_space=half, angular=angular) for half in (False, True) for angular in (False, True)
@@ -99,6 +101,8 @@ def test_a_name_and_parameters_are_the_pair_function():
         (TypeError, "`half_space` must be a bool, got int", lambda: Riesz(half_space=1)),
         (ValueError, "`s` must be finite and at least 0, got -1", lambda: Riesz(-1)),
         (ValueError, "`min_distance` must be .* got nan", lambda: Riesz(2.0, math.nan)),
+        (TypeError, "`tau` must be a number, got NoneType", lambda: Gaussian(None)),
+        (ValueError, "`tau` must be finite and greater than 0, got 0", lambda: Gaussian(0)),
         (TypeError, "`pair` must be a pair function, as .* got 2.0",
          lambda: comhe_ext.pair_energy(torch.ones(3, 3), pair=2.0)),
         (ValueError, r"`rows` must be 2-D or 3-D, got shape \(3,\)",
@@ -129,3 +133,30 @@ def test_a_pair_function_that_the_compiled_kernels_do_not_know():
                 comhe_ext.pair_energy(rows, pair=Cubic(), backend="cpu")
     finally:
         del PAIR_FUNCTIONS["cubic"]
+
+
+def test_the_gaussian_is_the_uniformity_of_wang_and_isola():
+    # "Understanding contrastive representation learning through alignment and uniformity" (2020):
+    # torch.pdist(x, p=2).pow(2).mul(-t).exp().mean().log(), t = 2
+    x = torch.nn.functional.normalize(random_rows(40, 8, dtype=torch.float64))
+    expected = torch.pdist(x, p=2).pow(2).mul(-2).exp().mean().log()
+    assert relative_error(comhe_ext.pair_energy(x, pair=Gaussian(2.0)).log(), expected) <= 1e-12
+
+
+def test_the_gaussian_of_duplicates_is_smooth():
+    # their force is along the rows themselves, and their second derivative is not zero
+    rows = random_rows(8, 4, dtype=torch.float64)
+    rows[5] = rows[2]
+    tangents = random_rows(8, 4, seed=1, dtype=torch.float64)
+
+    def energy(x):
+        return comhe_ext.pair_energy(x, pair=Gaussian(1.5))
+
+    def dense(x):
+        u = torch.nn.functional.normalize(x)
+        i, j = torch.triu_indices(8, 8, 1)
+        return (3 * ((u[i] * u[j]).sum(1) - 1)).exp().mean()
+
+    assert relative_error(energy(rows), dense(rows)) <= 1e-14
+    actual = torch.autograd.functional.hvp(energy, rows, tangents)[1]
+    assert relative_error(actual, torch.autograd.functional.hvp(dense, rows, tangents)[1]) <= 1e-10
