@@ -140,7 +140,7 @@ class _AngleDifference(torch.autograd.Function):
         if grad_total is None:
             return None, None, None, None
         rows, projected, to_rows, to_projected = ctx.saved_tensors
-        # as in comhe_ext.ops: without grad mode or tangents the values are enough
+        # as for an energy: without grad mode or tangents the values are enough
         if torch.is_grad_enabled() or forward_mode():
             gradients = to_rows, to_projected
             to_rows, to_projected = _Gradient.apply(rows, projected, *gradients, ctx.angle)
