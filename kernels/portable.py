@@ -317,7 +317,7 @@ def _take_out(
     if tile.diagonal:
         near.diagonal(dim1=1, dim2=2).fill_(2.0)
         left_out = torch.eye(near.shape[1], dtype=torch.bool, device=near.device).expand_as(near)
-    two_ended = pair.half_space or pair.angular
+    two_ended = pair.two_ended
     lowest, highest = torch.aminmax(near)
     if not (bool(lowest < bound) or (two_ended and bool(highest > 4.0 - bound))):
         return left_out, None
