@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 # a process for each core, of one thread each
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 # what the installation is made from; the Python files themselves are installed editable
-SOURCES := setup.py pyproject.toml $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h kernels/cpu/*.inc)
+SOURCES := setup.py pyproject.toml $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
 # the compiled kernel with AddressSanitizer and UndefinedBehaviorSanitizer, in builds of their own
 SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined

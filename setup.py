@@ -166,7 +166,7 @@ setup(
         Extension(
             "comhe_ext.kernels.cpu._pairwise",
             list(UNITS),
-            depends=[str(path) for path in Path(CPU).glob("*.[hi]*")],
+            depends=[str(path) for path in Path(CPU).glob("*.h")],
             optional=True,
         )
     ],

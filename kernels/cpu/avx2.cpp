@@ -1,2 +1,2 @@
 #define ISA avx2
-#include "pairwise.inc"
+#include "schedule-inl.h"

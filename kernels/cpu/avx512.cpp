@@ -1,2 +1,2 @@
 #define ISA avx512
-#include "pairwise.inc"
+#include "schedule-inl.h"

@@ -1,2 +1,2 @@
 #define ISA baseline
-#include "pairwise.inc"
+#include "schedule-inl.h"

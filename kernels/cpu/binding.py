@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..pair_functions import PairFunction, Riesz
+from ..pair_functions import PairFunction
 from ..sweep import Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
-ABI_VERSION = 1
+ABI_VERSION = 2
 # in the order of the C enum
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -29,13 +29,28 @@ _REBUILD = "reinstall comhe-ext, or rebuild a checkout: pip install -e ."
 OFFERS = Offers(columns=True, max_columns=1 << 24)
 
 
+class _Tangent(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_double), ("value", ctypes.c_double), ("slope", ctypes.c_double)]
+
+
 class _Pair(ctypes.Structure):
     _fields_ = [
-        ("s", ctypes.c_double),
-        ("min_distance", ctypes.c_double),
+        ("function", ctypes.c_int32),
         ("half_space", ctypes.c_int32),
         ("angular", ctypes.c_int32),
+        ("parameters", ctypes.c_double * 2),
+        ("growth", ctypes.c_double),
+        ("tangent", _Tangent),
     ]
+
+    @classmethod
+    @cache
+    def of(cls, pair: PairFunction) -> _Pair:
+        """A pair function as the library takes it."""
+        half_space, angular, *parameters = pair.parameters
+        tangent = _Tangent(*(pair.tangent or ()))
+        numbers = (ctypes.c_double * 2)(*parameters)
+        return cls(pair.number, int(half_space), int(angular), numbers, pair.growth, tangent)
 
 
 class _Call(ctypes.Structure):
@@ -65,6 +80,7 @@ def _library() -> ctypes.CDLL:
     try:
         theirs = library.comhe_abi_version(), library.comhe_call_bytes()
         library.comhe_sweep.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
+        library.comhe_supports.argtypes = [ctypes.c_int]
         library.comhe_best_isa.argtypes = []
     except AttributeError as error:
         raise OSError(f"{LIBRARY} is of another version: {error}") from None
@@ -118,20 +134,27 @@ def _check(name: str, points: Tensor) -> None:
 
 
 def supports(pair: PairFunction) -> bool:
-    """Whether the library knows a pair function."""
-    return isinstance(pair, Riesz)
+    """Whether the library knows a pair function; of one that is missing, nothing is held back."""
+    return _knows(pair.number)
+
+
+def _knows(number: int) -> bool:
+    return unavailable() is not None or bool(_library().comhe_supports(number))
+
+
+# a constant to torch.compile, which must not follow it into the library
+_knows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _run(call: _Call, request: SweepRequest) -> None:
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(reason)
-    pair = request.pair
-    if not isinstance(pair, Riesz):
-        raise ValueError(f"`pair` must be one of ['riesz'] for backend 'cpu', got {pair}")
+    if not supports(request.pair):
+        raise ValueError(f"backend 'cpu' does not know {request.pair}")
     if not 0 <= request.eps < float("inf"):
         raise ValueError(f"`eps` must be finite and at least 0, got {request.eps}")
-    call.pair = _Pair(pair.s, pair.min_distance, pair.half_space, pair.angular)
+    call.pair = _Pair.of(request.pair)
     call.eps = request.eps
     call.threads = torch.get_num_threads()
     isa = INSTRUCTION_SETS.index(instruction_set())

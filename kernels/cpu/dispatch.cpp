@@ -16,12 +16,17 @@ bool supported(int isa) {
     return isa == BASELINE;
 }
 
+bool known(const Pair &pair) {
+    const double p = pair.parameters[0];
+    if (!(pair.tangent.at >= 0 && pair.tangent.at < 2)) return false;
+    return pair.function == RIESZ && p >= 0;
+}
+
 bool valid(const Call &call) {
     const Pair &pair = call.pair;
     if (call.sets < 0 || call.k < 1 || call.k > (1 << 24) || call.dtype < FLOAT32 || call.dtype > BFLOAT16)
         return false;
-    if (!(pair.s >= 0) || !(pair.min_distance >= 0 && pair.min_distance < 2) || !(call.eps >= 0))
-        return false;
+    if (!known(pair) || !(call.eps >= 0)) return false;
     if (call.sets && (!call.sizes || !call.scales || !call.energy)) return false;
     if (call.rectangular && call.sets != 2) return false;
     int64_t rows = 0;
@@ -40,6 +45,11 @@ extern "C" {
 // What a caller compares with its own before anything else.
 __attribute__((visibility("default"))) int comhe_abi_version() { return ABI_VERSION; }
 __attribute__((visibility("default"))) int comhe_call_bytes() { return sizeof(Call); }
+
+// Whether a pair function of this number is known.
+__attribute__((visibility("default"))) int comhe_supports(int function) {
+    return function >= 0 && function < FUNCTIONS;
+}
 
 // The best instruction set this processor has.
 __attribute__((visibility("default"))) int comhe_best_isa() {

@@ -3,17 +3,29 @@
 #include <stdint.h>
 
 // To be raised with every change below that the caller has to know of, binding.py's own with it.
-constexpr int ABI_VERSION = 1;
+constexpr int ABI_VERSION = 2;
 
 enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
 enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
-// f(t) = t^-s (s = 0: -log t), t the chord or the angle; below min_distance its tangent line.
+// The pair functions by their numbers, each with its parameters. t is the chord or the angle.
+enum Function {
+    RIESZ = 0,  // t^-s, and -log t for s = 0; parameters: s
+    FUNCTIONS   // how many there are
+};
+
+// The line value + slope (t - at) that continues f below the distance `at`; at = 0: there is none.
+struct Tangent {
+    double at, value, slope;
+};
+
 struct Pair {
-    double s;
-    double min_distance;
+    int32_t function;
     int32_t half_space;
     int32_t angular;
+    double parameters[2];
+    double growth;  // how many powers of 1/t f' has more than a constant
+    Tangent tangent;
 };
 
 struct Call {

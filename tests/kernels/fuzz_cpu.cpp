@@ -86,8 +86,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     call.dtype = bytes.next(3);
     call.threads = 1 + bytes.next(3);
     const double exponents[] = {0, 1, 2, 0.5, 3.7, 30}, distances[] = {1e-3, 0, 0.5, 1.99};
-    call.pair.s = exponents[bytes.next(6)];
-    call.pair.min_distance = distances[bytes.next(4)];
+    const double s = exponents[bytes.next(6)], at = distances[bytes.next(4)];
+    call.pair.function = RIESZ;
+    call.pair.parameters[0] = s;
+    call.pair.growth = s + 2;
+    if (at > 0) call.pair.tangent = {at, s > 0 ? pow(at, -s) : -log(at), (s > 0 ? -s : -1) * pow(at, -s - 1)};
     call.pair.half_space = bytes.next(2);
     call.pair.angular = bytes.next(2);
     call.eps = bytes.next(2) * 1e-4;
@@ -118,7 +121,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     call.scales = exact(scales, rectangular ? 1 : call.sets);
     const size_t energies = rectangular ? 1 : call.sets;
     // an infinite energy has no useful gradient, and large powers of close pairs are infinite
-    const bool finite = !wild && call.pair.min_distance > 0 && call.pair.s < 4;
+    const bool finite = !wild && at > 0 && s < 4;
     for (int isa = 0; isa <= comhe_best_isa(); isa++) {
         call.energy = poisoned(energies);
         call.gradient = gradient ? poisoned(first * call.k) : nullptr;

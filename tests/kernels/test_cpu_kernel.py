@@ -11,6 +11,7 @@ import torch
 
 from comhe_ext import backends
 from comhe_ext.kernels.cpu import binding
+from comhe_ext.kernels.pair_functions import PAIR_FUNCTIONS, Riesz
 from comhe_ext.testing import (
     collapsed_rows,
     exact_energy_and_gradient,
@@ -460,7 +461,11 @@ def other_library(tmp_path, monkeypatch):
 
 CALL_BYTES = ctypes.sizeof(binding._Call)
 STAMP = "int comhe_abi_version() {{ return {0}; }} int comhe_call_bytes() {{ return {1}; }}"
-SWEEP = "int comhe_best_isa() { return 0; } int comhe_sweep() { __builtin_trap(); }"
+SWEEP = """
+int comhe_best_isa() { return 0; }
+int comhe_supports() { return 0; }
+int comhe_sweep() { __builtin_trap(); }
+"""
 
 
 @pytest.mark.parametrize(
@@ -501,3 +506,13 @@ def test_the_library_refuses_what_the_binding_would_not_send():
         setattr(call, field, value)
         assert library.comhe_sweep(call, 0) == 1
         setattr(call, field, before)
+    for field, value in dict(function=len(PAIR_FUNCTIONS), parameters=(-1.0, 0.0)).items():
+        call.pair = binding._Pair()
+        setattr(call.pair, field, value)
+        assert library.comhe_sweep(call, 0) == 1
+
+
+def test_the_library_says_which_pair_functions_it_knows():
+    library = binding._library()
+    assert binding.supports(Riesz())
+    assert not library.comhe_supports(-1) and not library.comhe_supports(len(PAIR_FUNCTIONS))

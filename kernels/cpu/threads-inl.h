@@ -1,4 +1,15 @@
-// What a thread needs: arithmetic by the book, and a way to wait for the others.
+// What a thread needs: standard floating-point arithmetic, and a way to wait for the others.
+#pragma once
+#include <unistd.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
+
+#include "vector-inl.h"
+
+namespace ISA {
+namespace {
 
 // The floating-point state of this thread as long as one of these lives: subnormal numbers are
 // numbers, rounding is to nearest. A caller may have asked for the contrary, or a library of the
@@ -60,3 +71,6 @@ struct Stage {
     void wake() {}
 #endif
 };
+
+}  // namespace
+}  // namespace ISA

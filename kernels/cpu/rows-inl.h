@@ -1,4 +1,9 @@
 // Rows in and out: normalized and packed before the sweep, G projected to the gradient after it.
+#pragma once
+#include "sweep-inl.h"
+
+namespace ISA {
+namespace {
 
 INLINE float from_bits(uint32_t bits) {
     float x;
@@ -76,7 +81,7 @@ void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
 void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
     const int k = sweep.k, kp = sweep.kp;
     const bool half = sweep.call.pair.half_space, antipodes = half && !sweep.call.rectangular;
-    const double factor = block.scale * sweep.slope, both = half ? 2 : 1;
+    const double factor = block.scale * sweep.functions.slope, both = half ? 2 : 1;
     block.energy *= both;
     for (int i = 0; i < block.n; i++) {
         const double deficit = block.deficit[i], inverse = block.inverse[i];
@@ -106,3 +111,6 @@ void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
     free(block.near);
     block.near = nullptr;
 }
+
+}  // namespace
+}  // namespace ISA

@@ -1,5 +1,11 @@
 // Two blocks meet: cosines, coefficients f'(c), and the two products that push both. All three go by
 // tiles of MR x NR in registers, the last rows by shorter ones.
+#pragma once
+#include "near_pairs-inl.h"
+#include "sweep-inl.h"
+
+namespace ISA {
+namespace {
 
 constexpr int SHORT = MR / 3;
 INLINE int tile_rows(int left) { return left > 2 * SHORT ? MR : SHORT; }
@@ -119,13 +125,13 @@ struct Energy {
 };
 
 // Cosines become coefficients where every pair of a tile counts and none is near.
-template <class F> INLINE void whole_tile(const Sweep &sweep, float *c, int rows, Energy &energy) {
+template <class F> INLINE void whole_tile(const F &f, float *c, int rows, Energy &energy) {
     typename F::Energies total;
     for (int m = 0; m < rows; m++)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; v++) {
             vf e;
-            store(c + m * R + v * VL, F::evaluate(load(c + m * R + v * VL), sweep.half_s, e));
+            store(c + m * R + v * VL, f.evaluate(load(c + m * R + v * VL), e));
             total.add(e);
         }
     energy.add(total.result());
@@ -134,7 +140,7 @@ template <class F> INLINE void whole_tile(const Sweep &sweep, float *c, int rows
 // The same for any tile: coefficients are 0 outside of the blocks, on and below the diagonal, where
 // ids are equal, and where a pair is near, which is kept for repair(). Returns whether any is not 0.
 template <class F>
-bool ragged_tile(const Sweep &sweep, Scratch &scratch, const Block &a, const Block &b, int i, int j,
+bool ragged_tile(const F &f, const Sweep &sweep, Scratch &scratch, const Block &a, const Block &b, int i, int j,
                  int rows, float *c, Energy &energy) {
     const bool diagonal = &a == &b;
     const int vectors = b.n - j > VL ? NV : 1;
@@ -159,7 +165,7 @@ bool ragged_tile(const Sweep &sweep, Scratch &scratch, const Block &a, const Blo
                 store(c + m * R + v * VL, vf{});
                 continue;
             }
-            const vf coefficient = F::evaluate(counts ? x : vf{}, sweep.half_s, e);
+            const vf coefficient = f.evaluate(counts ? x : vf{}, e);
             store(c + m * R + v * VL, counts ? coefficient : vf{});
             total.add(counts ? e : F::Energies::nothing());
         }
@@ -169,6 +175,7 @@ bool ragged_tile(const Sweep &sweep, Scratch &scratch, const Block &a, const Blo
 }
 
 template <class F> void meet(const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
+    const F f(sweep.call.pair);
     const bool diagonal = &a == &b;
     const bool ids_overlap = b.ids && a.first_id <= b.last_id && b.first_id <= a.last_id;
     bool to_push = false;
@@ -186,15 +193,15 @@ template <class F> void meet(const Sweep &sweep, Scratch &scratch, Block &a, Blo
                 if (end < sweep.k) continue;
                 const bool inside = i + rows <= a.n && j + NR <= b.n && !(diagonal && i + rows > j);
                 if (inside && !near && !ids_overlap) {
-                    whole_tile<F>(sweep, c, rows, energy);
+                    whole_tile(f, c, rows, energy);
                     to_push = true;
                 } else {
-                    to_push |= ragged_tile<F>(sweep, scratch, a, b, i, j, rows, c, energy);
+                    to_push |= ragged_tile(f, sweep, scratch, a, b, i, j, rows, c, energy);
                 }
             }
     }
     a.energy += sum(energy.low + energy.high);
-    if (scratch.patch_count) a.energy += repair<F>(sweep, scratch, a, b);
+    if (scratch.patch_count) a.energy += repair(f, sweep, scratch, a, b);
     for (int q = 0, w; q < sweep.kp && to_push && sweep.with_gradient; q += w) {
         w = width(sweep.kp, q);
         if (w == NR)
@@ -205,3 +212,6 @@ template <class F> void meet(const Sweep &sweep, Scratch &scratch, Block &a, Blo
             push_strip<vh, 1>(a, b, scratch.c, q);
     }
 }
+
+}  // namespace
+}  // namespace ISA

@@ -9,6 +9,12 @@
 // float32 where what the projection and the scale leave of them is not.
 //
 // Between multiples of one row d is the rounding of their norms, and its direction means nothing.
+#pragma once
+#include "rows-inl.h"
+#include "sweep-inl.h"
+
+namespace ISA {
+namespace {
 
 // Keeps the near pairs of the tile at rows i0.., columns j0..; `sign` is 0 where a pair is not near.
 void keep_near(Scratch &scratch, int i0, int j0, int rows, int cols, const float (&sign)[MR][NR]) {
@@ -109,7 +115,7 @@ bool multiples(const Sweep &sweep, const Block &a, int i, const Block &b, int j)
 constexpr double MAYBE_MULTIPLES = 1e-18;
 
 // x becomes the coefficient of the force, 0 where a pair is not near. Returns the energy.
-template <class F> double near_function(const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
+template <class F> double near_function(const F &f, const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
     vd energy = {};
     for (int p = 0; p < scratch.patch_count; p++) {
         NearPatch &patch = scratch.patches[p];
@@ -124,7 +130,7 @@ template <class F> double near_function(const Sweep &sweep, Scratch &scratch, Bl
                     if (ask[l] && multiples(sweep, a, i, b, j + l)) patch.x[m][l] = apart[l] = 0;
             const vd close = patch.x[m] + (a.deficit[i] + load(b.deficit + j)), far = 4.0 - close;
             vd coefficient;
-            const vd e = F::near(sweep, turned ? far : close, turned ? close : far, coefficient);
+            const vd e = f.near(turned ? far : close, turned ? close : far, coefficient);
             energy += near ? e : vd{};
             patch.x[m] = apart ? coefficient : vd{};
             if (sweep.call.eps == 0) continue;  // and no deficit
@@ -198,13 +204,13 @@ void push_near(const Sweep &sweep, Block &block, int q0, const bool *used, const
     }
 }
 
-template <class F> double repair(const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
+template <class F> double repair(const F &f, const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
     for (int q = 0; q < sweep.kp; q += NR) {
         exact_rows(sweep, a, q, scratch.row_used, scratch.exact_rows);
         exact_rows(sweep, b, q, scratch.col_used, scratch.exact_cols);
         add_squares(sweep, scratch, b, q);
     }
-    const double energy = near_function<F>(sweep, scratch, a, b);
+    const double energy = near_function(f, sweep, scratch, a, b);
     for (int q = 0; q < sweep.kp && sweep.with_gradient; q += NR) {
         exact_rows(sweep, a, q, scratch.row_used, scratch.exact_rows);
         exact_rows(sweep, b, q, scratch.col_used, scratch.exact_cols);
@@ -217,3 +223,6 @@ template <class F> double repair(const Sweep &sweep, Scratch &scratch, Block &a,
     memset(scratch.col_used, 0, reach(b));
     return energy;
 }
+
+}  // namespace
+}  // namespace ISA

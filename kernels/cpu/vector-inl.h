@@ -1,7 +1,20 @@
 // Vectors of this unit's instruction set, written with the compiler's vector extensions; intrinsics
 // only where those have no operator. No standard library: a template shared between units could be
 // merged by the linker and carry AVX-512 code to a processor without it.
+#pragma once
+#include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+// The unit that includes this names its instruction set: it becomes a namespace.
+#ifndef ISA
+#define ISA baseline
+#endif
 #define INLINE inline __attribute__((always_inline))
+
+namespace ISA {
+namespace {
 
 // Without AVX2 nothing here is x86's: what the baseline unit does, any processor's build does.
 
@@ -221,3 +234,6 @@ INLINE vd arctan(vd y, vd x) {
     const vd z = (large ? y - x : y) / (large ? y + x : x);
     return (large ? all(0.78539816339744831) : vd{}) + odd_series<12>(z, -z * z);
 }
+
+}  // namespace
+}  // namespace ISA

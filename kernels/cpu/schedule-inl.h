@@ -11,152 +11,38 @@
 // in the same order whatever the number of threads, without a copy of G per thread. Only sets that
 // are a good part of all the work are shared in this way; the others go to one thread each.
 //
-// Read on in pair_function.inc, rows.inc, blocks.inc (where nearly all the time goes) and
-// near_pairs.inc; here follow what they share and, behind them, the order of work.
-//
-// Compiled once per instruction set; ISA names the namespace.
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#endif
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#include "pairwise.h"
+// Read on in pair_function-inl.h, rows-inl.h, blocks-inl.h (where nearly all the time goes) and
+// near_pairs-inl.h; here follows the order of work.
+#pragma once
+#include "blocks-inl.h"
+#include "pair_function-inl.h"
+#include "rows-inl.h"
+#include "sweep-inl.h"
 
 namespace ISA {
 namespace {
 
-#include "vector.inc"
-
-#include "threads.inc"
-
-constexpr int R = 288;                         // most rows of a block
-constexpr int LEAST = VL == 16 ? VL / 2 : VL;  // columns of the narrowest strip
-constexpr int KC = 256;                        // columns that stay in cache while cosines are summed
-// Of n random rows' G the projection leaves about 1 / sqrt(n / k) in half space, and a few times more in
-// full space: from this n / k on the sum keeps its rounding errors
-constexpr int MOSTLY_RADIAL = 600, MOSTLY_RADIAL_HALF = 100;
-// near pairs are worked on by patches of a tile, their forces by as many rows as registers can hold
-constexpr int NEAR_ROWS = 6, NEAR_COLS = VL / 2;
-constexpr int FORCE_ROWS = VL == 16 ? 6 : 3;
-
-static_assert(R % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS == 0, "tiles must divide blocks");
-
-// Up to R rows of a set, packed. Matrices of row vectors (u, g) are cut into strips of columns,
-// [strip][capacity][width]: NR wide, the last ones VL or LEAST. Columns are padded with zeros to kp.
-struct Block {
-    const char *raw;            // first row as the caller stores it
-    const int32_t *given_ids;   // rectangular form, else null
-    int32_t *ids;               // a copy, with room for whole tiles
-    int32_t first_id, last_id;  // smallest and largest of them
-    float *gradient;            // where the result goes, or null
-    double scale;
-    int n, capacity;  // rows, and rows there is room for
-    float *u, *g;     // unit rows v, and G
-    long lost;        // g[i + lost] is what rounding took from g[i]; 0 where that is not kept
-    double *near;     // the forces of near pairs, laid out like g; null while there are none
-    float *ut;        // u again, as the other operand of the cosines: [panel of NR rows][k][NR]
-    double *inverse;  // 1/nu, 0 for a dead row
-    double *deficit;  // 1 - |v|^2
-    double *pull;     // sum of the coefficients of repaired pairs, see repair()
-    double energy;
-    Stage stage;
-};
-
-// Rows first <= i < first + n against themselves or, in the rectangular form, against m columns.
-struct Set {
-    long first, n, m;
-    double scale;
-    long index;        // as the caller counts
-    Block *row, *col;  // the same where a set meets itself
-    int rows, cols, rounds;
-};
-
-// Pairs that have to be repaired, among NEAR_ROWS x NEAR_COLS neighbours.
-struct NearPatch {
-    int i, j;     // the first row and column
-    bool turned;  // some sign is -1
-    vd x[NEAR_ROWS];     // |v_i - sign v_j|^2, then the coefficient
-    vd sign[NEAR_ROWS];  // 1, -1 where the pair is nearly antipodal, 0 where it is not near
-};
-
-typedef double Piece[NR];  // of a row: its columns in one strip
-
-// One thread's memory.
-struct Scratch {
-    float *c;            // [R][R] cosines, then coefficients
-    float *raw;          // [kp] a row
-    double *g;           // [kp] G of a row
-    char *memory;        // for the blocks of a set that this thread sees to alone
-    NearPatch *patches;  // as many as two blocks can have
-    int patch_count;
-    bool row_used[R + NR], col_used[R + NR];  // touched by a patch
-    // a strip of the unit rows of both blocks, and of the forces on them
-    Piece *exact_rows, *exact_cols, *row_force, *col_force;
-};
-
-// f below min_distance: value + rise * (distance - t); slope is rise / Sweep::slope.
-struct Tangent {
-    double distance, value, rise, slope;
-};
-
-// What depends on the pair function.
-struct Functions {
-    void (*meet)(const struct Sweep &, Scratch &, Block &a, Block &b);
-    double (*antipode)(const struct Sweep &, double x, double y, double &coefficient);
-};
-
-struct Sweep {
-    Call call;
-    int k, kp;
-    bool with_gradient;
-    float near_cosine, half_s;
-    int32_t near_bits, closeness_mask;  // for integers: near where (bits of c & mask) > near_bits
-    double slope;  // f' is slope times the coefficients: s, or 1 for the logarithm
-    Tangent tangent;
-    Functions functions;
-    Set *sets;                     // largest first
-    long set_count, shared_count;  // the first ones are shared by all threads
-    int threads;
-    long next;                   // the task to be drawn next
-    mutable bool out_of_memory;  // a thread was
-};
-
-template <class T> T *allocate(size_t count) {
-    return (T *)aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64);
+template <class F> double antipode(const Sweep &sweep, double x, double y, double &coefficient) {
+    return F(sweep.call.pair).antipode(x, y, coefficient);
 }
 
-INLINE int width(int kp, int q) { return kp - q >= NR ? NR : kp - q >= VL ? VL : LEAST; }
-INLINE int up(long x, int step) { return int((x + step - 1) / step * step); }
-
-#include "pair_function.inc"
-
-#include "rows.inc"
-
-#include "near_pairs.inc"
-
-#include "blocks.inc"
-
-template <Kind KIND, bool HALF, bool ANGULAR> Functions functions() {
-    using F = PairFunction<KIND, HALF, ANGULAR>;
-    return {meet<F>, F::antipode};
+template <class F, bool HALF, bool ANGULAR> Functions functions(const Pair &pair) {
+    using Folded = PairFunction<F, HALF, ANGULAR>;
+    return {F(pair).slope(), meet<Folded>, antipode<Folded>};
 }
 
-template <Kind KIND> Functions choose(const Pair &pair) {
-    if (pair.angular) return pair.half_space ? functions<KIND, true, true>() : functions<KIND, false, true>();
-    return pair.half_space ? functions<KIND, true, false>() : functions<KIND, false, false>();
+template <class F> Functions functions(const Pair &pair) {
+    if (pair.angular) return pair.half_space ? functions<F, true, true>(pair) : functions<F, false, true>(pair);
+    return pair.half_space ? functions<F, true, false>(pair) : functions<F, false, false>(pair);
 }
 
+// The one place that knows all functors.
 Functions choose(const Pair &pair) {
-    return pair.s == 0   ? choose<LOGARITHM>(pair)
-           : pair.s == 1 ? choose<INVERSE>(pair)
-           : pair.s == 2 ? choose<INVERSE_SQUARE>(pair)
-                         : choose<POWER>(pair);
+    const double s = pair.parameters[0];
+    return s == 0   ? functions<Logarithm>(pair)
+           : s == 1 ? functions<Inverse>(pair)
+           : s == 2 ? functions<InverseSquare>(pair)
+                    : functions<Power>(pair);
 }
 
 // --- all sets --------------------------------------------------------------------------------------
@@ -374,10 +260,10 @@ Status allocate_and_work(Sweep &sweep, Block *blocks, Scratch *scratch) {
 // Beyond this cosine the error of a float32 cosine shows in the result: r^2 < 1/64. In few dimensions
 // close pairs are many and weigh more; there the bound is r^2 < 1/8. A large exponent multiplies that
 // error, and takes the coefficients out of float32's range; but not at r > 1.
-// Pairs below min_distance must be found as well, with room for the error of the cosine.
+// Pairs on the tangent line must be found as well, with room for the error of the cosine.
 float near_cosine(const Pair &pair, int64_t k) {
-    const double squared = (k > 16 ? 0x1p-6 : 0x1p-3) * (pair.s > 2 ? (pair.s + 2) / 4 : 1);
-    const double trusted = squared < 1 ? 1 - squared / 2 : 0.5, d = pair.min_distance;
+    const double squared = (k > 16 ? 0x1p-6 : 0x1p-3) * (pair.growth > 4 ? pair.growth / 4 : 1);
+    const double trusted = squared < 1 ? 1 - squared / 2 : 0.5, d = pair.tangent.at;
     const double reach = (pair.angular ? __builtin_cos(d) : 1 - d * d / 2) - 1e-5;
     return float(reach < trusted ? reach : trusted);
 }
@@ -395,12 +281,6 @@ __attribute__((noinline)) Status set_up_and_work(const Call &call) {
     sweep.near_bits = INT32_MIN;
     if (sweep.near_cosine > 0) memcpy(&sweep.near_bits, &sweep.near_cosine, sizeof sweep.near_bits);
     sweep.closeness_mask = pair.half_space || pair.angular ? 0x7fffffff : -1;
-    sweep.half_s = float(pair.s / 2);
-    sweep.slope = pair.s > 0 ? pair.s : 1;
-    if (pair.min_distance > 0) {
-        const double d = pair.min_distance, slope = __builtin_pow(d, -pair.s - 1);
-        sweep.tangent = {d, pair.s > 0 ? slope * d : -__builtin_log(d), sweep.slope * slope, slope};
-    }
     sweep.functions = choose(pair);
 
     sweep.sets = allocate<Set>(call.sets);

@@ -1,0 +1,254 @@
+// The pair functions: in float32 on tiles of cosines, in double on near pairs and antipodes.
+//
+// A pair function is one functor. It is made of the caller's Pair and has
+//
+//     Energies                  how the energies of a tile add up
+//     SMOOTH                    whether f is a smooth function of t^2 at t = 0, too
+//     slope()                   the constant factor S that all derivatives leave out
+//     of_square(x, e)           x = t^2 -> -2 df/dx / S; e becomes the energy, as Energies adds it
+//     curve(x, slope)           4 d2f/dx2 / S, from that slope
+//     of_square(x, t, r, ...)   f and both in double; r = 1/t
+//     both_ends(c, e)           of_square(2 - 2c) - of_square(2 + 2c), each energy included
+//     curve_of_both_ends(c)     the sum of both curves
+//
+// Of the chord, x = 2 - 2c: then these are F'(c) / S and F''(c) / S.
+//
+// To add one: its number in pairwise.h, a functor here, and a line in choose().
+#pragma once
+#include "pairwise.h"
+#include "vector-inl.h"
+
+namespace ISA {
+namespace {
+
+// Energies that are added up.
+struct Sum {
+    vf value = {};
+
+    static INLINE vf nothing() { return vf{}; }
+    static INLINE vf both(vf e, vf far_e) { return e + far_e; }
+    INLINE void add(vf e) { value += e; }
+    INLINE vf result() const { return value; }
+};
+
+// Energies -1/2 log(e). Logarithms are not taken pair by pair: mantissas are multiplied and exponents
+// added. A tile has MR * NV vectors, so the product stays far below overflow.
+struct SumOfLogarithms {
+    vf value = all(1.0f);
+    vi exponent = {};
+
+    static INLINE vf nothing() { return all(1.0f); }
+    static INLINE vf both(vf e, vf far_e) { return e * far_e; }
+    INLINE void add(vf e) {
+        exponent += ((vi)e >> 23) - 127;
+        value *= (vf)(((vi)e & 0x7fffff) | 0x3f800000);
+    }
+    INLINE vf result() const {
+        return -0.34657359028f * (log2_of(value) + __builtin_convertvector(exponent, vf));
+    }
+};
+
+// What most functors take from here; F is the functor itself.
+template <class F> struct Functor {
+    using Energies = Sum;
+    static constexpr bool SMOOTH = false;
+
+    INLINE vf both_ends(vf c, vf &e) const {
+        const F &f = *(const F *)this;
+        vf far_e;
+        const vf slope = f.of_square(2.0f - 2.0f * c, e), far_slope = f.of_square(2.0f + 2.0f * c, far_e);
+        e = F::Energies::both(e, far_e);
+        return slope - far_slope;
+    }
+    INLINE vf curve_of_both_ends(vf c) const {
+        const F &f = *(const F *)this;
+        const vf x = 2.0f - 2.0f * c, y = 2.0f + 2.0f * c;
+        vf unused;
+        return f.curve(x, f.of_square(x, unused)) + f.curve(y, f.of_square(y, unused));
+    }
+};
+
+// --- Riesz' functions, each of the usual exponents by its shortest form ----------------------------
+
+struct Logarithm : Functor<Logarithm> {
+    using Energies = SumOfLogarithms;
+
+    explicit Logarithm(const Pair &) {}
+    double slope() const { return 1; }
+
+    INLINE vf of_square(vf x, vf &e) const {
+        e = x;
+        return reciprocal(x);
+    }
+    INLINE vf curve(vf, vf slope) const { return 2.0f * slope * slope; }
+    INLINE vd of_square(vd, vd t, vd r, vd &slope, vd &curve) const {
+        slope = r * r;
+        curve = 2.0 * slope * slope;
+        return -0.69314718055994531 * log2_of(t);
+    }
+
+    // both ends share a factor: (2 - 2c)(2 + 2c) = 4 (1 - c^2)
+    INLINE vf both_ends(vf c, vf &e) const {
+        const vf w = 1.0f - c * c;
+        e = 4.0f * w;
+        return c * reciprocal(w);
+    }
+    INLINE vf curve_of_both_ends(vf c) const {
+        const vf r = reciprocal(1.0f - c * c), cr = c * r;
+        return r + 2.0f * cr * cr;
+    }
+};
+
+struct Inverse : Functor<Inverse> {
+    explicit Inverse(const Pair &) {}
+    double slope() const { return 1; }
+
+    INLINE vf of_square(vf x, vf &e) const {
+        e = reciprocal_sqrt(x);
+        return e * e * e;
+    }
+    INLINE vf curve(vf x, vf slope) const { return 3.0f * slope * reciprocal(x); }
+    INLINE vd of_square(vd, vd, vd r, vd &slope, vd &curve) const {
+        slope = r * r * r;
+        curve = 3.0 * slope * r * r;
+        return r;
+    }
+};
+
+struct InverseSquare : Functor<InverseSquare> {
+    explicit InverseSquare(const Pair &) {}
+    double slope() const { return 2; }
+
+    INLINE vf of_square(vf x, vf &e) const {
+        e = reciprocal(x);
+        return e * e;
+    }
+    INLINE vf curve(vf x, vf slope) const { return 4.0f * slope * reciprocal(x); }
+    INLINE vd of_square(vd, vd, vd r, vd &slope, vd &curve) const {
+        const vd e = r * r;
+        slope = e * e;
+        curve = 4.0 * slope * e;
+        return e;
+    }
+
+    // 1/(2 - 2c) + 1/(2 + 2c) = 1/(1 - c^2)
+    INLINE vf both_ends(vf c, vf &e) const {
+        e = reciprocal(1.0f - c * c);
+        return c * e * e;
+    }
+    INLINE vf curve_of_both_ends(vf c) const {
+        const vf r = reciprocal(1.0f - c * c), cr = c * r;
+        return r * r + 4.0f * cr * cr * r;
+    }
+};
+
+struct Power : Functor<Power> {
+    double s;
+    float half_s, growth;
+
+    explicit Power(const Pair &pair)
+        : s(pair.parameters[0]), half_s(float(s / 2)), growth(float(s + 2)) {}
+    double slope() const { return s; }
+
+    INLINE vf of_square(vf x, vf &e) const {
+        e = exp2_of(-half_s * log2_of(x));
+        return e * reciprocal(x);
+    }
+    INLINE vf curve(vf x, vf slope) const { return growth * slope * reciprocal(x); }
+    INLINE vd of_square(vd, vd t, vd r, vd &slope, vd &curve) const {
+        const vd e = exp2_of(-s * log2_of(t));
+        slope = e * r * r;
+        curve = (s + 2) * slope * r * r;
+        return e;
+    }
+};
+
+// --- the pair function of a cosine -----------------------------------------------------------------
+
+template <class F, bool HALF, bool ANGULAR> struct PairFunction {
+    static constexpr bool TWO_ENDED = HALF || ANGULAR;  // near pairs at c = -1, too
+    using Energies = typename F::Energies;
+
+    const F f;
+    const Tangent &tangent;
+    const double slope;
+
+    explicit PairFunction(const Pair &pair) : f(pair), tangent(pair.tangent), slope(f.slope()) {}
+
+    // Energies and F'(c) / slope of VL pairs.
+    INLINE vf evaluate(vf c, vf &e) const {
+        if (!ANGULAR && !HALF) return f.of_square(2.0f - 2.0f * c, e);
+        if (!ANGULAR) return f.both_ends(c, e);
+        vf inverse_sine, far_e;
+        const vf t = arccos(c, inverse_sine), far_t = 3.14159265358979f - t;
+        vf first = f.of_square(t * t, e) * t;
+        if (HALF) {
+            first -= f.of_square(far_t * far_t, far_e) * far_t;
+            e = Energies::both(e, far_e);
+        }
+        return first * inverse_sine;
+    }
+
+    // Energy and F' / slope in double, from x = 2 - 2c and y = 2 + 2c, each exact where it is small.
+    // Where two directions coincide there is no way to push: derivatives of what has a kink there are 0.
+    // Where they almost do they may be infinite, which times 0 would be NaN: so they end far beyond
+    // what float32 shows of them.
+    INLINE vd exact(vd x, vd y, bool both_ends, vd &first) const {
+        const vd root = square_root(x), far_root = square_root(y);
+        vd e;
+        if (ANGULAR) {
+            const vl close = x < y;
+            const vd angle = 2.0 * arctan(close ? root : far_root, close ? far_root : root);
+            const vd t = close ? angle : 3.14159265358979324 - angle;
+            const vd far_t = close ? 3.14159265358979324 - angle : angle, sine = root * far_root / 2.0;
+            vd slope, far_slope = {};
+            e = at_distance(t * t, t, slope);
+            slope *= t;
+            if (both_ends) {
+                e += at_distance(far_t * far_t, far_t, far_slope);
+                far_slope *= far_t;
+            }
+            const vd quotient = (slope - far_slope) / sine;
+            first = sine > 0.0 ? quotient : vd{};
+        } else {
+            e = at_distance(x, root, first);
+            if (!F::SMOOTH) first = root > 0.0 ? first : vd{};
+            if (both_ends) {
+                vd far_first;
+                e += at_distance(y, far_root, far_first);
+                first -= F::SMOOTH || far_root > 0.0 ? far_first : vd{};
+            }
+        }
+        first = bounded(first);
+        return e;
+    }
+
+    INLINE vd near(vd x, vd y, vd &first) const { return exact(x, y, HALF, first); }
+
+    // f alone, between a row and its antipode.
+    double antipode(double x, double y, double &first) const {
+        vd c;
+        const vd e = exact(all(x), all(y), false, c);
+        first = c[0];
+        return e[0];
+    }
+
+  private:
+    static INLINE vd bounded(vd x) {
+        constexpr double MOST = 0x1p990;  // with room for sums
+        return x > MOST ? all(MOST) : x < -MOST ? all(-MOST) : x;
+    }
+
+    // f at x = t^2, its tangent included.
+    INLINE vd at_distance(vd x, vd t, vd &first) const {
+        const vd r = 1.0 / t;
+        vd curve;
+        const vd e = f.of_square(x, t, r, first, curve);
+        const vl below = t < tangent.at;
+        first = below ? -tangent.slope / slope * r : first;
+        return below ? tangent.value + tangent.slope * (t - tangent.at) : e;
+    }
+};
+
+}  // namespace
+}  // namespace ISA

@@ -1,0 +1,107 @@
+// What the parts of a sweep share: its constants, and the blocks of rows that it is cut into.
+#pragma once
+#include <stdlib.h>
+#include <string.h>
+
+#include "pairwise.h"
+#include "threads-inl.h"
+#include "vector-inl.h"
+
+namespace ISA {
+namespace {
+
+constexpr int R = 288;                         // most rows of a block
+constexpr int LEAST = VL == 16 ? VL / 2 : VL;  // columns of the narrowest strip
+constexpr int KC = 256;                        // columns that stay in cache while cosines are summed
+// Of n random rows' G the projection leaves about 1 / sqrt(n / k) in half space, and a few times more in
+// full space: from this n / k on the sum keeps its rounding errors
+constexpr int MOSTLY_RADIAL = 600, MOSTLY_RADIAL_HALF = 100;
+// near pairs are worked on by patches of a tile, their forces by as many rows as registers can hold
+constexpr int NEAR_ROWS = 6, NEAR_COLS = VL / 2;
+constexpr int FORCE_ROWS = VL == 16 ? 6 : 3;
+
+static_assert(R % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS == 0, "tiles must divide blocks");
+
+// Up to R rows of a set, packed. Matrices of row vectors (u, g) are cut into strips of columns,
+// [strip][capacity][width]: NR wide, the last ones VL or LEAST. Columns are padded with zeros to kp.
+struct Block {
+    const char *raw;            // first row as the caller stores it
+    const int32_t *given_ids;   // rectangular form, else null
+    int32_t *ids;               // a copy, with room for whole tiles
+    int32_t first_id, last_id;  // smallest and largest of them
+    float *gradient;            // where the result goes, or null
+    double scale;
+    int n, capacity;  // rows, and rows there is room for
+    float *u, *g;     // unit rows v, and G
+    long lost;        // g[i + lost] is what rounding took from g[i]; 0 where that is not kept
+    double *near;     // the forces of near pairs, laid out like g; null while there are none
+    float *ut;        // u again, as the other operand of the cosines: [panel of NR rows][k][NR]
+    double *inverse;  // 1/nu, 0 for a dead row
+    double *deficit;  // 1 - |v|^2
+    double *pull;     // sum of the coefficients of repaired pairs, see repair()
+    double energy;
+    Stage stage;
+};
+
+// Rows first <= i < first + n against themselves or, in the rectangular form, against m columns.
+struct Set {
+    long first, n, m;
+    double scale;
+    long index;        // as the caller counts
+    Block *row, *col;  // the same where a set meets itself
+    int rows, cols, rounds;
+};
+
+// Pairs that have to be repaired, among NEAR_ROWS x NEAR_COLS neighbours.
+struct NearPatch {
+    int i, j;     // the first row and column
+    bool turned;  // some sign is -1
+    vd x[NEAR_ROWS];     // |v_i - sign v_j|^2, then the coefficient
+    vd sign[NEAR_ROWS];  // 1, -1 where the pair is nearly antipodal, 0 where it is not near
+};
+
+typedef double Piece[NR];  // of a row: its columns in one strip
+
+// One thread's memory.
+struct Scratch {
+    float *c;            // [R][R] cosines, then coefficients
+    float *raw;          // [kp] a row
+    double *g;           // [kp] G of a row
+    char *memory;        // for the blocks of a set that this thread sees to alone
+    NearPatch *patches;  // as many as two blocks can have
+    int patch_count;
+    bool row_used[R + NR], col_used[R + NR];  // touched by a patch
+    // a strip of the unit rows of both blocks, and of the forces on them
+    Piece *exact_rows, *exact_cols, *row_force, *col_force;
+};
+
+// What depends on the pair function.
+struct Functions {
+    double slope;  // F' is slope times the coefficients
+    void (*meet)(const struct Sweep &, Scratch &, Block &a, Block &b);
+    double (*antipode)(const struct Sweep &, double x, double y, double &coefficient);
+};
+
+struct Sweep {
+    Call call;
+    int k, kp;
+    bool with_gradient;
+    float near_cosine;
+    int32_t near_bits, closeness_mask;  // for integers: near where (bits of c & mask) > near_bits
+    Functions functions;
+    Set *sets;                     // largest first
+    long set_count, shared_count;  // the first ones are shared by all threads
+    int threads;
+    long next;                   // the task to be drawn next
+    mutable bool out_of_memory;  // a thread was
+};
+
+template <class T> T *allocate(size_t count) {
+    return (T *)aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64);
+}
+
+INLINE int width(int kp, int q) { return kp - q >= NR ? NR : kp - q >= VL ? VL : LEAST; }
+INLINE int up(long x, int step) { return int((x + step - 1) / step * step); }
+
+}  // namespace
+}  // namespace ISA
