@@ -19,7 +19,7 @@ bool supported(int isa) {
 bool known(const Pair &pair) {
     const double p = pair.parameters[0];
     if (!(pair.tangent.at >= 0 && pair.tangent.at < 2)) return false;
-    return pair.function == RIESZ && p >= 0;
+    return (pair.function == RIESZ && p >= 0) || (pair.function == GAUSSIAN && p > 0);
 }
 
 bool valid(const Call &call) {

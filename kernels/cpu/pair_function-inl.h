@@ -163,6 +163,26 @@ struct Power : Functor<Power> {
     }
 };
 
+// --- the others ------------------------------------------------------------------------------------
+
+struct Gaussian : Functor<Gaussian> {
+    static constexpr bool SMOOTH = true;
+    double tau;
+    float rate, twice_tau;  // exp(-tau x) = 2^(rate x)
+
+    explicit Gaussian(const Pair &pair)
+        : tau(pair.parameters[0]), rate(float(-1.4426950408889634 * tau)), twice_tau(float(2 * tau)) {}
+    double slope() const { return 2 * tau; }
+
+    INLINE vf of_square(vf x, vf &e) const { return e = exp2_of(rate * x); }
+    INLINE vf curve(vf, vf slope) const { return twice_tau * slope; }
+    INLINE vd of_square(vd x, vd, vd, vd &slope, vd &curve) const {
+        slope = exp2_of(-1.4426950408889634 * tau * x);
+        curve = 2.0 * tau * slope;
+        return slope;
+    }
+};
+
 // --- the pair function of a cosine -----------------------------------------------------------------
 
 template <class F, bool HALF, bool ANGULAR> struct PairFunction {

@@ -10,8 +10,9 @@ enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 // The pair functions by their numbers, each with its parameters. t is the chord or the angle.
 enum Function {
-    RIESZ = 0,  // t^-s, and -log t for s = 0; parameters: s
-    FUNCTIONS   // how many there are
+    RIESZ = 0,     // t^-s, and -log t for s = 0; parameters: s
+    GAUSSIAN = 1,  // exp(-tau t^2); parameters: tau
+    FUNCTIONS      // how many there are
 };
 
 // The line value + slope (t - at) that continues f below the distance `at`; at = 0: there is none.

@@ -38,6 +38,7 @@ template <class F> Functions functions(const Pair &pair) {
 
 // The one place that knows all functors.
 Functions choose(const Pair &pair) {
+    if (pair.function == GAUSSIAN) return functions<Gaussian>(pair);
     const double s = pair.parameters[0];
     return s == 0   ? functions<Logarithm>(pair)
            : s == 1 ? functions<Inverse>(pair)

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 import torch
 
-from comhe_ext import backends
+from comhe_ext import backends, reference
 from comhe_ext.kernels.cpu import binding
-from comhe_ext.kernels.pair_functions import PAIR_FUNCTIONS, Riesz
+from comhe_ext.kernels.pair_functions import PAIR_FUNCTIONS, Gaussian, Riesz
 from comhe_ext.testing import (
     collapsed_rows,
     exact_energy_and_gradient,
@@ -103,6 +103,27 @@ PAIRS = [
 def test_every_pair_function_on_packed_sets(pair, eps):
     sizes = [1, 67, 0, 300, 2, 31]  # 300 makes two blocks
     check(random_rows(sum(sizes), 24), sizes, eps, gradient_bound=3e-6, **pair)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("angular", [False, True])
+@pytest.mark.parametrize("tau", [0.1, 2.0, 20.0])
+def test_gaussian_with_near_pairs_duplicates_and_dead_rows(tau, angular, half_space, eps):
+    pair = Gaussian(tau, half_space=half_space, angular=angular)
+    rows = paired_rows(310, 24, 1e-3, antipodal=half_space)
+    rows[7] = 0.0
+    rows[301] = rows[100]
+    rows[302] = -3.0 * rows[101]
+    exact = rows.double().requires_grad_()
+    expected = reference.pair_energy(
+        exact, lambda t: (-tau * t**2).exp(), half_space=half_space, angular=angular, eps=eps
+    )
+    (truth,) = torch.autograd.grad(expected, exact)
+    scale = pair.scale(len(rows), "mean")
+    energy, gradient = sweep_of(binding, rows, [len(rows)], [scale], pair, eps, True)
+    assert relative_error(energy[0], expected) <= 1e-6
+    assert relative_error(gradient, truth) <= 5e-6
 
 
 # around the tiles of 2, 4, 6 and 12 rows and 8, 16 and 32 columns, and the blocks of 288
@@ -514,5 +535,5 @@ def test_the_library_refuses_what_the_binding_would_not_send():
 
 def test_the_library_says_which_pair_functions_it_knows():
     library = binding._library()
-    assert binding.supports(Riesz())
+    assert binding.supports(Riesz()) and binding.supports(Gaussian())
     assert not library.comhe_supports(-1) and not library.comhe_supports(len(PAIR_FUNCTIONS))
