@@ -6,6 +6,7 @@ A backend is a module with
     unavailable()      why it cannot run here and the remedy, or None
     supports(pair)     whether it knows a pair function
     sweep(request)     -> SweepResult
+    hessian_vector_product(request, tangents, gradient)   where it offers `second_order`
 """
 
 from collections.abc import Sequence
@@ -77,6 +78,7 @@ class Offers(NamedTuple):
     columns: bool = False  # rows against columns of their own
     nearest: bool = False  # the largest cosine of each row
     projection: bool = False  # project and sweep in one go
+    second_order: bool = False  # the derivative of the gradient along tangents
     float64: bool = False
     max_columns: int = 2**62  # of a row
 
@@ -89,3 +91,6 @@ class Backend(Protocol):
     def unavailable(self) -> str | None: ...
     def supports(self, pair: PairFunction) -> bool: ...
     def sweep(self, request: SweepRequest) -> SweepResult: ...
+    def hessian_vector_product(
+        self, request: SweepRequest, tangents: Tensor, gradient: Tensor
+    ) -> Tensor: ...

@@ -185,23 +185,24 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         points, gradient, ctx.sets = inputs
-        ctx.dtype = gradient.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(points)
-        ctx.save_for_forward(points)
+        ctx.save_for_backward(points, gradient)
+        ctx.save_for_forward(points, gradient)
 
     @staticmethod
     def backward(ctx: Any, cotangents: Tensor | None) -> tuple[Tensor | None, None, None]:
         if cotangents is None:
             return None, None, None
-        (points,) = ctx.saved_tensors
-        to_points = _HessianProduct.apply(final(points, "energy"), cotangents, ctx.sets)
-        return to_points.to(points.dtype), None, None
+        points, gradient = ctx.saved_tensors
+        points = final(points, "energy")
+        product = _HessianProduct.apply(points, cotangents, gradient, ctx.sets)
+        return product.to(points.dtype), None, None
 
     @staticmethod
     @differentiable_jvp
-    def jvp(ctx: Any, points: Tensor, tangents: Tensor, *_: None) -> Tensor:
-        return _HessianProduct.apply(final(points, "energy"), tangents.to(ctx.dtype), ctx.sets)
+    def jvp(ctx: Any, points: Tensor, gradient: Tensor, tangents: Tensor, *_: None) -> Tensor:
+        points = final(points, "energy")
+        return _HessianProduct.apply(points, tangents.to(gradient.dtype), gradient, ctx.sets)
 
     @staticmethod
     def vmap(
@@ -215,38 +216,45 @@ class _HessianProduct(torch.autograd.Function):
     """H t of each set, linear in the tangents t; the points have to be `final`."""
 
     @staticmethod
-    def forward(points: Tensor, tangents: Tensor, sets: _Sets) -> Tensor:
+    def forward(points: Tensor, tangents: Tensor, gradient: Tensor, sets: _Sets) -> Tensor:
         result: Tensor = torch.ops.comhe_ext.hessian_vector_product(
-            points, tangents, sets.sizes, *sets.arguments
+            points, tangents, gradient, sets.sizes, *sets.arguments
         )
         return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        points, _, ctx.sets = inputs
+        points, _, gradient, ctx.sets = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(points)
-        ctx.save_for_forward(points)
+        ctx.save_for_backward(points, gradient)
+        ctx.save_for_forward(points, gradient)
 
     @staticmethod
-    def backward(ctx: Any, cotangents: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         if cotangents is None:
-            return None, None, None
-        (points,) = ctx.saved_tensors
-        to_tangents = _HessianProduct.apply(points, cotangents, ctx.sets)
-        return torch.zeros_like(points), to_tangents, None
+            return None, None, None, None
+        points, gradient = ctx.saved_tensors
+        to_tangents = _HessianProduct.apply(points, cotangents, gradient, ctx.sets)
+        return torch.zeros_like(points), to_tangents, None, None
 
     @staticmethod
     @differentiable_jvp
-    def jvp(ctx: Any, points: Tensor, _: None, tangents: Tensor, __: None) -> Tensor:
-        return _HessianProduct.apply(points, tangents, ctx.sets)
+    def jvp(
+        ctx: Any, points: Tensor, gradient: Tensor, _: None, tangents: Tensor, *__: None
+    ) -> Tensor:
+        return _HessianProduct.apply(points, tangents, gradient, ctx.sets)
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Sequence[Any], points: Tensor, tangents: Tensor, sets: _Sets
+        info: Any,
+        in_dims: Sequence[Any],
+        points: Tensor,
+        tangents: Tensor,
+        gradient: Tensor,
+        sets: _Sets,
     ) -> tuple[Any, Any]:
         sets = sets.repeated(info.batch_size)
-        return over_batch(_HessianProduct.apply, info, in_dims, [points, tangents], sets)
+        return over_batch(_HessianProduct.apply, info, in_dims, [points, tangents, gradient], sets)
 
 
 def energy(

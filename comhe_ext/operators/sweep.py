@@ -1,7 +1,7 @@
 """The operators of a sweep over many sets: what they take, their shapes, and their batching.
 
     comhe_ext::sweep                   weights, matrices -> energy [B], gradient in the rows [T, k]
-    comhe_ext::hessian_vector_product  points, tangents -> like points
+    comhe_ext::hessian_vector_product  points, tangents, the gradient -> like points
     comhe_ext::scale_rows              rows, a factor of each set [B] -> like rows
     comhe_ext::dot_rows                rows, rows -> [B]
 
@@ -255,6 +255,22 @@ def _check_points(
     return sets, _check_options(arguments, sets, points.shape[-1], points)
 
 
+def _check_product(
+    points: Tensor,
+    tangents: Tensor,
+    gradient: Tensor,
+    sizes: Sequence[int],
+    arguments: Sequence[Any],
+) -> SweepOptions:
+    _, options = _check_points(points, sizes, arguments)
+    check_like("tangents", tangents, "points", points)
+    check_like("gradient", gradient, "points", points)
+    dtype = compute_dtype(points)
+    if gradient.dtype != dtype:
+        raise TypeError(f"`gradient` must be {dtype}, as a sweep gives it, got {gradient.dtype}")
+    return options
+
+
 def _check_weights(
     weights: Sequence[Tensor], matrices: Sequence[Tensor | None], arguments: Sequence[Any]
 ) -> tuple[list[int], SweepOptions]:
@@ -312,19 +328,26 @@ def _sweep(
 
 
 @define(
-    f"hessian_vector_product(Tensor points, Tensor tangents, int[] sizes, {_OPTIONS}) -> Tensor"
+    "hessian_vector_product(Tensor points, Tensor tangents, Tensor gradient, int[] sizes, "
+    f"{_OPTIONS}) -> Tensor"
 )
 def _hessian_vector_product(
-    points: Tensor, tangents: Tensor, sizes: Sequence[int], *arguments: Any
+    points: Tensor, tangents: Tensor, gradient: Tensor, sizes: Sequence[int], *arguments: Any
 ) -> Tensor:
-    _, options = _check_points(points, sizes, arguments)
-    check_like("tangents", tangents, "points", points)
+    options = _check_product(points, tangents, gradient, sizes, arguments)
     if points.dim() == 3:
         sizes = [points.shape[1]] * points.shape[0]
-    rows = points.reshape(-1, points.shape[-1]).contiguous()
-    # the portable tiles serve every device: second order is asked for rarely
+    rows, tangents, gradient = (
+        x.reshape(-1, x.shape[-1]).contiguous() for x in (points, tangents, gradient)
+    )
     request = options.request(rows, sizes, True)
-    return portable.hessian_vector_product(request, tangents.reshape(rows.shape)).view(points.shape)
+    backend = backends.load(options.backend)
+    # a gradient beyond its dtype says nothing any more: the portable tiles do without it
+    if backend.OFFERS.second_order and bool(gradient.isfinite().all()):
+        product = backend.hessian_vector_product(request, tangents.float(), gradient)
+    else:
+        product = portable.hessian_vector_product(request, tangents)
+    return product.view(points.shape)
 
 
 @define("scale_rows(Tensor rows, Tensor factors, int[] sizes) -> Tensor", composite=True)
@@ -359,9 +382,10 @@ def _(
 
 
 @torch.library.register_fake("comhe_ext::hessian_vector_product", lib=LIBRARY)
-def _(points: Tensor, tangents: Tensor, sizes: Sequence[int], *settings: Any) -> Tensor:
-    _check_points(points, sizes, settings)
-    check_like("tangents", tangents, "points", points)
+def _(
+    points: Tensor, tangents: Tensor, gradient: Tensor, sizes: Sequence[int], *arguments: Any
+) -> Tensor:
+    _check_product(points, tangents, gradient, sizes, arguments)
     return points.new_empty(points.shape, dtype=compute_dtype(points))
 
 
@@ -394,11 +418,11 @@ def _sweep_batch(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
 
 
 def _product_batch(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-    points, tangents, sizes, *arguments = args
+    points, tangents, gradient, sizes, *arguments = args
     options = SweepOptions.of(arguments).repeated(info.batch_size)
     rest = (list(sizes) * info.batch_size, *options.arguments)
     op = torch.ops.comhe_ext.hessian_vector_product
-    return over_batch(op, info, in_dims, (points, tangents), *rest)
+    return over_batch(op, info, in_dims, (points, tangents, gradient), *rest)
 
 
 def _rows_batch(name: str) -> Callable[..., Any]:

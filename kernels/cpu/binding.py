@@ -15,7 +15,7 @@ from ..sweep import Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
-ABI_VERSION = 2
+ABI_VERSION = 3
 # in the order of the C enum
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -26,7 +26,7 @@ _MISSING = (
 _REBUILD = "reinstall comhe-ext, or rebuild a checkout: pip install -e ."
 
 
-OFFERS = Offers(columns=True, max_columns=1 << 24)
+OFFERS = Offers(columns=True, second_order=True, max_columns=1 << 24)
 
 
 class _Tangent(ctypes.Structure):
@@ -63,6 +63,9 @@ class _Call(ctypes.Structure):
         ("energy", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
         ("columns_gradient", ctypes.c_void_p),
+        ("tangents", ctypes.c_void_p),
+        ("known_gradient", ctypes.c_void_p),
+        ("product", ctypes.c_void_p),
         ("sets", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("eps", ctypes.c_double),
@@ -70,6 +73,7 @@ class _Call(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("rectangular", ctypes.c_int32),
+        ("second_order", ctypes.c_int32),
     ]
 
 
@@ -177,7 +181,7 @@ def sweep(request: SweepRequest) -> SweepResult:
     return _sweep_sets(request) if request.columns is None else _sweep_columns(request)
 
 
-def _sweep_sets(request: SweepRequest) -> SweepResult:
+def _call_on_sets(request: SweepRequest, **pointers: int | None) -> None:
     points, sizes, scales = request.points, request.sizes, request.scales
     _check("points", points)
     if any(n < 0 for n in sizes) or sum(sizes) != points.shape[0]:
@@ -188,20 +192,55 @@ def _sweep_sets(request: SweepRequest) -> SweepResult:
         raise ValueError(f"`scales` must have one value a set ({len(sizes)}), got {len(scales)}")
     size_array = (ctypes.c_int64 * len(sizes))(*sizes)
     scale_array = (ctypes.c_double * len(scales))(*scales)
-    energy = torch.empty(len(sizes), dtype=torch.float32)
-    gradient = torch.empty(points.shape, dtype=torch.float32) if request.gradient else None
     call = _Call(
         points=points.data_ptr(),
         sizes=ctypes.addressof(size_array),
         scales=ctypes.addressof(scale_array),
-        energy=energy.data_ptr(),
-        gradient=None if gradient is None else gradient.data_ptr(),
         sets=len(sizes),
         k=points.shape[1],
         dtype=DTYPES[points.dtype],
+        **pointers,
     )
     _run(call, request)
+
+
+def _sweep_sets(request: SweepRequest) -> SweepResult:
+    energy = torch.empty(len(request.sizes), dtype=torch.float32)
+    gradient = None
+    if request.gradient:
+        gradient = torch.empty(request.points.shape, dtype=torch.float32)
+    pointer = None if gradient is None else gradient.data_ptr()
+    _call_on_sets(request, energy=energy.data_ptr(), gradient=pointer)
     return SweepResult(energy, gradient)
+
+
+def hessian_vector_product(request: SweepRequest, tangents: Tensor, gradient: Tensor) -> Tensor:
+    """Derivative of `sweep`'s gradient along tangents [T, k], in closed form, by the same tiles.
+
+    Args:
+        request: as the sweep got it, without columns.
+        tangents: float32, contiguous.
+        gradient: what the sweep gave, finite: it saves two of nine products a pair.
+
+    Returns:
+        float32 [T, k].
+    """
+    for name, rows in (("tangents", tangents), ("gradient", gradient)):
+        _check(name, rows)
+        if rows.dtype != torch.float32 or rows.shape != request.points.shape:
+            raise ValueError(
+                f"`{name}` must be float32 of shape {tuple(request.points.shape)}, got "
+                f"{rows.dtype} {tuple(rows.shape)}"
+            )
+    product = torch.empty(request.points.shape, dtype=torch.float32)
+    _call_on_sets(
+        request,
+        tangents=tangents.data_ptr(),
+        known_gradient=gradient.data_ptr(),
+        product=product.data_ptr(),
+        second_order=True,
+    )
+    return product
 
 
 def _sweep_columns(request: SweepRequest) -> SweepResult:

@@ -23,28 +23,39 @@ template <int M, int V, int W> INLINE void multiply(vf (&acc)[M][V], const float
     }
 }
 
+// acc += u ut, rows i0.. of one and columns j0.. of the other, summed over q0 <= q < q1; u is of `block`.
+template <int M, int V>
+INLINE void multiply(const Sweep &sweep, vf (&acc)[M][V], const Block &block, const float *u, const float *ut,
+                     int i0, int j0, int q0, int q1) {
+    ut += long(j0) * sweep.k;
+    for (int q = q0, w; q < q1; q += w) {
+        w = width(sweep.kp, q);
+        const int n = q1 - q < w ? q1 - q : w;
+        const float *strip = u + long(q) * block.capacity + i0 * w;
+        prefetch(strip + M * w, M * w);  // the next tile's
+        if (w == NR)
+            multiply<M, V, NR>(acc, strip, ut + long(q) * NR, n);
+        else if (w == VL)
+            multiply<M, V, VL>(acc, strip, ut + long(q) * NR, n);
+        else
+            multiply<M, V, LEAST>(acc, strip, ut + long(q) * NR, n);
+    }
+}
+
+template <int M, int V> INLINE void load_tile(vf (&acc)[M][V], const float *c) {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) acc[m][v] = c ? load(c + m * R + v * VL) : vf{};
+}
+
 // A tile of cosines, rows i0.. of `a` and columns j0.. of `b`, summed over q0 <= q < q1. Returns whether
 // one may be of a near pair.
 template <int M, int V>
 bool cosines(const Sweep &sweep, const Block &a, const Block &b, int i0, int j0, int q0, int q1, float *c) {
     vf acc[M][V];
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; v++) acc[m][v] = q0 ? load(c + m * R + v * VL) : vf{};
-    const float *ut = b.ut + long(j0) * sweep.k;
-    for (int q = q0, w; q < q1; q += w) {
-        w = width(sweep.kp, q);
-        const int n = q1 - q < w ? q1 - q : w;
-        const float *u = a.u + long(q) * a.capacity + i0 * w;
-        prefetch(u + M * w, M * w);  // the next tile's
-        if (w == NR)
-            multiply<M, V, NR>(acc, u, ut + long(q) * NR, n);
-        else if (w == VL)
-            multiply<M, V, VL>(acc, u, ut + long(q) * NR, n);
-        else
-            multiply<M, V, LEAST>(acc, u, ut + long(q) * NR, n);
-    }
+    load_tile(acc, q0 ? c : nullptr);
+    multiply(sweep, acc, a, a.u, b.ut, i0, j0, q0, q1);
     // integers have a maximum in one instruction, and are ordered like positive floats
     vi highest = {};
 #pragma GCC unroll 12
@@ -90,11 +101,13 @@ INLINE void push(const float *c, const float *u, float *g, long lost, int n) {
         }
 }
 
-// One strip of both gradients: G_a += C u_b and G_b += C^T u_a. With itself a block uses the part
+// One strip of both forces: G_a += C u_b and G_b += C^T u_a. With itself a block uses the part
 // of C above the diagonal; the rest is zero.
-template <class V, int WV> void push_strip(const Block &a, const Block &b, const float *c, long strip) {
+template <class V, int WV>
+void push_strip(const Block &a, const Block &b, const float *ua, const float *ub, const float *c, long strip) {
     constexpr int W = WV * sizeof(V) / sizeof(float);
-    const float *ua = a.u + strip * a.capacity, *ub = b.u + strip * b.capacity;
+    ua += strip * a.capacity;
+    ub += strip * b.capacity;
     float *ga = a.g + strip * a.capacity, *gb = b.g + strip * b.capacity;
     const bool diagonal = &a == &b;
     for (int i = 0, rows; i < a.n; i += rows) {
@@ -112,6 +125,18 @@ template <class V, int WV> void push_strip(const Block &a, const Block &b, const
             push<V, WV, MR, true>(c + j, ua, gb + j * W, b.lost, n);
         else
             push<V, WV, SHORT, true>(c + j, ua, gb + j * W, b.lost, n);
+    }
+}
+
+void push(const Sweep &sweep, const Block &a, const Block &b, const float *ua, const float *ub, const float *c) {
+    for (int q = 0, w; q < sweep.kp; q += w) {
+        w = width(sweep.kp, q);
+        if (w == NR)
+            push_strip<vf, NV>(a, b, ua, ub, c, q);
+        else if (w == VL)
+            push_strip<vf, 1>(a, b, ua, ub, c, q);
+        else
+            push_strip<vh, 1>(a, b, ua, ub, c, q);
     }
 }
 
@@ -137,36 +162,45 @@ template <class F> INLINE void whole_tile(const F &f, float *c, int rows, Energy
     energy.add(total.result());
 }
 
-// The same for any tile: coefficients are 0 outside of the blocks, on and below the diagonal, where
-// ids are equal, and where a pair is near, which is kept for repair(). Returns whether any is not 0.
+// Which pairs count of row i and the columns from j on, whose cosines are x: those inside of the
+// blocks, above the diagonal, of different ids, and not near. Near ones get their sign, others a 0.
+template <class F>
+INLINE vi counted(const Sweep &sweep, const Block &a, const Block &b, int i, int j, vf x, float *sign,
+                  vi &near_ones) {
+    const vi lane = lanes(j);
+    vi counts = lane < b.n;
+    if (&a == &b) counts &= lane > i;
+    if (b.ids) counts &= *(const vi *)(b.ids + j) != a.ids[i];
+    if (i >= a.n) counts = vi{};
+    const vi near = counts & ((F::TWO_ENDED ? magnitude(x) : x) > sweep.near_cosine);
+    near_ones |= near;
+    const vi turned = F::TWO_ENDED ? x < 0.0f : vi{};
+    store(sign, near ? (turned ? all(-1.0f) : all(1.0f)) : vf{});
+    return counts & ~near;
+}
+
+// The same for any tile: coefficients are 0 where a pair does not count, and near pairs are kept for
+// repair(). Returns whether any coefficient is not 0.
 template <class F>
 bool ragged_tile(const F &f, const Sweep &sweep, Scratch &scratch, const Block &a, const Block &b, int i, int j,
                  int rows, float *c, Energy &energy) {
-    const bool diagonal = &a == &b;
     const int vectors = b.n - j > VL ? NV : 1;
     alignas(64) float sign[MR][NR];
     vi near_ones = {}, others = {};
     typename F::Energies total;
     for (int m = 0; m < rows; m++)
         for (int v = 0; v < vectors; v++) {
-            const vi lane = lanes(j + v * VL);
-            vi counts = lane < b.n;
-            if (diagonal) counts &= lane > i + m;
-            if (b.ids) counts &= *(const vi *)(b.ids + j + v * VL) != a.ids[i + m];
-            if (i + m >= a.n) counts = vi{};
-            vf x = load(c + m * R + v * VL), e;
-            const vi near = counts & ((F::TWO_ENDED ? magnitude(x) : x) > sweep.near_cosine);
-            near_ones |= near;
-            const vi turned = F::TWO_ENDED ? x < 0.0f : vi{};
-            store(sign[m] + v * VL, near ? (turned ? all(-1.0f) : all(1.0f)) : vf{});
-            counts &= ~near;
+            float *p = c + m * R + v * VL;
+            const vf x = load(p);
+            const vi counts = counted<F>(sweep, a, b, i + m, j + v * VL, x, sign[m] + v * VL, near_ones);
             others |= counts;
             if (!any(counts)) {
-                store(c + m * R + v * VL, vf{});
+                store(p, vf{});
                 continue;
             }
+            vf e;
             const vf coefficient = f.evaluate(counts ? x : vf{}, e);
-            store(c + m * R + v * VL, counts ? coefficient : vf{});
+            store(p, counts ? coefficient : vf{});
             total.add(counts ? e : F::Energies::nothing());
         }
     energy.add(total.result());
@@ -174,43 +208,50 @@ bool ragged_tile(const F &f, const Sweep &sweep, Scratch &scratch, const Block &
     return any(others);
 }
 
+// Walks over the tiles of two blocks, of a block with itself over those that reach above the diagonal:
+// tile(i, j, rows, wide).
+template <class Tile> INLINE void each_tile(const Block &a, const Block &b, Tile tile) {
+    for (int j = 0; j < b.n; j += NR)
+        for (int i = 0, rows; i < a.n && !(&a == &b && i >= j + NR); i += rows) {
+            rows = tile_rows(a.n - i);
+            tile(i, j, rows, b.n - j > VL);
+        }
+}
+
+// Whether all pairs of a tile lie in the blocks and above the diagonal.
+INLINE bool inside(const Block &a, const Block &b, int i, int j, int rows) {
+    return i + rows <= a.n && j + NR <= b.n && !(&a == &b && i + rows > j);
+}
+
+INLINE bool tile_of_cosines(const Sweep &sweep, const Block &a, const Block &b, int i, int j, int rows,
+                            bool wide, int q, int end, float *c) {
+    return (rows == MR ? wide ? cosines<MR, NV> : cosines<MR, 1>
+            : wide     ? cosines<SHORT, NV>
+                       : cosines<SHORT, 1>)(sweep, a, b, i, j, q, end, c);
+}
+
 template <class F> void meet(const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
     const F f(sweep.call.pair);
-    const bool diagonal = &a == &b;
     const bool ids_overlap = b.ids && a.first_id <= b.last_id && b.first_id <= a.last_id;
     bool to_push = false;
     Energy energy = {};
     for (int q = 0; q < sweep.k; q += KC) {
         const int end = sweep.k - q < KC ? sweep.k : q + KC;
-        for (int j = 0; j < b.n; j += NR)
-            for (int i = 0, rows; i < a.n && !(diagonal && i >= j + NR); i += rows) {
-                rows = tile_rows(a.n - i);
-                const bool wide = b.n - j > VL;
-                float *c = scratch.c + i * R + j;
-                const bool near = (rows == MR ? wide ? cosines<MR, NV> : cosines<MR, 1>
-                                   : wide     ? cosines<SHORT, NV>
-                                              : cosines<SHORT, 1>)(sweep, a, b, i, j, q, end, c);
-                if (end < sweep.k) continue;
-                const bool inside = i + rows <= a.n && j + NR <= b.n && !(diagonal && i + rows > j);
-                if (inside && !near && !ids_overlap) {
-                    whole_tile(f, c, rows, energy);
-                    to_push = true;
-                } else {
-                    to_push |= ragged_tile(f, sweep, scratch, a, b, i, j, rows, c, energy);
-                }
+        each_tile(a, b, [&](int i, int j, int rows, bool wide) {
+            float *c = scratch.c + i * R + j;
+            const bool near = tile_of_cosines(sweep, a, b, i, j, rows, wide, q, end, c);
+            if (end < sweep.k) return;
+            if (inside(a, b, i, j, rows) && !near && !ids_overlap) {
+                whole_tile(f, c, rows, energy);
+                to_push = true;
+            } else {
+                to_push |= ragged_tile(f, sweep, scratch, a, b, i, j, rows, c, energy);
             }
+        });
     }
     a.energy += sum(energy.low + energy.high);
     if (scratch.patch_count) a.energy += repair(f, sweep, scratch, a, b);
-    for (int q = 0, w; q < sweep.kp && to_push && sweep.with_gradient; q += w) {
-        w = width(sweep.kp, q);
-        if (w == NR)
-            push_strip<vf, NV>(a, b, scratch.c, q);
-        else if (w == VL)
-            push_strip<vf, 1>(a, b, scratch.c, q);
-        else
-            push_strip<vh, 1>(a, b, scratch.c, q);
-    }
+    if (to_push && sweep.with_gradient) push(sweep, a, b, a.u, b.u, scratch.c);
 }
 
 }  // namespace

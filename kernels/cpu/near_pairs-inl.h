@@ -4,9 +4,9 @@
 // costs a small multiple of an ordinary one.
 //
 // Their forces are f' d, not f' v_j, so that nothing cancels. The f' v_i that is left out has no
-// tangent part but deficit_i of its length, which finish() adds from `pull`. A pair near -1 is the
+// tangent part but deficit_i of its length, which finish() adds from `axial`. A pair near -1 is the
 // same with the other row's sign turned. The forces are summed in double, for they may be beyond
-// float32 where what the projection and the scale leave of them is not.
+// float32 where the gradient, which is scaled and has lost its part along the row, is not.
 //
 // Between multiples of one row d is the rounding of their norms, and its direction means nothing.
 #pragma once
@@ -25,7 +25,7 @@ void keep_near(Scratch &scratch, int i0, int j0, int rows, int cols, const float
             for (int m = 0; m < NEAR_ROWS; m++) {
                 const bool inside = i + m < rows;
                 patch.sign[m] = inside ? __builtin_convertvector(*(vh *)&sign[i + m][j], vd) : vd{};
-                patch.x[m] = vd{};
+                patch.x[m] = patch.y[m] = vd{};
                 some |= patch.sign[m] != 0.0;
                 turned |= patch.sign[m] < 0.0;
             }
@@ -55,39 +55,53 @@ void exact_rows(const Sweep &sweep, const Block &block, int q, const bool *used,
     }
 }
 
-// Adds |d|^2 over n columns to x; `cols` stand transposed.
-template <bool TURNED>
-INLINE void add_squares(NearPatch &patch, const Piece *rows, const double (*cols)[NEAR_COLS], int n) {
-    vd x[NEAR_ROWS], sign[NEAR_ROWS];
+// Adds to x |d|^2 over n columns, and at second order to y <d, d.>; `cols` stand transposed.
+template <bool TURNED, bool TWICE>
+INLINE void add_squares(NearPatch &patch, const Piece *rows, const double (*cols)[NEAR_COLS],
+                        const Piece *dot_rows, const double (*dot_cols)[NEAR_COLS], int n) {
+    vd x[NEAR_ROWS], y[NEAR_ROWS], sign[NEAR_ROWS];
     for (int m = 0; m < NEAR_ROWS; m++) {
         x[m] = patch.x[m];
+        y[m] = patch.y[m];
         sign[m] = patch.sign[m];
     }
     for (int l = 0; l < n; l++) {
-        const vd col = load(cols[l]);
+        const vd col = load(cols[l]), dot_col = TWICE ? load(dot_cols[l]) : vd{};
 #pragma GCC unroll 6
         for (int m = 0; m < NEAR_ROWS; m++) {
             const vd d = (TURNED ? sign[m] * col : col) - rows[m][l];
             x[m] += d * d;
+            if (TWICE) y[m] += d * ((TURNED ? sign[m] * dot_col : dot_col) - dot_rows[m][l]);
         }
     }
-    for (int m = 0; m < NEAR_ROWS; m++) patch.x[m] = x[m];
+    for (int m = 0; m < NEAR_ROWS; m++) {
+        patch.x[m] = x[m];
+        if (TWICE) patch.y[m] = y[m];
+    }
 }
 
-void add_squares(const Sweep &sweep, Scratch &scratch, const Block &b, int q) {
-    // the forces' memory is still free
-    double(*transposed)[NR][NEAR_COLS] = (double(*)[NR][NEAR_COLS])scratch.row_force;
+typedef double Transposed[NR][NEAR_COLS];
+
+void transpose(const Scratch &scratch, const Block &b, const Piece *cols, Transposed *transposed) {
     for (int j = 0; j < reach(b); j++)
         for (int l = 0; l < NR && scratch.col_used[j]; l++)
-            transposed[j / NEAR_COLS][l][j % NEAR_COLS] = scratch.exact_cols[j][l];
+            transposed[j / NEAR_COLS][l][j % NEAR_COLS] = cols[j][l];
+}
+
+template <bool TWICE> void add_squares(const Sweep &sweep, Scratch &scratch, const Block &b, int q) {
+    // the forces' memory is still free
+    Transposed *cols = (Transposed *)scratch.row_force, *dot_cols = (Transposed *)scratch.col_force;
+    transpose(scratch, b, scratch.exact_cols, cols);
+    if (TWICE) transpose(scratch, b, scratch.dot_cols, dot_cols);
     const int n = sweep.k - q < NR ? sweep.k - q : NR;
     for (int p = 0; p < scratch.patch_count; p++) {
         NearPatch &patch = scratch.patches[p];
-        const Piece *rows = scratch.exact_rows + patch.i;
+        const int j = patch.j / NEAR_COLS;
+        const Piece *rows = scratch.exact_rows + patch.i, *dot_rows = scratch.dot_rows + patch.i;
         if (patch.turned)
-            add_squares<true>(patch, rows, transposed[patch.j / NEAR_COLS], n);
+            add_squares<true, TWICE>(patch, rows, cols[j], dot_rows, dot_cols[j], n);
         else
-            add_squares<false>(patch, rows, transposed[patch.j / NEAR_COLS], n);
+            add_squares<false, TWICE>(patch, rows, cols[j], dot_rows, dot_cols[j], n);
     }
 }
 
@@ -114,6 +128,22 @@ bool multiples(const Sweep &sweep, const Block &a, int i, const Block &b, int j)
 // norm. Pairs this close are few, so that it costs nothing to ask whether they are multiples.
 constexpr double MAYBE_MULTIPLES = 1e-18;
 
+// Which pairs of a row of a patch lie apart; of multiples |d|^2 becomes 0.
+INLINE vl apart(const Sweep &sweep, NearPatch &patch, int m, const Block &a, const Block &b) {
+    vl apart = patch.sign[m] != 0.0;
+    const vl ask = apart & (patch.x[m] > 0.0) & (patch.x[m] < MAYBE_MULTIPLES);
+    if (any((vi)ask))
+        for (int l = 0; l < NEAR_COLS; l++)
+            if (ask[l] && multiples(sweep, a, patch.i + m, b, patch.j + l)) patch.x[m][l] = apart[l] = 0;
+    return apart;
+}
+
+// Adds to what the rows i and the columns j.. keep.
+INLINE void add_to_rows(double *row, double *cols, vd x) {
+    *row += sum(x);
+    store(cols, load(cols) + x);
+}
+
 // x becomes the coefficient of the force, 0 where a pair is not near. Returns the energy.
 template <class F> double near_function(const F &f, const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
     vd energy = {};
@@ -122,30 +152,23 @@ template <class F> double near_function(const F &f, const Sweep &sweep, Scratch 
         for (int m = 0; m < NEAR_ROWS; m++) {
             const int i = patch.i + m, j = patch.j;
             const vd sign = patch.sign[m];
-            const vl near = sign != 0.0, turned = sign < 0.0;
-            vl apart = near;
-            const vl ask = near & (patch.x[m] > 0.0) & (patch.x[m] < MAYBE_MULTIPLES);
-            if (any((vi)ask))
-                for (int l = 0; l < NEAR_COLS; l++)
-                    if (ask[l] && multiples(sweep, a, i, b, j + l)) patch.x[m][l] = apart[l] = 0;
+            const vl near = sign != 0.0, turned = sign < 0.0, pushed = apart(sweep, patch, m, a, b);
             const vd close = patch.x[m] + (a.deficit[i] + load(b.deficit + j)), far = 4.0 - close;
-            vd coefficient;
-            const vd e = f.near(turned ? far : close, turned ? close : far, coefficient);
+            vd first, second;
+            const vd e = f.near(turned ? far : close, turned ? close : far, first, second);
             energy += near ? e : vd{};
-            patch.x[m] = apart ? coefficient : vd{};
+            patch.x[m] = pushed ? first : vd{};
             if (sweep.call.eps == 0) continue;  // and no deficit
-            const vd pull = near ? sign * coefficient : vd{};
-            a.pull[i] += sum(pull);
-            store(b.pull + j, load(b.pull + j) + pull);
+            add_to_rows(a.axial + i, b.axial + j, near ? sign * first : vd{});
         }
     }
     return sum(energy);
 }
 
-// Forces of the differences in one strip of columns, FORCE_ROWS rows at a time.
+// Forces of the differences in one strip of columns, FORCE_ROWS rows at a time; x has their coefficients.
 template <bool TURNED>
-INLINE void add_forces(const NearPatch &patch, const Piece *rows, const Piece *cols, Piece *row_force,
-                       Piece *col_force) {
+INLINE void add_forces(const NearPatch &patch, const vd *x, const Piece *rows, const Piece *cols,
+                       Piece *row_force, Piece *col_force) {
     for (int m0 = 0; m0 < NEAR_ROWS; m0 += FORCE_ROWS)
         for (int q = 0; q < NR; q += VL / 2) {
             vd v[FORCE_ROWS], force[FORCE_ROWS];
@@ -158,7 +181,7 @@ INLINE void add_forces(const NearPatch &patch, const Piece *rows, const Piece *c
                 vd back = load(col_force[l] + q);
 #pragma GCC unroll 6
                 for (int m = 0; m < FORCE_ROWS; m++) {
-                    const double coefficient = patch.x[m0 + m][l];
+                    const double coefficient = x[m0 + m][l];
                     const double sign = TURNED ? patch.sign[m0 + m][l] : 1;
                     const vd d = v[m] - (TURNED ? sign * col : col);
                     back += coefficient * d;
@@ -170,19 +193,23 @@ INLINE void add_forces(const NearPatch &patch, const Piece *rows, const Piece *c
         }
 }
 
-void add_forces(Scratch &scratch, const Block &a, const Block &b) {
+void clear_forces(Scratch &scratch, const Block &a, const Block &b) {
     for (int i = 0; i < reach(a); i++)
         if (scratch.row_used[i]) memset(scratch.row_force[i], 0, sizeof(Piece));
     for (int j = 0; j < reach(b); j++)
         if (scratch.col_used[j]) memset(scratch.col_force[j], 0, sizeof(Piece));
+}
+
+// Of the differences of `rows` and `cols`, with the patches' y as coefficients or with their x.
+template <bool OF_Y> void add_forces(Scratch &scratch, const Piece *rows, const Piece *cols) {
     for (int p = 0; p < scratch.patch_count; p++) {
         const NearPatch &patch = scratch.patches[p];
         const int i = patch.i, j = patch.j;
-        const Piece *rows = scratch.exact_rows + i, *cols = scratch.exact_cols + j;
+        const vd *x = OF_Y ? patch.y : patch.x;
         if (patch.turned)
-            add_forces<true>(patch, rows, cols, scratch.row_force + i, scratch.col_force + j);
+            add_forces<true>(patch, x, rows + i, cols + j, scratch.row_force + i, scratch.col_force + j);
         else
-            add_forces<false>(patch, rows, cols, scratch.row_force + i, scratch.col_force + j);
+            add_forces<false>(patch, x, rows + i, cols + j, scratch.row_force + i, scratch.col_force + j);
     }
 }
 
@@ -204,23 +231,28 @@ void push_near(const Sweep &sweep, Block &block, int q0, const bool *used, const
     }
 }
 
+void forget_near(Scratch &scratch, const Block &a, const Block &b) {
+    scratch.patch_count = 0;
+    memset(scratch.row_used, 0, reach(a));
+    memset(scratch.col_used, 0, reach(b));
+}
+
 template <class F> double repair(const F &f, const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
     for (int q = 0; q < sweep.kp; q += NR) {
         exact_rows(sweep, a, q, scratch.row_used, scratch.exact_rows);
         exact_rows(sweep, b, q, scratch.col_used, scratch.exact_cols);
-        add_squares(sweep, scratch, b, q);
+        add_squares<false>(sweep, scratch, b, q);
     }
     const double energy = near_function(f, sweep, scratch, a, b);
     for (int q = 0; q < sweep.kp && sweep.with_gradient; q += NR) {
         exact_rows(sweep, a, q, scratch.row_used, scratch.exact_rows);
         exact_rows(sweep, b, q, scratch.col_used, scratch.exact_cols);
-        add_forces(scratch, a, b);
+        clear_forces(scratch, a, b);
+        add_forces<false>(scratch, scratch.exact_rows, scratch.exact_cols);
         push_near(sweep, a, q, scratch.row_used, scratch.row_force);
         push_near(sweep, b, q, scratch.col_used, scratch.col_force);
     }
-    scratch.patch_count = 0;
-    memset(scratch.row_used, 0, reach(a));
-    memset(scratch.col_used, 0, reach(b));
+    forget_near(scratch, a, b);
     return energy;
 }
 

@@ -209,47 +209,81 @@ template <class F, bool HALF, bool ANGULAR> struct PairFunction {
         return first * inverse_sine;
     }
 
-    // Energy and F' / slope in double, from x = 2 - 2c and y = 2 + 2c, each exact where it is small.
+    // F'(c) / slope and F''(c) / slope of VL pairs.
+    INLINE vf derivatives(vf c, vf &second) const {
+        vf unused;
+        if (!ANGULAR && !HALF) {
+            const vf x = 2.0f - 2.0f * c, first = f.of_square(x, unused);
+            second = f.curve(x, first);
+            return first;
+        }
+        if (!ANGULAR) {
+            second = f.curve_of_both_ends(c);
+            return f.both_ends(c, unused);
+        }
+        // dt/dc = -1/sin, d2t/dc2 = -c/sin^3; f'' = t^2 curve - slope
+        vf inverse_sine;
+        const vf t = arccos(c, inverse_sine), far_t = 3.14159265358979f - t, x = t * t, y = far_t * far_t;
+        const vf slope = f.of_square(x, unused);
+        vf first = slope * t;
+        second = x * f.curve(x, slope) - slope;
+        if (HALF) {
+            const vf far_slope = f.of_square(y, unused);
+            first -= far_slope * far_t;
+            second += y * f.curve(y, far_slope) - far_slope;
+        }
+        first *= inverse_sine;
+        second = (second + first * c) * (inverse_sine * inverse_sine);
+        return first;
+    }
+
+    // Energy, F' / slope and F'' / slope in double, from x = 2 - 2c and y = 2 + 2c, each exact where it is small.
     // Where two directions coincide there is no way to push: derivatives of what has a kink there are 0.
     // Where they almost do they may be infinite, which times 0 would be NaN: so they end far beyond
     // what float32 shows of them.
-    INLINE vd exact(vd x, vd y, bool both_ends, vd &first) const {
+    INLINE vd exact(vd x, vd y, bool both_ends, vd &first, vd &second) const {
         const vd root = square_root(x), far_root = square_root(y);
-        vd e;
+        vd e, far_first, far_second;
         if (ANGULAR) {
             const vl close = x < y;
             const vd angle = 2.0 * arctan(close ? root : far_root, close ? far_root : root);
             const vd t = close ? angle : 3.14159265358979324 - angle;
             const vd far_t = close ? 3.14159265358979324 - angle : angle, sine = root * far_root / 2.0;
-            vd slope, far_slope = {};
-            e = at_distance(t * t, t, slope);
-            slope *= t;
+            e = at_distance(t * t, t, first, second);
+            second = t * t * second - first;
+            first *= t;
             if (both_ends) {
-                e += at_distance(far_t * far_t, far_t, far_slope);
-                far_slope *= far_t;
+                e += at_distance(far_t * far_t, far_t, far_first, far_second);
+                second += far_t * far_t * far_second - far_first;
+                first -= far_first * far_t;
             }
-            const vd quotient = (slope - far_slope) / sine;
-            first = sine > 0.0 ? quotient : vd{};
+            first /= sine;
+            second = (second + first * ((y - x) / 4.0)) / (sine * sine);
+            first = sine > 0.0 ? first : vd{};
+            second = sine > 0.0 ? second : vd{};
         } else {
-            e = at_distance(x, root, first);
-            if (!F::SMOOTH) first = root > 0.0 ? first : vd{};
+            e = at_distance(x, root, first, second);
+            first = F::SMOOTH || root > 0.0 ? first : vd{};
+            second = F::SMOOTH || root > 0.0 ? second : vd{};
             if (both_ends) {
-                vd far_first;
-                e += at_distance(y, far_root, far_first);
+                e += at_distance(y, far_root, far_first, far_second);
                 first -= F::SMOOTH || far_root > 0.0 ? far_first : vd{};
+                second += F::SMOOTH || far_root > 0.0 ? far_second : vd{};
             }
         }
         first = bounded(first);
+        second = bounded(second);
         return e;
     }
 
-    INLINE vd near(vd x, vd y, vd &first) const { return exact(x, y, HALF, first); }
+    INLINE vd near(vd x, vd y, vd &first, vd &second) const { return exact(x, y, HALF, first, second); }
 
     // f alone, between a row and its antipode.
-    double antipode(double x, double y, double &first) const {
-        vd c;
-        const vd e = exact(all(x), all(y), false, c);
-        first = c[0];
+    double antipode(double x, double y, double &first, double &second) const {
+        vd slope, curve;
+        const vd e = exact(all(x), all(y), false, slope, curve);
+        first = slope[0];
+        second = curve[0];
         return e[0];
     }
 
@@ -259,13 +293,14 @@ template <class F, bool HALF, bool ANGULAR> struct PairFunction {
         return x > MOST ? all(MOST) : x < -MOST ? all(-MOST) : x;
     }
 
-    // f at x = t^2, its tangent included.
-    INLINE vd at_distance(vd x, vd t, vd &first) const {
+    // f and its derivatives in x = t^2, as the functor gives them, the tangent included.
+    INLINE vd at_distance(vd x, vd t, vd &first, vd &second) const {
         const vd r = 1.0 / t;
-        vd curve;
-        const vd e = f.of_square(x, t, r, first, curve);
+        const vd e = f.of_square(x, t, r, first, second);
         const vl below = t < tangent.at;
-        first = below ? -tangent.slope / slope * r : first;
+        const vd line = -tangent.slope / slope * r;
+        first = below ? line : first;
+        second = below ? line * r * r : second;
         return below ? tangent.value + tangent.slope * (t - tangent.at) : e;
     }
 };

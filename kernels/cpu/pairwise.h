@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 // To be raised with every change below that the caller has to know of, binding.py's own with it.
-constexpr int ABI_VERSION = 2;
+constexpr int ABI_VERSION = 3;
 
 enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
 enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -38,6 +38,10 @@ struct Call {
     float *energy;          // [sets]; rectangular form: [1]
     float *gradient;        // of `points`, or null for the energy alone
     float *columns_gradient;
+    // second order, instead of energy and gradient: the derivative of the gradient along the tangents
+    const float *tangents;        // [sum(sizes), k]
+    const float *known_gradient;  // what the sweep gave
+    float *product;               // where the result goes
     int64_t sets;
     int64_t k;
     double eps;
@@ -45,6 +49,7 @@ struct Call {
     int32_t dtype;
     int32_t threads;
     int32_t rectangular;
+    int32_t second_order;
 };
 
 namespace avx512 { Status run(const Call &); }

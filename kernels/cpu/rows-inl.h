@@ -29,8 +29,33 @@ INLINE const float *raw_row(const Sweep &sweep, const Block &block, int i, int q
     return buffer;
 }
 
+// Stores row i of u, of which row(q) are VL / 2 columns.
+template <class Row> INLINE void pack(const Sweep &sweep, const Block &block, float *u, int i, Row row) {
+    for (int q = 0, w; q < sweep.kp; q += w) {
+        w = width(sweep.kp, q);
+        float *to = u + long(q) * block.capacity + i * w;
+        for (int l = 0; l < w; l += VL / 2) narrow(to + l, row(q + l));
+    }
+}
+
+// Fills u up with rows of zeros, and lays it out as the other operand of a product.
+void transpose(const Sweep &sweep, const Block &block, float *u, float *ut) {
+    const int k = sweep.k, kp = sweep.kp, whole = block.n / NR * NR;
+    if (whole < block.n) memset(ut + long(whole) * k, 0, sizeof(float) * NR * k);
+    for (int q = 0, w; q < kp; q += w) {
+        w = width(kp, q);
+        const int n = k - q < w ? k - q : w;
+        float *strip = u + long(q) * block.capacity;
+        memset(strip + block.n * w, 0, sizeof(float) * (block.capacity - block.n) * w);
+        for (int i = 0; i < block.n; i++) {
+            float *to = ut + long(i / NR * NR) * k + q * NR + i % NR;
+            for (int l = 0; l < n; l++) to[l * NR] = strip[i * w + l];
+        }
+    }
+}
+
 void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
-    const int k = sweep.k, kp = sweep.kp, capacity = block.capacity;
+    const int k = sweep.k, kp = sweep.kp;
     const double eps = sweep.call.eps;
     for (int i = 0; i < block.n; i++) {
         const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw);
@@ -45,26 +70,11 @@ void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
         block.energy += square - square;  // NaN in a row of NaN or infinity: logarithms lose it
         block.inverse[i] = inverse;
         block.deficit[i] = dead ? 1 : eps / (nu * nu);
-        block.pull[i] = 0;
-        for (int q = 0, w; q < kp; q += w) {
-            w = width(kp, q);
-            float *u = block.u + long(q) * capacity + i * w;
-            for (int l = 0; l < w; l += VL / 2) narrow(u + l, inverse * widen(raw + q + l, k - q - l));
-        }
+        block.axial[i] = 0;
+        pack(sweep, block, block.u, i, [=](int q) { return inverse * widen(raw + q, k - q); });
     }
-    const int whole = block.n / NR * NR;
-    if (whole < block.n) memset(block.ut + long(whole) * k, 0, sizeof(float) * NR * k);
-    for (int q = 0, w; q < kp; q += w) {
-        w = width(kp, q);
-        const int n = k - q < w ? k - q : w;
-        float *u = block.u + long(q) * capacity;
-        memset(u + block.n * w, 0, sizeof(float) * (capacity - block.n) * w);
-        for (int i = 0; i < block.n; i++) {
-            float *ut = block.ut + long(i / NR * NR) * k + q * NR + i % NR;
-            for (int l = 0; l < n; l++) ut[l * NR] = u[i * w + l];
-        }
-    }
-    if (sweep.with_gradient) memset(block.g, 0, sizeof(float) * (long(capacity) * kp + block.lost));
+    transpose(sweep, block, block.u, block.ut);
+    if (sweep.with_gradient) memset(block.g, 0, sizeof(float) * (long(block.capacity) * kp + block.lost));
     if (block.ids && block.n) {
         memcpy(block.ids, block.given_ids, sizeof(int32_t) * block.n);
         block.first_id = block.last_id = block.ids[0];
@@ -73,6 +83,23 @@ void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
             if (block.ids[i] > block.last_id) block.last_id = block.ids[i];
         }
     }
+}
+
+// G of a row, in double and in order, into scratch.g; returns <v, G>. `raw` is that row.
+INLINE double gather_force(const Sweep &sweep, Scratch &scratch, const Block &block, int i, const float *raw) {
+    const double inverse = block.inverse[i];
+    vd along = {};
+    for (int q = 0, w; q < sweep.kp; q += w) {
+        w = width(sweep.kp, q);
+        const float *p = block.g + long(q) * block.capacity + i * w;
+        for (int l = 0; l < w; l += VL / 2) {
+            vd g = block.lost ? widen(p + l) + widen(p + l + block.lost) : widen(p + l);
+            if (block.near) g += load(block.near + (p - block.g) + l);
+            along += g * (inverse * widen(raw + q + l, sweep.k - q - l));
+            store(scratch.g + q + l, g);
+        }
+    }
+    return sum(along);
 }
 
 // What is left once every pair is in: the antipodal pairs of half space, and the projection of G onto
@@ -85,22 +112,13 @@ void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
     block.energy *= both;
     for (int i = 0; i < block.n; i++) {
         const double deficit = block.deficit[i], inverse = block.inverse[i];
-        double antipode = 0;
-        if (antipodes) block.energy += sweep.functions.antipode(sweep, 4 - 2 * deficit, 2 * deficit, antipode);
+        double antipode = 0, unused;
+        if (antipodes)
+            block.energy += sweep.functions.antipode(sweep, 4 - 2 * deficit, 2 * deficit, antipode, unused);
         if (!block.gradient) continue;
         const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw);
-        vd radials = {};
-        for (int q = 0, w; q < kp; q += w) {
-            w = width(kp, q);
-            const float *p = block.g + long(q) * block.capacity + i * w;
-            for (int l = 0; l < w; l += VL / 2) {
-                vd g = block.lost ? widen(p + l) + widen(p + l + block.lost) : widen(p + l);
-                if (block.near) g += load(block.near + (p - block.g) + l);
-                radials += g * (inverse * widen(raw + q + l, k - q - l));
-                store(scratch.g + q + l, g);
-            }
-        }
-        const double along = both * (block.pull[i] * deficit - sum(radials)) - 2 * antipode * deficit;
+        const double along = both * (block.axial[i] * deficit - gather_force(sweep, scratch, block, i, raw)) -
+                             2 * antipode * deficit;
         float *out = block.gradient + long(i) * k;
         for (int q = 0; q < kp; q += VL / 2) {
             // the sum first: one of its terms alone may leave the range

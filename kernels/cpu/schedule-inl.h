@@ -11,10 +11,11 @@
 // in the same order whatever the number of threads, without a copy of G per thread. Only sets that
 // are a good part of all the work are shared in this way; the others go to one thread each.
 //
-// Read on in pair_function-inl.h, rows-inl.h, blocks-inl.h (where nearly all the time goes) and
-// near_pairs-inl.h; here follows the order of work.
+// Read on in pair_function-inl.h, rows-inl.h, blocks-inl.h (where nearly all the time goes),
+// near_pairs-inl.h and hessian-inl.h; here follows the order of work.
 #pragma once
 #include "blocks-inl.h"
+#include "hessian-inl.h"
 #include "pair_function-inl.h"
 #include "rows-inl.h"
 #include "sweep-inl.h"
@@ -22,13 +23,13 @@
 namespace ISA {
 namespace {
 
-template <class F> double antipode(const Sweep &sweep, double x, double y, double &coefficient) {
-    return F(sweep.call.pair).antipode(x, y, coefficient);
+template <class F> double antipode(const Sweep &sweep, double x, double y, double &first, double &second) {
+    return F(sweep.call.pair).antipode(x, y, first, second);
 }
 
 template <class F, bool HALF, bool ANGULAR> Functions functions(const Pair &pair) {
     using Folded = PairFunction<F, HALF, ANGULAR>;
-    return {F(pair).slope(), meet<Folded>, antipode<Folded>};
+    return {F(pair).slope(), meet<Folded>, meet_twice<Folded>, antipode<Folded>};
 }
 
 template <class F> Functions functions(const Pair &pair) {
@@ -48,6 +49,13 @@ Functions choose(const Pair &pair) {
 
 // --- all sets --------------------------------------------------------------------------------------
 
+// What a block goes through without another: the first stage and the last one.
+void perform_alone(const Sweep &sweep, Scratch &scratch, Block &block, int stage) {
+    if (stage) return (sweep.twice ? finish_twice : finish)(sweep, scratch, block);
+    prepare(sweep, scratch, block);
+    if (sweep.twice) prepare_twice(sweep, scratch, block);
+}
+
 // Task a of a stage: stage 0 prepares blocks, the last one finishes them, rounds are in between.
 void perform(const Sweep &sweep, Scratch &scratch, const Set &set, int stage, int a) {
     const bool symmetric = set.col == set.row, meeting = stage > 0 && stage <= set.rounds;
@@ -58,10 +66,11 @@ void perform(const Sweep &sweep, Scratch &scratch, const Set &set, int stage, in
     if (row) row->stage.wait(stage);
     if (col) col->stage.wait(stage);
     if (meeting) {
-        if (row && col) sweep.functions.meet(sweep, scratch, *row, *col);
+        const auto meet = sweep.twice ? sweep.functions.meet_twice : sweep.functions.meet;
+        if (row && col) meet(sweep, scratch, *row, *col);
     } else {
-        if (row) stage ? finish(sweep, scratch, *row) : prepare(sweep, scratch, *row);
-        if (col && col != row) stage ? finish(sweep, scratch, *col) : prepare(sweep, scratch, *col);
+        if (row) perform_alone(sweep, scratch, *row, stage);
+        if (col && col != row) perform_alone(sweep, scratch, *col, stage);
     }
     if (row) row->stage.advance(stage);
     // once a block: a second time might come late, and take back what another thread has counted since
@@ -84,13 +93,19 @@ void place(const Sweep &sweep, Block &block, long n, Arena &arena) {
     const size_t capacity = block.capacity = up(block.n, SHORT), padded = up(block.n, NR) + NEAR_ROWS;
     block.u = arena.take<float>(capacity * sweep.kp);
     block.ut = arena.take<float>(size_t(up(block.n, NR)) * sweep.k);
-    const bool radial = n / sweep.k >= (sweep.call.pair.half_space ? MOSTLY_RADIAL_HALF : MOSTLY_RADIAL);
-    block.lost = radial ? long(capacity) * sweep.kp : 0;
+    const bool axial = n / sweep.k >= (sweep.call.pair.half_space ? MOSTLY_AXIAL_HALF : MOSTLY_AXIAL);
+    block.lost = axial ? long(capacity) * sweep.kp : 0;
     block.g = arena.take<float>(sweep.with_gradient ? capacity * sweep.kp + block.lost : 0);
     block.inverse = arena.take<double>(padded);
     block.deficit = arena.take<double>(padded);
-    block.pull = arena.take<double>(padded);
+    block.axial = arena.take<double>(padded);
     if (block.given_ids) block.ids = arena.take<int32_t>(padded);
+    if (!sweep.twice) return;
+    block.u_dot = arena.take<float>(capacity * sweep.kp);
+    block.ut_dot = arena.take<float>(size_t(up(block.n, NR)) * sweep.k);
+    block.tau = arena.take<double>(padded);
+    block.outward = arena.take<double>(padded);
+    block.axial_dot = arena.take<double>(padded);
 }
 
 void place(const Sweep &sweep, Scratch &scratch, int largest_block, Arena &arena) {
@@ -103,15 +118,24 @@ void place(const Sweep &sweep, Scratch &scratch, int largest_block, Arena &arena
     scratch.exact_cols = arena.take<Piece>(rows);
     scratch.row_force = arena.take<Piece>(rows);
     scratch.col_force = arena.take<Piece>(rows);
+    if (!sweep.twice) return;
+    scratch.c_dot = arena.take<float>(size_t(rows) * R);
+    scratch.row_sums = arena.take<float>(size_t(rows) * VL);
+    scratch.col_sums = arena.take<float>(rows);
+    scratch.dot_rows = arena.take<Piece>(rows);
+    scratch.dot_cols = arena.take<Piece>(rows);
 }
 
 // Blocks of n rows. Where threads may be worth it there are enough blocks for a few, whatever their
 // number: the result must not depend on it.
 int block_count(const Sweep &sweep, long n) {
-    const long fewest = (n + R - 1) / R, enough = n / 96 < 6 ? n / 96 : 6;
+    const long fewest = (n + sweep.most_rows - 1) / sweep.most_rows, enough = n / 96 < 6 ? n / 96 : 6;
     const bool worth_threads = double(n) * n / 2 * (3 * sweep.k + 16) > 4e7;
     return worth_threads && enough > fewest ? int(enough) : fewest ? int(fewest) : 1;
 }
+
+// Where the rows' result goes, or null.
+float *output(const Sweep &sweep) { return sweep.twice ? sweep.call.product : sweep.call.gradient; }
 
 // Cuts n rows, from row `first` of a matrix on, into equal blocks; at least one, maybe empty.
 int cut(const Sweep &sweep, Block *blocks, const void *points, float *gradient, const int32_t *ids,
@@ -126,6 +150,10 @@ int cut(const Sweep &sweep, Block *blocks, const void *points, float *gradient, 
         block.raw = (const char *)points + (first + i) * row_bytes;
         block.gradient = gradient ? gradient + (first + i) * sweep.k : nullptr;
         block.given_ids = ids ? ids + i : nullptr;
+        if (sweep.twice) {
+            block.tangent = sweep.call.tangents + (first + i) * sweep.k;
+            block.known_gradient = sweep.call.known_gradient + (first + i) * sweep.k;
+        }
         block.scale = scale;
         block.n = n - i < most ? int(n - i) : int(most);
         blocks[used++] = block;
@@ -140,7 +168,7 @@ int cut(const Sweep &sweep, Set &set, Block *blocks) {
     const double scale = set.scale;
     set.row = set.col = blocks;
     set.rows = set.cols = set.rounds =
-        cut(sweep, blocks, call.points, call.gradient, call.ids, set.first, set.n, scale);
+        cut(sweep, blocks, call.points, output(sweep), call.ids, set.first, set.n, scale);
     if (!call.rectangular) return set.rows;
     set.col = blocks + set.rows;
     set.cols = cut(sweep, set.col, call.columns, call.columns_gradient, call.ids + set.n, 0, set.m, scale);
@@ -199,8 +227,8 @@ void list_sets(Sweep &sweep) {
             sweep.sets[sweep.set_count++] = {first, n, n, call.scales[s], s};
             continue;
         }
-        call.energy[s] = 0;
-        if (call.gradient) memset(call.gradient + first * call.k, 0, sizeof(float) * n * call.k);
+        if (!sweep.twice) call.energy[s] = 0;
+        if (float *rows = output(sweep)) memset(rows + first * call.k, 0, sizeof(float) * n * call.k);
     }
     qsort(sweep.sets, sweep.set_count, sizeof(Set), [](const void *x, const void *y) {
         const long n = ((const Set *)x)->n, m = ((const Set *)y)->n;
@@ -248,7 +276,7 @@ Status allocate_and_work(Sweep &sweep, Block *blocks, Scratch *scratch) {
             work(sweep, scratch[__atomic_fetch_add(&started, 1, __ATOMIC_RELAXED)]);
         }
     }
-    for (const Set *set = sets; set < end; set++) {
+    for (const Set *set = sets; set < end && !sweep.twice; set++) {
         double total = 0;
         for (int a = 0; a < set->rows; a++) total += set->row[a].energy;
         for (int b = 0; b < set->cols && set->col != set->row; b++) total += set->col[b].energy;
@@ -273,7 +301,9 @@ float near_cosine(const Pair &pair, int64_t k) {
 __attribute__((noinline)) Status set_up_and_work(const Call &call) {
     Sweep sweep = {};
     sweep.call = call;
-    sweep.with_gradient = call.gradient || call.columns_gradient;
+    sweep.twice = call.second_order;
+    sweep.most_rows = sweep.twice ? R_TWICE : R;
+    sweep.with_gradient = sweep.twice || call.gradient || call.columns_gradient;
     sweep.k = int(call.k);
     sweep.kp = up(call.k, LEAST);
     const Pair &pair = call.pair;

@@ -11,16 +11,17 @@ namespace ISA {
 namespace {
 
 constexpr int R = 288;                         // most rows of a block
+constexpr int R_TWICE = 192;                   // at second order, where there are two matrices of R x R
 constexpr int LEAST = VL == 16 ? VL / 2 : VL;  // columns of the narrowest strip
 constexpr int KC = 256;                        // columns that stay in cache while cosines are summed
 // Of n random rows' G the projection leaves about 1 / sqrt(n / k) in half space, and a few times more in
 // full space: from this n / k on the sum keeps its rounding errors
-constexpr int MOSTLY_RADIAL = 600, MOSTLY_RADIAL_HALF = 100;
+constexpr int MOSTLY_AXIAL = 600, MOSTLY_AXIAL_HALF = 100;
 // near pairs are worked on by patches of a tile, their forces by as many rows as registers can hold
 constexpr int NEAR_ROWS = 6, NEAR_COLS = VL / 2;
 constexpr int FORCE_ROWS = VL == 16 ? 6 : 3;
 
-static_assert(R % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS == 0, "tiles must divide blocks");
+static_assert(R % NR == 0 && R_TWICE % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS == 0, "tiles must divide blocks");
 
 // Up to R rows of a set, packed. Matrices of row vectors (u, g) are cut into strips of columns,
 // [strip][capacity][width]: NR wide, the last ones VL or LEAST. Columns are padded with zeros to kp.
@@ -29,7 +30,7 @@ struct Block {
     const int32_t *given_ids;   // rectangular form, else null
     int32_t *ids;               // a copy, with room for whole tiles
     int32_t first_id, last_id;  // smallest and largest of them
-    float *gradient;            // where the result goes, or null
+    float *gradient;            // where the result goes, or null; at second order the product
     double scale;
     int n, capacity;  // rows, and rows there is room for
     float *u, *g;     // unit rows v, and G
@@ -38,9 +39,16 @@ struct Block {
     float *ut;        // u again, as the other operand of the cosines: [panel of NR rows][k][NR]
     double *inverse;  // 1/nu, 0 for a dead row
     double *deficit;  // 1 - |v|^2
-    double *pull;     // sum of the coefficients of repaired pairs, see repair()
+    double *axial;    // sum of the coefficients of repaired pairs, see near_pairs-inl.h
     double energy;
     Stage stage;
+
+    // second order alone; _dot is the derivative along the tangents
+    const float *tangent, *known_gradient;  // the block's part of the caller's
+    float *u_dot, *ut_dot;                  // v. as u and ut have v
+    double *tau;                            // <v, tangent>
+    double *outward;                        // -<v, G>
+    double *axial_dot;
 };
 
 // Rows first <= i < first + n against themselves or, in the rectangular form, against m columns.
@@ -56,7 +64,8 @@ struct Set {
 struct NearPatch {
     int i, j;     // the first row and column
     bool turned;  // some sign is -1
-    vd x[NEAR_ROWS];     // |v_i - sign v_j|^2, then the coefficient
+    vd x[NEAR_ROWS];     // |d|^2 of d = v_i - sign v_j, then the coefficient of d
+    vd y[NEAR_ROWS];     // second order: <d, d.>, then the coefficient of d.
     vd sign[NEAR_ROWS];  // 1, -1 where the pair is nearly antipodal, 0 where it is not near
 };
 
@@ -65,6 +74,9 @@ typedef double Piece[NR];  // of a row: its columns in one strip
 // One thread's memory.
 struct Scratch {
     float *c;            // [R][R] cosines, then coefficients
+    float *c_dot;        // [R][R] second order: the same of their derivatives
+    float *row_sums;     // [R][VL] second order: sums over the columns, vector by vector
+    float *col_sums;     // [R]
     float *raw;          // [kp] a row
     double *g;           // [kp] G of a row
     char *memory;        // for the blocks of a set that this thread sees to alone
@@ -73,19 +85,23 @@ struct Scratch {
     bool row_used[R + NR], col_used[R + NR];  // touched by a patch
     // a strip of the unit rows of both blocks, and of the forces on them
     Piece *exact_rows, *exact_cols, *row_force, *col_force;
+    Piece *dot_rows, *dot_cols;  // second order
 };
 
 // What depends on the pair function.
 struct Functions {
     double slope;  // F' is slope times the coefficients
     void (*meet)(const struct Sweep &, Scratch &, Block &a, Block &b);
-    double (*antipode)(const struct Sweep &, double x, double y, double &coefficient);
+    void (*meet_twice)(const struct Sweep &, Scratch &, Block &a, Block &b);  // second order
+    double (*antipode)(const struct Sweep &, double x, double y, double &first, double &second);
 };
 
 struct Sweep {
     Call call;
     int k, kp;
     bool with_gradient;
+    bool twice;  // second order
+    int most_rows;  // of a block
     float near_cosine;
     int32_t near_bits, closeness_mask;  // for integers: near where (bits of c & mask) > near_bits
     Functions functions;

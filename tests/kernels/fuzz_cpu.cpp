@@ -75,6 +75,13 @@ void written(const float *p, size_t count, bool finite) {
     }
 }
 
+// Whether second derivatives, too, stay in the range of float32.
+bool bounded(const float *p, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (!(fabsf(p[i]) < 1e15f)) return false;
+    return true;
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
@@ -122,6 +129,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const size_t energies = rectangular ? 1 : call.sets;
     // an infinite energy has no useful gradient, and large powers of close pairs are infinite
     const bool finite = !wild && at > 0 && s < 4;
+    float *tangents = (float *)malloc(first * call.k * sizeof(float) + !first);
+    fill(bytes, tangents, first, call.k, FLOAT32, wild);
     for (int isa = 0; isa <= comhe_best_isa(); isa++) {
         call.energy = poisoned(energies);
         call.gradient = gradient ? poisoned(first * call.k) : nullptr;
@@ -130,6 +139,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         written(call.energy, energies, finite);
         if (gradient) written(call.gradient, first * call.k, finite);
         if (gradient && rectangular) written(call.columns_gradient, second * call.k, finite);
+        if (gradient && !rectangular) {
+            Call twice = call;
+            twice.second_order = 1;
+            twice.tangents = tangents;
+            twice.known_gradient = call.gradient;
+            twice.product = poisoned(first * call.k);
+            require(comhe_sweep(&twice, isa) == OK);
+            written(twice.product, first * call.k, finite && bounded(call.gradient, first * call.k));
+            free(twice.product);
+        }
         free(call.energy);
         free(call.gradient);
         free(call.columns_gradient);
@@ -137,6 +156,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     free(points);
     free(columns);
     free(ids);
+    free(tangents);
     free((void *)call.sizes);
     free((void *)call.scales);
     return 0;

@@ -35,9 +35,19 @@ def sets_of(points, sizes):
     return weights, [None] * len(weights)
 
 
+def result_of(points):
+    return torch.float64 if points.dtype == torch.float64 else torch.float32
+
+
 OPERATORS = {
     "sweep": lambda points, sizes, more: (*sets_of(points, sizes), True, *more),
-    "hessian_vector_product": lambda points, sizes, more: (points, points.flip(0), sizes, *more),
+    "hessian_vector_product": lambda points, sizes, more: (
+        points,
+        points.flip(0),
+        torch.rand_like(points, dtype=result_of(points)),
+        sizes,
+        *more,
+    ),
     "scale_rows": lambda points, sizes, more: (points, torch.rand(4).to(points), sizes),
     "dot_rows": lambda points, sizes, more: (points, points.flip(0), sizes),
 }
@@ -71,31 +81,31 @@ def changed(**options):
 MISTAKES = [
     (
         "hessian_vector_product",
-        (POINTS, POINTS, [5, 4]),
+        (POINTS, POINTS, POINTS, [5, 4]),
         SETTINGS,
         "ValueError: `sizes` must be .* add up to 10 rows",
     ),
     (
         "hessian_vector_product",
-        (POINTS, POINTS, [-5, 15]),
+        (POINTS, POINTS, POINTS, [-5, 15]),
         SETTINGS,
         "ValueError: `sizes` must be at least 0",
     ),
     (
         "hessian_vector_product",
-        (POINTS, POINTS, []),
+        (POINTS, POINTS, POINTS, []),
         SETTINGS,
         "ValueError: `sizes` must be at least 0 and add up",
     ),
     (
         "hessian_vector_product",
-        (BATCH, BATCH, [5, 5]),
+        (BATCH, BATCH, BATCH, [5, 5]),
         SETTINGS,
         "ValueError: `sizes` must be empty where `points` is 3",
     ),
     (
         "hessian_vector_product",
-        (POINTS[0], POINTS[0], []),
+        (POINTS[0], POINTS[0], POINTS[0], []),
         SETTINGS,
         "ValueError: `points` must be 2-D or",
     ),
@@ -191,12 +201,34 @@ MISTAKES = [
     ),
     (
         "hessian_vector_product",
-        (POINTS, POINTS.view(5, 6), [10]),
+        (POINTS, POINTS.view(5, 6), POINTS, [10]),
         SETTINGS,
         r"ValueError: `tangents` must have the shape of `points`, got \(5, 6\) and \(10, 3\)",
     ),
-    ("hessian_vector_product", (BATCH, POINTS, []), SETTINGS, "ValueError: `tangents` must be 3-D"),
-    ("hessian_vector_product", (BATCH, BATCH.int(), []), SETTINGS, "TypeError: `tangents` must be"),
+    (
+        "hessian_vector_product",
+        (BATCH, POINTS, BATCH, []),
+        SETTINGS,
+        "ValueError: `tangents` must be 3-D",
+    ),
+    (
+        "hessian_vector_product",
+        (BATCH, BATCH.int(), BATCH, []),
+        SETTINGS,
+        "TypeError: `tangents` must be",
+    ),
+    (
+        "hessian_vector_product",
+        (BATCH, BATCH, BATCH[0], []),
+        SETTINGS,
+        "ValueError: `gradient` must be 3-D",
+    ),
+    (
+        "hessian_vector_product",
+        (BATCH, BATCH, BATCH.double(), []),
+        SETTINGS,
+        "TypeError: `gradient` must be torch.float32, as a sweep gives it, got torch.float64",
+    ),
     (
         "sweep",
         ([BATCH], [None], True),
@@ -323,8 +355,9 @@ def test_an_operator_never_falls_back_to_another_device(gradient):
     with pytest.raises((RuntimeError, ValueError), match="triton"):
         OPS.sweep([BATCH], [None], gradient, *settings("triton"))
     for arguments, message in (
-        ((POINTS, POINTS.to("meta"), [10], *SETTINGS), "`tangents` must be on the device"),
-        ((POINTS.to("meta"), POINTS, [10], *SETTINGS), "`tangents` must be on the device"),
+        ((POINTS, POINTS.to("meta"), POINTS, [10], *SETTINGS), "`tangents` must be on the device"),
+        ((POINTS.to("meta"), POINTS, POINTS, [10], *SETTINGS), "`tangents` must be on the device"),
+        ((POINTS, POINTS, POINTS.to("meta"), [10], *SETTINGS), "`gradient` must be on the device"),
     ):
         with pytest.raises(ValueError, match=message):
             OPS.hessian_vector_product(*arguments)
