@@ -8,8 +8,10 @@
 //     of_square(x, e)           x = t^2 -> -2 df/dx / S; e becomes the energy, as Energies adds it
 //     curve(x, slope)           4 d2f/dx2 / S, from that slope
 //     of_square(x, t, r, ...)   f and both in double; r = 1/t
-//     both_ends(c, e)           of_square(2 - 2c) - of_square(2 + 2c), each energy included
+//     both_ends(c, e, odd)      of_square(2 - 2c) - of_square(2 + 2c), each energy included
 //     curve_of_both_ends(c)     the sum of both curves
+//     odd_in_cosine()           both_ends by powers of c, and
+//     odd_in_angle()            the same of the angle by powers of arcsin c, see Odd
 //
 // Of the chord, x = 2 - 2c: then these are F'(c) / S and F''(c) / S.
 //
@@ -48,17 +50,48 @@ struct SumOfLogarithms {
     }
 };
 
+// The difference of both ends by powers of z, where z is small: there the ends almost cancel, and
+// their rounding errors do not. Rows in many dimensions are nearly orthogonal, so that most pairs
+// are of this kind.
+struct Odd {
+    float a[4];   // of z, z^3, z^5, z^7
+    float bound;  // of |z|
+
+    INLINE vf operator()(vf z, vf difference) const {
+        const vf zz = z * z;
+        return magnitude(z) < bound ? z * (a[0] + zz * (a[1] + zz * (a[2] + zz * a[3]))) : difference;
+    }
+};
+
+// |z| up to which a series may be used that leaves out the term of z^9, `ratio` z^8 times the first.
+inline float reach_of_series(double ratio) { return float(__builtin_pow(6e-8 / ratio, 0.125)); }
+
+// scale ((1 - unit z)^-q - (1 + unit z)^-q), a binomial series.
+inline Odd odd_of_powers(double scale, double q, double unit) {
+    Odd odd;
+    const double first = 2 * scale * q * unit;
+    double term = first;
+    for (int n = 0, m = 1; n < 4; n++, m += 2) {
+        odd.a[n] = float(term);
+        term *= (q + m) * (q + m + 1) / ((m + 1) * (m + 2)) * unit * unit;
+    }
+    odd.bound = reach_of_series(term / first);
+    return odd;
+}
+
+constexpr double HALF_PI = 1.57079632679489662;
+
 // What most functors take from here; F is the functor itself.
 template <class F> struct Functor {
     using Energies = Sum;
     static constexpr bool SMOOTH = false;
 
-    INLINE vf both_ends(vf c, vf &e) const {
+    INLINE vf both_ends(vf c, vf &e, const Odd &odd) const {
         const F &f = *(const F *)this;
         vf far_e;
         const vf slope = f.of_square(2.0f - 2.0f * c, e), far_slope = f.of_square(2.0f + 2.0f * c, far_e);
         e = F::Energies::both(e, far_e);
-        return slope - far_slope;
+        return odd(c, slope - far_slope);
     }
     INLINE vf curve_of_both_ends(vf c) const {
         const F &f = *(const F *)this;
@@ -70,11 +103,20 @@ template <class F> struct Functor {
 
 // --- Riesz' functions, each of the usual exponents by its shortest form ----------------------------
 
-struct Logarithm : Functor<Logarithm> {
+// t^-s, whose slope in the angle is t^-(s + 1) and in the cosine t^-(s + 2).
+template <class F> struct Riesz : Functor<F> {
+    double s;
+
+    explicit Riesz(const Pair &pair) : s(pair.parameters[0]) {}
+    double slope() const { return s > 0 ? s : 1; }
+    Odd odd_in_cosine() const { return odd_of_powers(__builtin_exp2(-s / 2 - 1), s / 2 + 1, 1); }
+    Odd odd_in_angle() const { return odd_of_powers(__builtin_pow(HALF_PI, -s - 1), s + 1, 1 / HALF_PI); }
+};
+
+struct Logarithm : Riesz<Logarithm> {
     using Energies = SumOfLogarithms;
 
-    explicit Logarithm(const Pair &) {}
-    double slope() const { return 1; }
+    explicit Logarithm(const Pair &pair) : Riesz(pair) {}
 
     INLINE vf of_square(vf x, vf &e) const {
         e = x;
@@ -88,7 +130,7 @@ struct Logarithm : Functor<Logarithm> {
     }
 
     // both ends share a factor: (2 - 2c)(2 + 2c) = 4 (1 - c^2)
-    INLINE vf both_ends(vf c, vf &e) const {
+    INLINE vf both_ends(vf c, vf &e, const Odd &) const {
         const vf w = 1.0f - c * c;
         e = 4.0f * w;
         return c * reciprocal(w);
@@ -99,9 +141,8 @@ struct Logarithm : Functor<Logarithm> {
     }
 };
 
-struct Inverse : Functor<Inverse> {
-    explicit Inverse(const Pair &) {}
-    double slope() const { return 1; }
+struct Inverse : Riesz<Inverse> {
+    explicit Inverse(const Pair &pair) : Riesz(pair) {}
 
     INLINE vf of_square(vf x, vf &e) const {
         e = reciprocal_sqrt(x);
@@ -115,9 +156,8 @@ struct Inverse : Functor<Inverse> {
     }
 };
 
-struct InverseSquare : Functor<InverseSquare> {
-    explicit InverseSquare(const Pair &) {}
-    double slope() const { return 2; }
+struct InverseSquare : Riesz<InverseSquare> {
+    explicit InverseSquare(const Pair &pair) : Riesz(pair) {}
 
     INLINE vf of_square(vf x, vf &e) const {
         e = reciprocal(x);
@@ -132,7 +172,7 @@ struct InverseSquare : Functor<InverseSquare> {
     }
 
     // 1/(2 - 2c) + 1/(2 + 2c) = 1/(1 - c^2)
-    INLINE vf both_ends(vf c, vf &e) const {
+    INLINE vf both_ends(vf c, vf &e, const Odd &) const {
         e = reciprocal(1.0f - c * c);
         return c * e * e;
     }
@@ -142,13 +182,10 @@ struct InverseSquare : Functor<InverseSquare> {
     }
 };
 
-struct Power : Functor<Power> {
-    double s;
+struct Power : Riesz<Power> {
     float half_s, growth;
 
-    explicit Power(const Pair &pair)
-        : s(pair.parameters[0]), half_s(float(s / 2)), growth(float(s + 2)) {}
-    double slope() const { return s; }
+    explicit Power(const Pair &pair) : Riesz(pair), half_s(float(s / 2)), growth(float(s + 2)) {}
 
     INLINE vf of_square(vf x, vf &e) const {
         e = exp2_of(-half_s * log2_of(x));
@@ -181,6 +218,39 @@ struct Gaussian : Functor<Gaussian> {
         curve = 2.0 * tau * slope;
         return slope;
     }
+
+    // 2 exp(-2 tau) sinh(2 tau c)
+    Odd odd_in_cosine() const {
+        Odd odd;
+        const double first = 4 * tau * __builtin_exp(-2 * tau);
+        double term = first;
+        for (int n = 0, m = 1; n < 4; n++, m += 2) {
+            odd.a[n] = float(term);
+            term *= 4 * tau * tau / ((m + 1) * (m + 2));
+        }
+        odd.bound = reach_of_series(term / first);
+        return odd;
+    }
+
+    // With t = pi/2 -+ z: 2 exp(-tau (pi^2/4 + z^2)) (pi/2 sinh(pi tau z) - z cosh(pi tau z))
+    Odd odd_in_angle() const {
+        Odd odd;
+        const double w = 2 * HALF_PI * tau;
+        double bell[4], waves[4], bell_term = 2 * __builtin_exp(-tau * HALF_PI * HALF_PI), power = 1;
+        for (int n = 0, m = 0; n < 4; n++, m += 2) {
+            bell[n] = bell_term;
+            waves[n] = power * (HALF_PI * w / (m + 1) - 1);
+            bell_term *= -tau / (n + 1);
+            power *= w * w / ((m + 1) * (m + 2));
+        }
+        for (int n = 0; n < 4; n++) {
+            double sum = 0;
+            for (int m = 0; m <= n; m++) sum += bell[n - m] * waves[m];
+            odd.a[n] = float(sum);
+        }
+        odd.bound = float(0.4 / w < 0.7 ? 0.4 / w : 0.7);
+        return odd;
+    }
 };
 
 // --- the pair function of a cosine -----------------------------------------------------------------
@@ -192,18 +262,20 @@ template <class F, bool HALF, bool ANGULAR> struct PairFunction {
     const F f;
     const Tangent &tangent;
     const double slope;
+    const Odd odd;
 
-    explicit PairFunction(const Pair &pair) : f(pair), tangent(pair.tangent), slope(f.slope()) {}
+    explicit PairFunction(const Pair &pair)
+        : f(pair), tangent(pair.tangent), slope(f.slope()), odd(odd_of(f)) {}
 
     // Energies and F'(c) / slope of VL pairs.
     INLINE vf evaluate(vf c, vf &e) const {
         if (!ANGULAR && !HALF) return f.of_square(2.0f - 2.0f * c, e);
-        if (!ANGULAR) return f.both_ends(c, e);
+        if (!ANGULAR) return f.both_ends(c, e, odd);
         vf inverse_sine, far_e;
         const vf t = arccos(c, inverse_sine), far_t = 3.14159265358979f - t;
         vf first = f.of_square(t * t, e) * t;
         if (HALF) {
-            first -= f.of_square(far_t * far_t, far_e) * far_t;
+            first = odd(elevation(c, t), first - f.of_square(far_t * far_t, far_e) * far_t);
             e = Energies::both(e, far_e);
         }
         return first * inverse_sine;
@@ -219,7 +291,7 @@ template <class F, bool HALF, bool ANGULAR> struct PairFunction {
         }
         if (!ANGULAR) {
             second = f.curve_of_both_ends(c);
-            return f.both_ends(c, unused);
+            return f.both_ends(c, unused, odd);
         }
         // dt/dc = -1/sin, d2t/dc2 = -c/sin^3; f'' = t^2 curve - slope
         vf inverse_sine;
@@ -229,7 +301,7 @@ template <class F, bool HALF, bool ANGULAR> struct PairFunction {
         second = x * f.curve(x, slope) - slope;
         if (HALF) {
             const vf far_slope = f.of_square(y, unused);
-            first -= far_slope * far_t;
+            first = odd(elevation(c, t), first - far_slope * far_t);
             second += y * f.curve(y, far_slope) - far_slope;
         }
         first *= inverse_sine;
@@ -288,6 +360,18 @@ template <class F, bool HALF, bool ANGULAR> struct PairFunction {
     }
 
   private:
+    static Odd odd_of(const F &f) {
+        if (!HALF) return {};
+        return ANGULAR ? f.odd_in_angle() : f.odd_in_cosine();
+    }
+
+    // arcsin c for t = arccos c: by its series where the difference has lost its digits.
+    static INLINE vf elevation(vf c, vf t) {
+        const vf cc = c * c;
+        const vf series = c * (1.0f + cc * (1.0f / 6 + cc * (3.0f / 40 + cc * (5.0f / 112))));
+        return magnitude(c) < 0.125f ? series : 1.57079632679489662f - t;
+    }
+
     static INLINE vd bounded(vd x) {
         constexpr double MOST = 0x1p990;  // with room for sums
         return x > MOST ? all(MOST) : x < -MOST ? all(-MOST) : x;

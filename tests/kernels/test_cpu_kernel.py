@@ -5,11 +5,13 @@ import itertools
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 
 from comhe_ext import backends, reference
+from comhe_ext.kernels import portable
 from comhe_ext.kernels.cpu import binding
 from comhe_ext.kernels.pair_functions import PAIR_FUNCTIONS, Gaussian, Riesz
 from comhe_ext.testing import (
@@ -124,6 +126,22 @@ def test_gaussian_with_near_pairs_duplicates_and_dead_rows(tau, angular, half_sp
     energy, gradient = sweep_of(binding, rows, [len(rows)], [scale], pair, eps, True)
     assert relative_error(energy[0], expected) <= 1e-6
     assert relative_error(gradient, truth) <= 5e-6
+
+
+@pytest.mark.parametrize("k", [2, 64, 200, 1000])
+@pytest.mark.parametrize("n", [2, 200])
+@pytest.mark.parametrize("angular", [False, True])
+@pytest.mark.parametrize("pair", [Riesz(1.0), Riesz(0.7), Riesz(4.0), Gaussian(0.2)], ids=str)
+def test_the_ends_of_nearly_orthogonal_rows_do_not_cancel(pair, angular, n, k):
+    pair = replace(pair, half_space=True, angular=angular)
+    rows = random_rows(n, k)
+    if n == 2:  # nearly orthogonal, too: one pair has nobody to hide behind
+        rows[1] = torch.nn.functional.normalize(rows[:1].roll(1, 1) * (-1.0) ** torch.arange(k))
+        rows[1] += 0.01 * rows[0]
+    scale = pair.scale(n, "mean")
+    _, gradient = sweep_of(binding, rows, [n], [scale], pair, 0.0, True)
+    _, expected = sweep_of(portable, rows.double(), [n], [scale], pair, 0.0, True)
+    assert relative_error(gradient, expected) <= 2e-6
 
 
 # around the tiles of 2, 4, 6 and 12 rows and 8, 16 and 32 columns, and the blocks of 288
