@@ -97,7 +97,8 @@ template <bool TWICE> void add_squares(const Sweep &sweep, Scratch &scratch, con
     for (int p = 0; p < scratch.patch_count; p++) {
         NearPatch &patch = scratch.patches[p];
         const int j = patch.j / NEAR_COLS;
-        const Piece *rows = scratch.exact_rows + patch.i, *dot_rows = scratch.dot_rows + patch.i;
+        const Piece *rows = scratch.exact_rows + patch.i;
+        const Piece *dot_rows = TWICE ? scratch.dot_rows + patch.i : nullptr;
         if (patch.turned)
             add_squares<true, TWICE>(patch, rows, cols[j], dot_rows, dot_cols[j], n);
         else
