@@ -157,6 +157,7 @@ setup(
         "comhe_ext.kernels",
         "comhe_ext.kernels.cpu",
         "comhe_ext.kernels.gpu",
+        "comhe_ext.kernels.portable",
         "comhe_ext.operators",
         "comhe_ext.projections",
     ],

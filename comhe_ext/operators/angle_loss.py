@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comhe_ext.kernels import angles
+from comhe_ext.kernels.portable import angle_loss
 from comhe_ext.operators.library import (
     LIBRARY,
     check_device,
@@ -61,7 +61,7 @@ def _angle_difference(
     rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(rows, projected)
-    total, to_rows, to_projected = angles.sweep(rows, projected, angle, rows_gradient)
+    total, to_rows, to_projected = angle_loss.sweep(rows, projected, angle, rows_gradient)
     return total, to_projected.new_empty(0) if to_rows is None else to_rows, to_projected
 
 
@@ -77,7 +77,9 @@ def _angle_difference_hvp(
     angle: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_tangents(rows, projected, rows_tangents, projected_tangents)
-    return angles.hessian_vector_product(rows, projected, rows_tangents, projected_tangents, angle)
+    return angle_loss.hessian_vector_product(
+        rows, projected, rows_tangents, projected_tangents, angle
+    )
 
 
 @torch.library.register_fake("comhe_ext::angle_difference", lib=LIBRARY)

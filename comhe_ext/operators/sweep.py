@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from comhe_ext import backends
-from comhe_ext.kernels import portable, work_table
+from comhe_ext.kernels import packed_sets, portable
 from comhe_ext.kernels.pair_functions import PairFunction, pair_function
 from comhe_ext.kernels.sweep import Projected, SweepRequest
 from comhe_ext.operators.library import (
@@ -358,7 +358,7 @@ def _scale_rows(rows: Tensor, factors: Tensor, sizes: Sequence[int]) -> Tensor:
         raise ValueError(f"`factors` must be one a set ({sets},), got {tuple(factors.shape)}")
     if rows.dim() == 3:
         return rows * factors[:, None, None]
-    return rows * work_table.spread_over_rows(factors, sizes)
+    return rows * packed_sets.spread_over_rows(factors, sizes)
 
 
 @define("dot_rows(Tensor left, Tensor right, int[] sizes) -> Tensor", composite=True)
@@ -367,7 +367,7 @@ def _dot_rows(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
     check_like("right", right, "left", left)
     if left.dim() == 3:
         return (left * right).sum((1, 2))
-    return work_table.sum_over_rows((left * right).sum(1), sizes)
+    return packed_sets.sum_over_rows((left * right).sum(1), sizes)
 
 
 @torch.library.register_fake("comhe_ext::sweep", lib=LIBRARY)

@@ -1,12 +1,11 @@
-"""How far a projection turns the rows of a set against each other, by tiles in plain torch.
+"""The angle-preserving loss: how far a projection turns rows against each other.
 
     S   = sum_{i != j} phi(a_ij, b_ij)       a = <v_i, v_j>, b = <u_i, u_j> of the projected rows
     phi = (b - a)^2  or  (arccos b - arccos a)^2
     dS/dp_i = (G_i - v_i <v_i, G_i>) / nu_i,  G_i = 2 sum_j dphi/da v_j      likewise for u and b
 
-Both Gram matrices exist a tile at a time only: O(N (d + k)) memory. Angles of pairs that almost
-coincide or almost oppose each other, in either space, come from the differences of the rows, in
-float64.
+Both Gram matrices exist only a tile at a time: O(N (d + k)) memory. Pairs that are near in either
+space get their angles from the differences of the rows, in float64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,19 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .portable import (
-    CLOSE,
-    ClosePairs,
-    block_of,
-    close_indices,
-    close_pairs,
-    cols_of,
-    exact_dots,
-    normalize,
-    push_apart,
-    rows_of,
-)
-from .work_table import Tile, symmetric_tiles
+from .near_pairs import NEAR, NearPairs, exact_dots, near_indices, near_pairs, push_apart
+from .rows import normalize
+from .tiles import Tile, block_of, cols_of, rows_of, symmetric_tiles
 
 
 class Phi(NamedTuple):
@@ -52,25 +41,25 @@ class _Space:
             self.tangents = tangents.flatten(0, 1).to(dtype)
             self.tau = (self.v * self.tangents).sum(1, keepdim=True)
             self.v_dot = ((self.tangents - self.v * self.tau) * self.inv_nu).to(dtype)
-        self.pull = torch.zeros_like(self.v)
-        self.pull_dot = torch.zeros_like(self.v)
+        self.force = torch.zeros_like(self.v)
+        self.force_dot = torch.zeros_like(self.v)
 
-    def near(self, tile: Tile) -> Tensor:
-        """r^2 = 2 - 2c of a tile, 2 (harmless) on the diagonal."""
-        near = torch.bmm(rows_of(self.v, tile), cols_of(self.v, tile).mT).mul_(-2.0).add_(2.0)
+    def d2(self, tile: Tile) -> Tensor:
+        """Compute d2 = 2 - 2c of a tile; 2, which is harmless, on the diagonal."""
+        d2 = torch.bmm(rows_of(self.v, tile), cols_of(self.v, tile).mT).mul_(-2.0).add_(2.0)
         if tile.diagonal:
-            near.diagonal(dim1=1, dim2=2).fill_(2.0)
-        return near
+            d2.diagonal(dim1=1, dim2=2).fill_(2.0)
+        return d2
 
     def cosine_dot(self, tile: Tile) -> Tensor | float:
-        """Derivative of the cosines of a tile along the tangents."""
+        """Differentiate the cosines of a tile along the tangents."""
         if self.v_dot is None:
             return 0.0
         dot = torch.bmm(rows_of(self.v_dot, tile), cols_of(self.v, tile).mT)
         return dot.baddbmm_(rows_of(self.v, tile), cols_of(self.v_dot, tile).mT)
 
-    def exact_dots(self, pairs: ClosePairs) -> tuple[Tensor | float, Tensor | float]:
-        """Derivatives of `apart` and of the cosine of close pairs along the tangents."""
+    def exact_dots(self, pairs: NearPairs) -> tuple[Tensor | float, Tensor | float]:
+        """Differentiate `apart` and the cosine of near pairs along the tangents."""
         if self.tangents is None:
             return 0.0, 0.0
         dot_i, dot_j = (exact_dots(self.points, self.tangents, x, 0.0)[0] for x in pairs[1:3])
@@ -78,40 +67,40 @@ class _Space:
         return apart_dot, -pairs.side * (pairs.apart * apart_dot).sum(1, keepdim=True)
 
     def gradient(self) -> Tensor:
-        """G without its part along v, over nu."""
-        along = (self.v * self.pull).sum(1, keepdim=True)
-        return ((self.pull - self.v * along) * (2.0 * self.inv_nu)).to(self.v.dtype)
+        """Compute the gradient: G without its part along v, over nu."""
+        along = (self.v * self.force).sum(1, keepdim=True)
+        return ((self.force - self.v * along) * (2.0 * self.inv_nu)).to(self.v.dtype)
 
     def gradient_dot(self) -> Tensor:
-        """Derivative of `gradient` along the tangents."""
-        along = (self.v * self.pull).sum(1, keepdim=True)
-        along_dot = (self.v * self.pull_dot).sum(1, keepdim=True)
-        product = self.pull_dot
+        """Differentiate `gradient` along the tangents."""
+        along = (self.v * self.force).sum(1, keepdim=True)
+        along_dot = (self.v * self.force_dot).sum(1, keepdim=True)
+        product = self.force_dot
         if self.v_dot is not None:
-            along_dot += (self.v_dot * self.pull).sum(1, keepdim=True)
-            gradient = self.pull - self.v * along
+            along_dot += (self.v_dot * self.force).sum(1, keepdim=True)
+            gradient = self.force - self.v * along
             product = product - self.v_dot * along - gradient * self.tau * self.inv_nu
         return ((product - self.v * along_dot) * (2.0 * self.inv_nu)).to(self.v.dtype)
 
 
-def _add(pull: Tensor, slope: Tensor, v: Tensor, tile: Tile) -> None:
-    """G_i += sum_j slope_ij v_j for the rows of a tile, and off the diagonal for its columns."""
-    rows_of(pull, tile).baddbmm_(slope, cols_of(v, tile))
+def _add_force(force: Tensor, slope: Tensor, v: Tensor, tile: Tile) -> None:
+    """Add sum_j slope_ij v_j to G_i: the rows of a tile and, off the diagonal, its columns."""
+    rows_of(force, tile).baddbmm_(slope, cols_of(v, tile))
     if not tile.diagonal:
-        cols_of(pull, tile).baddbmm_(slope.mT, rows_of(v, tile))
+        cols_of(force, tile).baddbmm_(slope.mT, rows_of(v, tile))
 
 
-def _angle(near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The angle and its derivatives in the cosine, 0 where no direction exists."""
-    sine = (near * far).sqrt() / 2.0
+def _angle(d2: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the angle and its derivatives in the cosine, 0 where no direction exists."""
+    sine = (d2 * far).sqrt() / 2.0
     directionless = sine == 0
     inverse = sine.masked_fill(directionless, torch.inf).reciprocal_()
-    second = (near - far) / 4.0 * inverse.pow(3)
-    return 2.0 * torch.atan2(near.sqrt(), far.sqrt()), -inverse, second
+    second = (d2 - far) / 4.0 * inverse.pow(3)
+    return 2.0 * torch.atan2(d2.sqrt(), far.sqrt()), -inverse, second
 
 
 def _phi(angle: bool, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Phi:
-    """phi of pairs with r^2 and 4 - r^2 = `a` in the one space, `b` in the other."""
+    """Compute phi of pairs whose (d2, 4 - d2) is `a` in the one space and `b` in the other."""
     if not angle:
         difference = (a[0] - b[0]) / 2.0  # of the cosines, b - a
         two = torch.full_like(difference, 2.0)
@@ -132,40 +121,40 @@ def _phi(angle: bool, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Phi
 
 
 def _tile(tile: Tile, spaces: Sequence[_Space], angle: bool) -> tuple[Phi, Tensor | None]:
-    """phi of a tile, and a mask of the pairs that have to be done exactly.
+    """Compute phi of a tile, and a mask of the pairs that are near in either space.
 
     phi and its first derivatives are 0 on the diagonal and in those pairs.
     """
-    nears = [space.near(tile) for space in spaces]
-    close = None
+    d2s = [space.d2(tile) for space in spaces]
+    near = None
     if angle:
-        bound = CLOSE[nears[0].dtype]
-        close = torch.zeros_like(nears[0], dtype=torch.bool)
-        for near in nears:
-            close |= (near < bound) | (near > 4.0 - bound)
-        for near in nears:
-            near.masked_fill_(close, 2.0)
-    a, b = ((near, 4.0 - near) for near in nears)
-    return _phi(angle, a, b), close
+        bound = NEAR[d2s[0].dtype]
+        near = torch.zeros_like(d2s[0], dtype=torch.bool)
+        for d2 in d2s:
+            near |= (d2 < bound) | (d2 > 4.0 - bound)
+        for d2 in d2s:
+            d2.masked_fill_(near, 2.0)
+    a, b = ((d2, 4.0 - d2) for d2 in d2s)
+    return _phi(angle, a, b), near
 
 
-def _close(
-    close: Tensor | None, tile: Tile, spaces: Sequence[_Space]
-) -> Iterator[tuple[Phi, list[ClosePairs]]]:
-    """The marked pairs, a chunk at a time, in both spaces."""
-    if close is None or not bool(close.any()):
+def _near(
+    near: Tensor | None, tile: Tile, spaces: Sequence[_Space]
+) -> Iterator[tuple[Phi, list[NearPairs]]]:
+    """Yield the near pairs of a tile in both spaces, in chunks, and phi of them."""
+    if near is None or not bool(near.any()):
         return
     if tile.diagonal:
-        close = close.triu(1)
-    for index in close_indices(close, tile, max(space.points.shape[1] for space in spaces)):
-        pairs = [close_pairs(space.points, *index, 0.0) for space in spaces]
-        yield _phi(True, *[(p.near, p.far) for p in pairs]), pairs
+        near = near.triu(1)
+    for index in near_indices(near, tile, max(space.points.shape[1] for space in spaces)):
+        pairs = [near_pairs(space.points, *index, 0.0) for space in spaces]
+        yield _phi(True, *[(p.d2, p.far) for p in pairs]), pairs
 
 
 def sweep(
     rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Sum of phi over the ordered pairs of each set, and its gradient in both arguments.
+    """Sum phi over the ordered pairs of each set, and compute its gradient in both arguments.
 
     Args:
         rows: [M, N, d], M sets of raw rows.
@@ -180,15 +169,15 @@ def sweep(
     spaces = [_Space(points, None, dtype) for points in (rows, projected)]
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     for tile in symmetric_tiles([rows.shape[1]] * rows.shape[0], block_of(rows)):
-        phi, close = _tile(tile, spaces, angle)
+        phi, near = _tile(tile, spaces, angle)
         total[tile.run.sets] += phi.value.sum((1, 2)).double() * (1.0 if tile.diagonal else 2.0)
         if rows_gradient:
-            _add(spaces[0].pull, phi.a, spaces[0].v, tile)
-        _add(spaces[1].pull, phi.b, spaces[1].v, tile)
-        for exact, pairs in _close(close, tile, spaces):
+            _add_force(spaces[0].force, phi.a, spaces[0].v, tile)
+        _add_force(spaces[1].force, phi.b, spaces[1].v, tile)
+        for exact, pairs in _near(near, tile, spaces):
             total.index_put_((pairs[0].set,), 2.0 * exact.value.squeeze(1), accumulate=True)
             for space, slope, pair in zip(spaces, (exact.a, exact.b), pairs, strict=True):
-                push_apart(space.pull, pair, slope * pair.apart)
+                push_apart(space.force, pair, slope * pair.apart)
     to_rows = spaces[0].gradient().view(rows.shape) if rows_gradient else None
     return total.to(dtype), to_rows, spaces[1].gradient().view(projected.shape)
 
@@ -200,9 +189,11 @@ def hessian_vector_product(
     projected_tangents: Tensor | None,
     angle: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Derivatives of both of `sweep`'s gradients along the tangents (None: zero), in closed form.
+    """Differentiate both gradients of `sweep` along tangents (None: zero), in closed form.
 
-    With a dot for them, G_i. = sum_j (phi_aa a. + phi_ab b.) v_j + phi_a v_j., and so for u.
+    With a dot for the derivative along the tangents,
+
+        G_i. = 2 sum_j (phi_aa a. + phi_ab b.) v_j + phi_a v_j.        likewise for u
     """
     dtype = torch.promote_types(torch.float32, torch.promote_types(rows.dtype, projected.dtype))
     spaces = [
@@ -210,19 +201,19 @@ def hessian_vector_product(
         for points, tangents in ((rows, rows_tangents), (projected, projected_tangents))
     ]
     for tile in symmetric_tiles([rows.shape[1]] * rows.shape[0], block_of(rows)):
-        phi, close = _tile(tile, spaces, angle)
+        phi, near = _tile(tile, spaces, angle)
         a_dot, b_dot = (space.cosine_dot(tile) for space in spaces)
         slope_dots = (phi.aa * a_dot + phi.ab * b_dot, phi.ab * a_dot + phi.bb * b_dot)
         for space, slope, slope_dot in zip(spaces, (phi.a, phi.b), slope_dots, strict=True):
             if tile.diagonal:
                 slope_dot.diagonal(dim1=1, dim2=2).zero_()
-            if close is not None:
-                slope_dot.masked_fill_(close, 0.0)
-            _add(space.pull, slope, space.v, tile)
-            _add(space.pull_dot, slope_dot, space.v, tile)
+            if near is not None:
+                slope_dot.masked_fill_(near, 0.0)
+            _add_force(space.force, slope, space.v, tile)
+            _add_force(space.force_dot, slope_dot, space.v, tile)
             if space.v_dot is not None:
-                _add(space.pull_dot, slope, space.v_dot, tile)
-        for exact, pairs in _close(close, tile, spaces):
+                _add_force(space.force_dot, slope, space.v_dot, tile)
+        for exact, pairs in _near(near, tile, spaces):
             aparts, dots = zip(
                 *[s.exact_dots(p) for s, p in zip(spaces, pairs, strict=True)], strict=True
             )
@@ -234,7 +225,7 @@ def hessian_vector_product(
             for space, pair, slope, slope_dot, apart_dot in zip(
                 spaces, pairs, slopes, slope_dots, aparts, strict=True
             ):
-                push_apart(space.pull, pair, slope * pair.apart)
-                push_apart(space.pull_dot, pair, slope_dot * pair.apart + slope * apart_dot)
+                push_apart(space.force, pair, slope * pair.apart)
+                push_apart(space.force_dot, pair, slope_dot * pair.apart + slope * apart_dot)
     products = [space.gradient_dot() for space in spaces]
     return products[0].view(rows.shape), products[1].view(projected.shape)
