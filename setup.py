@@ -160,6 +160,7 @@ setup(
         "comhe_ext.kernels.portable",
         "comhe_ext.operators",
         "comhe_ext.projections",
+        "comhe_ext.testing",
     ],
     package_dir=package_dir(),
     package_data={"comhe_ext": ["py.typed"]},

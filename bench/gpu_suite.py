@@ -38,13 +38,13 @@ from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import backend, plan
 from comhe_ext.kernels.pair_functions import Riesz
 from comhe_ext.kernels.sweep import Projected, SweepRequest
-from comhe_ext.models import neuron_shapes, resnet50
 from comhe_ext.testing import (
     exact_energy_and_gradient,
     paired_rows,
     random_rows,
     relative_error,
 )
+from comhe_ext.testing.architectures import neuron_shapes, resnet50
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

@@ -23,8 +23,8 @@ from bench.options import Options
 from bench.screen import Steps, make_table
 from bench.store import Table
 from bench.worker import Call, Job, load_result
-from comhe_ext.models import LlamaBlock, ViT, resnet50
 from comhe_ext.projections import ProjectionName
+from comhe_ext.testing.architectures import LlamaBlock, ViT, resnet50
 
 TABLE = Table(
     "model",

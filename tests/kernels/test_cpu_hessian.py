@@ -7,11 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comhe_ext import reference
 from comhe_ext.kernels.cpu import binding
 from comhe_ext.kernels.pair_functions import Gaussian, Riesz
 from comhe_ext.kernels.sweep import SweepRequest
-from comhe_ext.testing import collapsed_rows, paired_rows, random_rows, relative_error
+from comhe_ext.testing import (
+    collapsed_rows,
+    paired_rows,
+    random_rows,
+    reference,
+    relative_error,
+)
 
 pytestmark = [
     pytest.mark.skipif(binding.unavailable() is not None, reason=str(binding.unavailable())),

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comhe_ext import backends, reference
+from comhe_ext import backends
 from comhe_ext.kernels import portable
 from comhe_ext.kernels.cpu import binding
 from comhe_ext.kernels.pair_functions import PAIR_FUNCTIONS, Gaussian, Riesz
@@ -20,6 +20,7 @@ from comhe_ext.testing import (
     leech_minimal_vectors,
     paired_rows,
     random_rows,
+    reference,
     relative_error,
     riesz,
     sweep_columns,

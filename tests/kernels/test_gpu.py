@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import comhe_ext
-from comhe_ext.models import neuron_shapes, resnet50
 from comhe_ext.testing import (
     exact_energy_and_gradient,
     paired_rows,
@@ -18,6 +17,7 @@ from comhe_ext.testing import (
     sweep_of,
     sweep_projected,
 )
+from comhe_ext.testing.architectures import neuron_shapes, resnet50
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -15,7 +15,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from comhe_ext import reference
 from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import (
     backend,
@@ -33,6 +32,7 @@ from comhe_ext.testing import (
     options_of,
     paired_rows,
     random_rows,
+    reference,
     relative_error,
     riesz,
     sweep_of,

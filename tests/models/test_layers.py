@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from comhe_ext import CoMHE, reference
+from comhe_ext import CoMHE
 from comhe_ext.layers import find_layers, survey
+from comhe_ext.testing import reference
 
 
 def names(model, *args, **kwargs):

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from comhe_ext import CoMHE
-from comhe_ext.models import Llama, ViT, resnet50
 from comhe_ext.projections import RandomProjection
+from comhe_ext.testing.architectures import Llama, ViT, resnet50
 
 # torch's own tracer makes an instance of every autograd Function that it meets
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import comhe_ext
-from comhe_ext import CoMHE, reference
+from comhe_ext import CoMHE
 from comhe_ext.projections import (
     AdversarialProjection,
     AngleProjection,
@@ -17,7 +17,7 @@ from comhe_ext.projections import (
     Projection,
     RandomProjection,
 )
-from comhe_ext.testing import random_rows, relative_error
+from comhe_ext.testing import random_rows, reference, relative_error
 
 MODES = ("alternating", "unrolled")
 

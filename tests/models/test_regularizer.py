@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import comhe_ext
-from comhe_ext import CoMHE, bounds, reference
+from comhe_ext import CoMHE, bounds
 from comhe_ext.kernels.pair_functions import Riesz
 from comhe_ext.projections import RandomProjection
-from comhe_ext.testing import relative_error
+from comhe_ext.testing import reference, relative_error
 
 # torch's own tracer makes an instance of every autograd Function that it meets
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

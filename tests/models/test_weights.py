@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from comhe_ext import CoMHE, reference, weights
-from comhe_ext.testing import relative_error
+from comhe_ext import CoMHE, weights
+from comhe_ext.testing import reference, relative_error
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*weight_norm. is deprecated:FutureWarning",

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import comhe_ext
-from comhe_ext import reference
-from comhe_ext.testing import collapsed_rows, paired_rows, random_rows, relative_error
+from comhe_ext.testing import collapsed_rows, paired_rows, random_rows, reference, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

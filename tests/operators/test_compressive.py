@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import comhe_ext
-from comhe_ext import backends, reference
-from comhe_ext.testing import random_rows, relative_error
+from comhe_ext import backends
+from comhe_ext.testing import random_rows, reference, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import comhe_ext
-from comhe_ext import backends, reference
+from comhe_ext import backends
 from comhe_ext.testing import (
     collapsed_rows,
     exact_energy_and_gradient,
     options_of,
     paired_rows,
     random_rows,
+    reference,
     relative_error,
 )
 

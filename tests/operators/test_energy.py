@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import comhe_ext
-from comhe_ext import reference
 from comhe_ext.testing import (
     exact_energy_and_gradient,
     options_of,
     packed_energy,
     paired_rows,
     random_rows,
+    reference,
     relative_error,
 )
 

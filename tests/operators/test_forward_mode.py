@@ -8,11 +8,11 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import comhe_ext
-from comhe_ext import reference
 from comhe_ext.testing import (
     options_of,
     packed_energy,
     random_rows,
+    reference,
     relative_error,
 )
 

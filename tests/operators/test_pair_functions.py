@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import comhe_ext
-from comhe_ext import Gaussian, Riesz, backends, reference
+from comhe_ext import Gaussian, Riesz, backends
 from comhe_ext.kernels.pair_functions import PAIR_FUNCTIONS, PairFunction, pair_function
-from comhe_ext.testing import random_rows, relative_error
+from comhe_ext.testing import random_rows, reference, relative_error
 
 # torch's own, in its checks of forward mode
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")

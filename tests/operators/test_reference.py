@@ -6,11 +6,11 @@ import pytest
 import torch
 from scipy.special import beta, digamma, gamma
 
-from comhe_ext import reference
 from comhe_ext.testing import (
     exact_energy_and_gradient,
     paired_rows,
     random_rows,
+    reference,
     relative_error,
 )
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import comhe_ext
-from comhe_ext import reference
 from comhe_ext.testing import (
     options_of,
     packed_energy,
     paired_rows,
     random_rows,
+    reference,
     relative_error,
 )
 

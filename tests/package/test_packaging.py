@@ -69,7 +69,8 @@ def test_wheel_runs_under_any_python(wheel):
 PROGRAM = """
 import torch
 import comhe_ext
-from comhe_ext import backends, reference
+from comhe_ext import backends
+from comhe_ext.testing import reference
 
 print(comhe_ext.__file__)
 weight = torch.randn(100, 20, requires_grad=True)

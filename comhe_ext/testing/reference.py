@@ -142,3 +142,100 @@ def angle_preserving_loss(weight: Tensor, projection: Tensor, kind: str = "cosin
 
     sums = [2 * (compare(weight @ p.mT) - compare(weight)).square().sum() for p in projection]
     return torch.stack([_sqrt(x) for x in sums] if kind == "cosine" else sums).mean()
+
+
+# --- for large N ----------------------------------------------------------------------------------
+
+
+def exact_energy_and_gradient(
+    points: Tensor,
+    s: float = 2.0,
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    reduction: str = "mean",
+    eps: float = 0.0,
+    min_distance: float = 1e-3,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Energy [] of the rows of `points` [N, k] and its gradient [N, k] in float64, for large N.
+
+    The same numbers as `hyperspherical_energy`, a chunk of rows at a time: O(N chunk) memory.
+    Distances come from differences of rows, too, and the pair function's slope from autograd.
+    Summing with matrix products costs the gradient of a pair at t radians about 1e-16 / t, so the
+    nearest pairs, multiples of one row among them, are summed one by one.
+    """
+    p = points.detach().double().requires_grad_()
+    squared_norm = p.square().sum(1, keepdim=True) + eps
+    alive = squared_norm > 0
+    squared_norm = torch.where(alive, squared_norm, 1.0)
+    v = torch.where(alive, p / squared_norm.sqrt(), 0.0)
+    deficit = torch.where(alive, eps / squared_norm, 1.0)  # 1 - |v|^2
+
+    def pair_function(near: Tensor, far: Tensor) -> Tensor:
+        root = _sqrt(near)
+        distance = 2 * torch.atan2(root, _sqrt(far)) if angular else root
+        return _pair_function(distance, s, min_distance)
+
+    n = p.shape[0]
+    count = n * (2 * n - 1) if half_space else n * (n - 1) // 2
+    scale = 2.0 if reduction == "sum" else 1.0 / max(count, 1)
+    energy = torch.zeros((), dtype=torch.float64, device=p.device)
+    x, force, force_deficit = v.detach(), torch.zeros_like(v), torch.zeros_like(deficit)
+    length = (1.0 - deficit.detach()).sqrt()
+    sides = (1.0, -1.0) if half_space or angular else (1.0,)
+    chunk = chunk or max((1 << 20) // max(n, 1), 1)
+    for begin in range(0, n, chunk):
+        rows, cols = slice(begin, begin + chunk), slice(begin, n)
+        both = deficit.detach()[rows] + deficit.detach()[cols].mT
+        above = torch.ones_like(both, dtype=torch.bool).triu(1)
+        distances, nearest = [], []
+        for side in sides:
+            squared = _distance(x[rows], side * x[cols]).square()
+            i, j = ((squared > 0) & (squared < 1e-18) & above).nonzero(as_tuple=True)
+            apart = _difference(x[rows][i], side * x[cols][j], length[rows][i], length[cols][j])
+            squared[i, j] = apart.square().sum(1)
+            distances.append((squared + both).requires_grad_())
+            nearest.append((i, j, apart))
+        # a pair left out must not poison the derivatives of the others
+        inside, across = (torch.where(above, distances[k], 2.0) for k in (0, -1))
+        values = pair_function(inside, across)
+        if half_space:
+            values = 2 * (values + pair_function(across, inside))
+        part = torch.where(above, values, 0.0).sum()
+        energy += part.detach()
+        slopes = torch.autograd.grad(part, distances)
+        for side, slope, (i, j, apart) in zip(sides, slopes, nearest, strict=True):
+            force_deficit[rows] += slope.sum(1, keepdim=True)
+            force_deficit[cols] += slope.sum(0).unsqueeze(1)
+            # d |v_i - side v_j|^2 = 2 (v_i - side v_j) (dv_i - side dv_j)
+            push = 2 * slope[i, j].unsqueeze(1) * apart
+            force[rows].index_add_(0, i, push)
+            force[cols].index_add_(0, j, -side * push)
+            slope[i, j] = 0.0
+            row_sums, column_sums = slope.sum(1, keepdim=True), slope.sum(0).unsqueeze(1)
+            force[rows] += 2 * (row_sums * x[rows] - side * (slope @ x[cols]))
+            force[cols] += 2 * (column_sums * x[cols] - side * (slope.mT @ x[rows]))
+    outputs, forces = [v, deficit], [force, force_deficit]
+    if half_space:
+        antipodes = pair_function(4 - 2 * deficit, 2 * deficit).sum()
+        energy += antipodes.detach()
+        outputs, forces = [*outputs, antipodes], [*forces, torch.ones_like(antipodes)]
+    (gradient,) = torch.autograd.grad(outputs, p, forces)
+    return scale * energy, scale * gradient
+
+
+def _distance(left: Tensor, right: Tensor) -> Tensor:
+    """Distances by difference, without the cancellation of the matrix-product formula."""
+    return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """|actual - expected| / max(|expected|, floor) in float64; not divided where that is 0."""
+    expected = expected.detach().double()
+    difference = actual.detach().to(expected) - expected
+    scale = max(float(torch.linalg.vector_norm(expected)), floor)
+    return float(torch.linalg.vector_norm(difference)) / (scale or 1.0)
