@@ -7,22 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from comhe_ext.checks import check_count, check_projection, check_weight, quote
 from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.operators import angle_loss
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import DTYPES, compute_dtype
 from comhe_ext.operators.sweep import project
 from comhe_ext.packing import set_energies, stack_parts
-from comhe_ext.settings import (
-    BackendName,
-    Reduction,
-    check_count,
-    check_projection,
-    check_weight,
-    energy_settings,
-    pair_settings,
-    quote,
-)
+from comhe_ext.settings import BackendName, Reduction, energy_settings, pair_settings
 
 AngleKind = Literal["cosine", "angle"]
 

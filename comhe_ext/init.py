@@ -9,19 +9,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from comhe_ext.checks import check_count, check_number, check_tensor
 from comhe_ext.layers import NOWHERE_TO_TURN, Layer, survey
 from comhe_ext.operators.library import compute_dtype
 from comhe_ext.packing import Part, total_energy
 from comhe_ext.projections import random_projection
 from comhe_ext.selectors import Selector, Split
-from comhe_ext.settings import (
-    BackendName,
-    Settings,
-    check_count,
-    check_number,
-    check_tensor,
-    energy_settings,
-)
+from comhe_ext.settings import BackendName, Settings, energy_settings
 
 
 def minimum_energy_(

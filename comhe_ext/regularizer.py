@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from comhe_ext import bounds
+from comhe_ext.checks import check_count, check_factor
 from comhe_ext.gradients import accumulate
 from comhe_ext.layers import Layer, LeftOut
 from comhe_ext.packing import Part, add, set_energies, total_energy
@@ -16,13 +17,7 @@ from comhe_ext.projections.fixed import Views
 from comhe_ext.reports import Energies, LayerEnergy, RegularizedLayer, summary
 from comhe_ext.selection import Choice, Factors
 from comhe_ext.selectors import Selector, Split, as_patterns, as_selectors
-from comhe_ext.settings import (
-    BackendName,
-    Settings,
-    check_count,
-    check_factor,
-    energy_settings,
-)
+from comhe_ext.settings import BackendName, Settings, energy_settings
 from comhe_ext.steps import StepCounter, host_tensor, loaded, set_number, unseen_by_checkpoint
 
 

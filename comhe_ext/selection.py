@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from comhe_ext.checks import check_factor, quote
 from comhe_ext.layers import CONVOLUTIONS, Layer, LeftOut, Survey, survey
 from comhe_ext.output_layer import OutputLayer, find_output_layer
 from comhe_ext.selectors import Selector, Split, check_pattern
-from comhe_ext.settings import check_factor, quote
 
 # of the paper's output layer
 OUTPUT_WEIGHT = 10.0

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from comhe_ext.settings import quote
+from comhe_ext.checks import quote
 
 Selector: TypeAlias = str | type[nn.Module]
 # a number of equal parts, or the rows of each part

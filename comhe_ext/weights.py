@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from comhe_ext.settings import check_tensor
+from comhe_ext.checks import check_tensor
 
 
 def read(module: nn.Module, attribute: str) -> Tensor:

@@ -12,8 +12,9 @@ except ImportError as error:
     ) from error
 
 from comhe_ext import projections
+from comhe_ext.checks import check_count
 from comhe_ext.packing import Part, total_energy
-from comhe_ext.settings import BackendName, check_count, energy_settings
+from comhe_ext.settings import BackendName, energy_settings
 
 
 class EnergyRegularizer(BaseRegularizer):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from comhe_ext import backends
+from comhe_ext.checks import check_backend, check_reduction
 from comhe_ext.kernels import packed_sets, portable
 from comhe_ext.kernels.pair_functions import PairFunction, pair_function
 from comhe_ext.kernels.sweep import Projected, SweepRequest
@@ -79,10 +80,8 @@ class SweepOptions:
         """Refuse numbers and names out of range; the types are known to be right."""
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"`eps` must be finite and at least 0, got {self.eps}")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"`reduction` must be 'mean' or 'sum', got {self.reduction!r}")
-        if self.backend not in backends.BACKENDS:
-            raise ValueError(f"`backend` must be one of {backends.BACKENDS}, got {self.backend!r}")
+        check_reduction(self.reduction)
+        check_backend(self.backend)
         for factor in self.factors:
             if not -math.inf < factor < math.inf:
                 raise ValueError(f"`factors` must be finite, got {factor}")

@@ -14,6 +14,7 @@ first rank, asked for at the first training step, which all ranks make together.
 
 from typing import Literal, TypeAlias
 
+from comhe_ext.checks import quote
 from comhe_ext.projections.fixed import (
     GroupProjection,
     Projection,
@@ -21,7 +22,6 @@ from comhe_ext.projections.fixed import (
     random_projection,
 )
 from comhe_ext.projections.learned import AdversarialProjection, AngleProjection
-from comhe_ext.settings import quote
 
 __all__ = [
     "AdversarialProjection",

@@ -8,10 +8,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Generator, Tensor, nn
 
+from comhe_ext.checks import check_count, check_tensor, quote
 from comhe_ext.layers import Layer
 from comhe_ext.operators.library import LIBRARY, define
 from comhe_ext.packing import stack_parts
-from comhe_ext.settings import Settings, check_count, check_tensor, quote
+from comhe_ext.settings import Settings
 from comhe_ext.steps import host_tensor, loaded, set_number
 
 

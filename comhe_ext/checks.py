@@ -1,0 +1,115 @@
+"""The checks of arguments: each refuses what a user got wrong before any kernel runs.
+
+TypeError for kinds, ValueError for shapes and ranges. What is a number or a flag comes back as
+Python's own, where NumPy's is taken, too.
+"""
+
+import math
+import operator
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from comhe_ext.backends import BACKENDS
+from comhe_ext.operators.library import DTYPES
+
+
+def quote(value: object) -> str:
+    """A wrong value as it was given if that is short, else its type: a tensor fills pages."""
+    short = value is None or isinstance(value, (str, type, int, float))
+    return repr(value) if short else type(value).__name__
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuse all but the reductions of `PairFunction.scale`."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"`reduction` must be 'mean' or 'sum', got {quote(reduction)}")
+
+
+def check_backend(name: str) -> None:
+    """Refuse what is no backend's name; whether it works here, `backends.choose` finds out."""
+    if name not in BACKENDS:
+        raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {quote(name)}")
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"`{name}` must be a plain tensor, got a DTensor, of which each rank holds a part: "
+            f"pass {name}.full_tensor()"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise TypeError(f"`{name}` must be a dense tensor, got layout {tensor.layout}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"`{name}` must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+        )
+
+
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Sets of rows, one or a batch of them."""
+    check_tensor(name, weight)
+    if weight.dim() not in (2, 3):
+        raise ValueError(f"`{name}` must be 2-D or 3-D, got shape {tuple(weight.shape)}")
+    if weight.shape[-1] == 0:
+        raise ValueError(f"`{name}` must have at least one column, got shape {tuple(weight.shape)}")
+
+
+def check_projection(weight: Tensor, projection: Tensor) -> None:
+    check_tensor("projection", projection)
+    if projection.dim() != 3:
+        raise ValueError(f"`projection` must be 3-D [C, k, d], got shape {tuple(projection.shape)}")
+    count, dim, features = projection.shape
+    if count == 0 or dim == 0:
+        raise ValueError(
+            "`projection` must hold at least one matrix of at least one row, "
+            f"got shape {tuple(projection.shape)}"
+        )
+    if features != weight.shape[-1]:
+        raise ValueError(
+            f"`projection` must have as many columns as `weight`, got {features} and "
+            f"{weight.shape[-1]}"
+        )
+    if projection.device != weight.device:
+        raise ValueError(
+            f"`projection` must be on the device of `weight`, got {projection.device} and "
+            f"{weight.device}"
+        )
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """A whole number of at least `least` (symbolic under torch.compile), NumPy's too."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
+        raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}")
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
+
+
+def check_number(name: str, value: float) -> float:
+    """A real number, NumPy's too; a tensor is none, for no gradient would reach it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """True or False, NumPy's too, which are known by name: NumPy may not be there."""
+    kind = type(value)
+    if kind is not bool and (kind.__module__, kind.__name__) not in _NUMPY_BOOLS:
+        raise TypeError(f"`{name}` must be a bool, got {kind.__name__}")
+    return bool(value)
+
+
+_NUMPY_BOOLS = (("numpy", "bool"), ("numpy", "bool_"))
+
+
+def check_factor(name: str, value: float) -> float:
+    """A finite number of at least 0."""
+    value = check_number(name, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be finite and at least 0, got {value}")
+    return value
