@@ -58,7 +58,7 @@ def _mean_of_random_pairs(d: int, pair: PairFunction) -> float:
     s = pair.s
     if pair.min_distance == 0 and s >= d - 1:
         return math.inf
-    if pair.angular or pair.min_distance > 0:
+    if pair.min_distance > 0 or not pair.convex_in_cosine:
         return _mean_over_angles(d, pair)
     a = (d - 1) / 2
     if s == 0:
@@ -109,9 +109,10 @@ def lowest_energy(
 
     def of_lengths(total: Tensor) -> Tensor:
         """A bound of the sum where those of rho are `total`: sum c^2 >= total^2/d - sum rho^2."""
-        mean = total / n
-        distance = math.pi / 2 * (1 + mean) if pair.angular else (2 + 2 * mean).sqrt()
-        antipodes = n * single.at_distance(distance)[0]
+        mean = (total / n).clamp(max=1)
+        # the angle between a row and its antipode, or a line above it where f is not convex in c
+        angle = (-mean).acos() if pair.convex_in_cosine else math.pi / 2 * (1 + mean)
+        antipodes = n * single.at_distance(single.distance_of_angle(angle))[0]
         if n == 1:
             return antipodes
         squares = (total.square() / d - total) / (n * (n - 1))
@@ -150,7 +151,7 @@ def _lowest_of_full_space(n: int, pair: PairFunction) -> float:
     """The bound of F's mean over the pairs of `n` rows."""
     c = -1.0 / (n - 1)
     value, slope, curve = (float(x) for x in pair.one_sided(_number(2 - 2 * c), _number(2 + 2 * c)))
-    if not pair.angular:
+    if pair.convex_in_cosine:
         return value
     # the line that touches F at c supports it if F is convex from c on, as it is if it is there
     # and the tangent line ends where c is positive, and if F(-1) is above the line, too
@@ -177,8 +178,7 @@ def _has_supporting_line(squares: float, folded: PairFunction) -> bool:
     bound = folded.min_distance
     if bound == 0 or squares == 0:
         return True
-    half = bound / 2
-    near = 4 * math.sin(half) ** 2 if folded.angular else bound**2
+    near = 4 * math.sin(folded.angle_of_distance(bound) / 2) ** 2
     b, c = 1 - near / 2, math.sqrt(squares)
     if not c < b:
         return False
@@ -203,7 +203,7 @@ def _mean_over_angles(d: int, pair: PairFunction) -> float:
     Once below and once above the angle where the tangent line takes over, for f has a kink there.
     """
     bound = pair.min_distance
-    kink = bound if pair.angular else 2 * math.asin(bound / 2)
+    kink = pair.angle_of_distance(bound)
     u = torch.linspace(-6.0, 6.0, 2001, dtype=torch.float64, device="cpu")
     # the distances of the nodes from both ends, each exact where it is small
     x = 1 / (1 + torch.exp(-math.pi * torch.sinh(u)))
@@ -216,7 +216,7 @@ def _mean_over_angles(d: int, pair: PairFunction) -> float:
         # in logarithms: at the ends the density may vanish faster than a float, and f explode
         log_density = math.log(end - begin) + log_weight
         log_density += (d - 2) * torch.minimum(theta, rest).sin().log()
-        t = theta if pair.angular else 2 * (theta / 2).sin()
+        t = pair.distance_of_angle(theta)
         if isinstance(pair, Riesz):
             reach = t.clamp(min=bound)
             beyond = 1 - t / reach  # how far along the tangent line

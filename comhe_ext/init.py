@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -15,9 +15,13 @@ from comhe_ext.operators.library import compute_dtype
 from comhe_ext.packing import Part, total_energy
 from comhe_ext.projections import random_projection
 from comhe_ext.selectors import Selector, Split
-from comhe_ext.settings import BackendName, Settings, energy_settings
+from comhe_ext.settings import EnergyOptions, Settings, lists_energy_options, mean_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@lists_energy_options
 def minimum_energy_(
     weight: Tensor,
     *,
@@ -25,7 +29,6 @@ def minimum_energy_(
     dim: int = 40,
     s: float = 2.0,
     half_space: bool = True,
-    angular: bool = False,
     steps: int = 1000,
     lr: float = 0.5,
     momentum: float = 0.9,
@@ -33,7 +36,7 @@ def minimum_energy_(
     tolerance: float = 1e-3,
     generator: Generator | None = None,
     progress: bool | str = False,
-    backend: BackendName | None = None,
+    **options: "Unpack[EnergyOptions]",
 ) -> Tensor:
     """Turn the rows of `weight` in place to directions of low hyperspherical energy.
 
@@ -54,7 +57,7 @@ def minimum_energy_(
             as they are, with a warning.
         num_projections: C, matrices drawn each step.
         dim: k, the dimension projected to.
-        s, half_space, angular, backend: see `comhe_ext.hyperspherical_energy`.
+        s, half_space: see `comhe_ext.hyperspherical_energy`.
         steps: at most.
         lr: of the first step; it falls to 0 as half a cosine.
         momentum: of SGD.
@@ -62,6 +65,7 @@ def minimum_energy_(
             `tolerance` of what has been won so far; tolerance 0 does all steps.
         generator: source of the projections, on the device of `weight`.
         progress: show a bar, under this title; needs the package tqdm.
+        options: all other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
     Returns:
         `weight`.
@@ -86,7 +90,7 @@ def minimum_energy_(
             "`weight` must not be expanded, got elements that share a place in memory: "
             "pass weight.clone()"
         )
-    settings = energy_settings(s, half_space, angular, backend=backend)
+    settings = mean_settings(s, half_space, options)
     settings.options([weight])
     for argument, count in (
         ("num_projections", num_projections),

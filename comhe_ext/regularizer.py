@@ -17,8 +17,11 @@ from comhe_ext.projections.fixed import Views
 from comhe_ext.reports import Energies, LayerEnergy, RegularizedLayer, summary
 from comhe_ext.selection import Choice, Factors
 from comhe_ext.selectors import Selector, Split, as_patterns, as_selectors
-from comhe_ext.settings import BackendName, Settings, energy_settings
+from comhe_ext.settings import EnergyOptions, Settings, lists_energy_options, mean_settings
 from comhe_ext.steps import StepCounter, host_tensor, loaded, set_number, unseen_by_checkpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class CoMHE(nn.Module):
@@ -50,7 +53,7 @@ class CoMHE(nn.Module):
             weight that several layers share counts once; frozen weights are left out.
         projection: "random", "angle-preserving", "adversarial" or "group" with the defaults of the
             authors' code, a `comhe_ext.projections.Projection`, or None for plain MHE.
-        s, angular, eps, min_distance, backend: see `comhe_ext.hyperspherical_energy`.
+        s: exponent of the energy, see `comhe_ext.hyperspherical_energy`.
         half_space: whether layers other than the output layer use the half-space energy; the
             output layer never does, for a class is not its opposite.
         include: a module type or glob pattern of names, or several; a layer is taken if one of them
@@ -77,6 +80,7 @@ class CoMHE(nn.Module):
             0 at the others.
         warm_up: steps over which the factor rises linearly to its full value.
         auto_step: False leaves the counting of steps to calls of `step`.
+        options: all other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
     Raises:
         TypeError: `model` is not a module, a weight that learns is not a dense floating-point
@@ -94,6 +98,7 @@ class CoMHE(nn.Module):
     Source: Lin et al. (2020), RP-CoMHE, AP-CoMHE; Liu et al. (2018), HS-MHE.
     """
 
+    @lists_energy_options
     def __init__(
         self,
         model: nn.Module,
@@ -101,9 +106,6 @@ class CoMHE(nn.Module):
         *,
         s: float = 2.0,
         half_space: bool = True,
-        angular: bool = False,
-        eps: float = 0.0,
-        min_distance: float = 1e-3,
         include: Selector | Iterable[Selector] | None = None,
         exclude: Selector | Iterable[Selector] = (),
         split: Mapping[str, Split] | None = None,
@@ -115,7 +117,7 @@ class CoMHE(nn.Module):
         every: int = 1,
         warm_up: int = 0,
         auto_step: bool = True,
-        backend: BackendName | None = None,
+        **options: "Unpack[EnergyOptions]",
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -138,7 +140,7 @@ class CoMHE(nn.Module):
         if not isinstance(auto_step, bool):
             raise TypeError(f"`auto_step` must be a bool, got {type(auto_step).__name__}")
         self.auto_step = auto_step
-        self._settings = energy_settings(s, half_space, angular, "mean", eps, min_distance, backend)
+        self._settings = mean_settings(s, half_space, options)
         # as the output layer has it: never in half space
         self._full_space = self._settings.in_full_space()
         # an option that is out of range is refused here, not at the first step

@@ -1,9 +1,10 @@
 """From the keywords of an energy, checked, to the options that the operators take."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from comhe_ext.operators.sweep import SweepOptions
 
 Reduction = Literal["mean", "sum"]
 BackendName = Literal["triton", "cpu", "torch"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,52 @@ def _checked(
         angular=check_flag("angular", angular),
     )
     return pair_settings(pair, reduction, eps, backend)
+
+
+class EnergyOptions(TypedDict, total=False):
+    """Those keywords of an energy that what is built on energies hands on without naming them.
+
+    They mean what they mean to `comhe_ext.hyperspherical_energy`. A keyword that is new there is
+    added here, and in `energy_settings`.
+    """
+
+    angular: bool
+    eps: float
+    min_distance: float
+    backend: BackendName | None
+
+
+def mean_settings(s: float, half_space: bool, options: EnergyOptions) -> Settings:
+    """Check the keywords of a mean energy, some of them handed on as `options`."""
+    for name in options:
+        if name not in EnergyOptions.__annotations__:
+            raise TypeError(f"got an unexpected keyword argument {name!r}")
+    return energy_settings(s, half_space, **options)
+
+
+def take_energy_options(keywords: dict[str, Any]) -> EnergyOptions:
+    """Take the `EnergyOptions` out of keywords that hold others, too."""
+    names = EnergyOptions.__annotations__.keys() & keywords.keys()
+    return cast(EnergyOptions, {name: keywords.pop(name) for name in names})
+
+
+def lists_energy_options(function: F) -> F:
+    """Name the `EnergyOptions` in the signature of a function that takes them as keywords.
+
+    So `help` and `inspect.signature` show them; type checkers read `Unpack[EnergyOptions]`.
+    """
+    signature = inspect.signature(function)
+    *named, rest = signature.parameters.values()
+    options = inspect.signature(energy_settings).parameters
+    listed = [
+        options[name].replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+        for name, annotation in EnergyOptions.__annotations__.items()
+    ]
+    # `rest`, the keywords by which they come, may hold others, too
+    others = [rest] if rest.name != "options" else []
+    signature = signature.replace(parameters=[*named, *listed, *others])
+    setattr(function, "__signature__", signature)  # noqa: B010 (mypy knows no such attribute)
+    return function
 
 
 def pair_settings(pair: PairFunction, reduction: str, eps: float, backend: str | None) -> Settings:

@@ -102,6 +102,19 @@ class PairFunction:
         """Whether cosines near -1 need the same care as those near 1."""
         return self.half_space or self.angular
 
+    @property
+    def convex_in_cosine(self) -> bool:
+        """Whether f is convex in c; by angle it is not, as it falls ever faster towards c = -1."""
+        return not self.angular
+
+    def distance_of_angle(self, theta: Tensor) -> Tensor:
+        """Convert angles in radians to the distance that f is a function of."""
+        return theta if self.angular else 2.0 * (theta / 2.0).sin()
+
+    def angle_of_distance(self, t: float) -> float:
+        """Convert a distance, as `min_distance`, to the angle in radians."""
+        return t if self.angular else 2.0 * math.asin(t / 2.0)
+
     def at_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """f, f' and f'' at any distance `t` >= 0, the tangent included."""
         if self.min_distance <= 0:

@@ -14,7 +14,7 @@ except ImportError as error:
 from comhe_ext import projections
 from comhe_ext.checks import check_count
 from comhe_ext.packing import Part, total_energy
-from comhe_ext.settings import BackendName, energy_settings
+from comhe_ext.settings import lists_energy_options, mean_settings, take_energy_options
 
 
 class EnergyRegularizer(BaseRegularizer):
@@ -25,32 +25,31 @@ class EnergyRegularizer(BaseRegularizer):
         hyperspherical_energy(weight, s)    # or compressive_energy under fresh projections
 
     Args:
-        s, half_space, angular, eps, min_distance, backend: see `comhe_ext.hyperspherical_energy`.
+        s, half_space: see `comhe_ext.hyperspherical_energy`.
         num_projections: C, matrices drawn at each call; 0 takes the weights as they are, as the
             paper does with classes.
         dim: k, the dimension projected to.
-        others: of pytorch-metric-learning's own base class.
+        others: all other keywords of `comhe_ext.hyperspherical_energy` but `reduction`, and those
+            of pytorch-metric-learning's own base class.
 
     Source: Liu et al. (2018), where it makes SphereFace+ out of SphereFace.
     """
 
+    @lists_energy_options
     def __init__(
         self,
         s: float = 2.0,
         *,
         half_space: bool = False,
-        angular: bool = False,
-        eps: float = 0.0,
-        min_distance: float = 1e-3,
         num_projections: int = 0,
         dim: int = 40,
-        backend: BackendName | None = None,
         **others: Any,
     ) -> None:
+        options = take_energy_options(others)
         super().__init__(**others)
         self.num_projections = check_count("num_projections", num_projections, least=0)
         self.dim = check_count("dim", dim)
-        self.settings = energy_settings(s, half_space, angular, "mean", eps, min_distance, backend)
+        self.settings = mean_settings(s, half_space, options)
 
     def compute_loss(self, weights: Tensor) -> dict[str, dict[str, Any]]:
         """The energy, in the form that the library's reducers take."""
