@@ -22,7 +22,7 @@ from rich.table import Table
 from scipy import stats
 
 import comhe_ext
-from bench import compare, machine, plots, readme, sweep
+from bench import compare, drawing, machine, plots, readme, sweep
 from bench.contest import Rules
 from bench.digits import (
     BATCH,
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace, threads: int, console: Console) -> None:
     console.rule("3. Files", align="left")
     rows = [row for found in costs.values() for row in found]
     setting = compare.setting_of(rows[0])
-    written = plots.save(
+    written = drawing.save(
         args.out,
         {
             "energy": lambda theme: plots.energies_plot(theme, runs, layers),
