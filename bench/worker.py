@@ -4,6 +4,7 @@ What runs out of memory or time takes its own process with it and nothing else; 
 does so across processes, one at work and the others asleep.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -180,10 +181,9 @@ def _resident_bytes(device: str, reset: bool) -> int:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     if reset:
-        try:
+        # where that is not allowed, what was held at an earlier time hides what is smaller
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass  # then what was held at an earlier time hides what is smaller
     if (status := Path("/proc/self/status")).exists():
         return int(re.findall(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -50,7 +50,7 @@ def random_energy(n: int, d: int, pair: PairFunction) -> float:
 
 
 def _mean_of_random_pairs(d: int, pair: PairFunction) -> float:
-    """Expected value of f between two random directions."""
+    """Compute the expected f of two random directions."""
     if d == 1:
         return (_value(pair, 1.0) + _value(pair, -1.0)) / 2
     if not isinstance(pair, Riesz):
@@ -101,14 +101,14 @@ def lowest_energy(
     convex = _has_supporting_line(welch, folded)
 
     def of_squares(squares: Tensor) -> Tensor:
-        """A bound of the mean of F(c) + F(-c) where the mean of c^2 is at least `squares`."""
+        """Bound the mean of f(c) + f(-c) where the mean of c^2 is at least `squares`."""
         if not convex:
             return orthogonal.expand_as(squares)
         c = squares.clamp(min=0).sqrt()
         return folded.of_cosine(2 - 2 * c, 2 + 2 * c)[0]
 
     def of_lengths(total: Tensor) -> Tensor:
-        """A bound of the sum where those of rho are `total`: sum c^2 >= total^2/d - sum rho^2."""
+        """Bound the sum where all rho add up to `total`: sum c^2 >= total^2/d - sum rho^2."""
         mean = (total / n).clamp(max=1)
         # the angle between a row and its antipode, or a line above it where f is not convex in c
         angle = (-mean).acos() if pair.convex_in_cosine else math.pi / 2 * (1 + mean)
@@ -119,7 +119,7 @@ def lowest_energy(
         return n * (n - 1) * of_squares(squares) + antipodes
 
     def of_live_rows(live: Tensor) -> Tensor:
-        """A bound of the sum where so many rows are unit vectors and the others are dead."""
+        """Bound the sum where `live` rows are unit vectors and the others are dead."""
         pairs = live * (live - 1)
         squares = (live - d) / (d * (live - 1).clamp(min=1))
         # one live row has no pair, and in one dimension an infinite bound of it
@@ -143,12 +143,12 @@ def _number(x: float) -> Tensor:
 
 
 def _value(pair: PairFunction, c: float) -> float:
-    """F at the cosine c."""
+    """Compute f at the cosine c."""
     return float(pair.one_sided(_number(2 - 2 * c), _number(2 + 2 * c))[0])
 
 
 def _lowest_of_full_space(n: int, pair: PairFunction) -> float:
-    """The bound of F's mean over the pairs of `n` rows."""
+    """Bound the mean of f over the pairs of `n` rows from below."""
     c = -1.0 / (n - 1)
     value, slope, curve = (float(x) for x in pair.one_sided(_number(2 - 2 * c), _number(2 + 2 * c)))
     if pair.convex_in_cosine:
@@ -169,7 +169,7 @@ def _lowest_of_full_space(n: int, pair: PairFunction) -> float:
 
 
 def _has_supporting_line(squares: float, folded: PairFunction) -> bool:
-    """Whether F(c) + F(-c), as a function of c^2, lies above its tangent at c^2 = `squares`.
+    """Tell whether f(c) + f(-c), as a function of c^2, lies above its tangent at `squares`.
 
     Its power series has no negative coefficients, so it does up to where the tangent line of the
     pair function takes over, at the cosine b. Beyond, c times its derivative grows with c, so it
@@ -188,7 +188,7 @@ def _has_supporting_line(squares: float, folded: PairFunction) -> bool:
 
 
 def _least_on_interval(function: Callable[[Tensor], Tensor], low: float, high: float) -> float:
-    """The minimum of a convex function, by ever finer grids."""
+    """Find the minimum of a convex function on an interval, by ever finer grids."""
     for _ in range(5):
         grid = torch.linspace(low, high, 1001, dtype=torch.float64, device="cpu")
         values = function(grid)
@@ -198,7 +198,7 @@ def _least_on_interval(function: Callable[[Tensor], Tensor], low: float, high: f
 
 
 def _mean_over_angles(d: int, pair: PairFunction) -> float:
-    """Mean of the pair function of random directions, by the tanh-sinh rule: 0 may be singular.
+    """Average f over random directions by the tanh-sinh rule, which allows a singularity at 0.
 
     Once below and once above the angle where the tangent line takes over, for f has a kink there.
     """

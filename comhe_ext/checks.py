@@ -16,24 +16,25 @@ from comhe_ext.operators.library import DTYPES
 
 
 def quote(value: object) -> str:
-    """A wrong value as it was given if that is short, else its type: a tensor fills pages."""
+    """Show a wrong value as it was given if that is short, else its type: a tensor fills pages."""
     short = value is None or isinstance(value, (str, type, int, float))
     return repr(value) if short else type(value).__name__
 
 
 def check_reduction(reduction: str) -> None:
-    """Refuse all but the reductions of `PairFunction.scale`."""
+    """Refuse any reduction that `PairFunction.scale` does not know."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"`reduction` must be 'mean' or 'sum', got {quote(reduction)}")
 
 
 def check_backend(name: str) -> None:
-    """Refuse what is no backend's name; whether it works here, `backends.choose` finds out."""
+    """Refuse what is not the name of a backend; `backends.choose` finds out if it works here."""
     if name not in BACKENDS:
         raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {quote(name)}")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse what is not a dense floating-point tensor that lies in one place."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):
@@ -50,7 +51,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_weight(weight: Tensor, name: str = "weight") -> None:
-    """Sets of rows, one or a batch of them."""
+    """Refuse what is not a set of rows [N, d] or a batch of sets [B, N, d]."""
     check_tensor(name, weight)
     if weight.dim() not in (2, 3):
         raise ValueError(f"`{name}` must be 2-D or 3-D, got shape {tuple(weight.shape)}")
@@ -59,6 +60,7 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
 
 
 def check_projection(weight: Tensor, projection: Tensor) -> None:
+    """Refuse what is not a stack of matrices [C, k, d] that can project `weight`."""
     check_tensor("projection", projection)
     if projection.dim() != 3:
         raise ValueError(f"`projection` must be 3-D [C, k, d], got shape {tuple(projection.shape)}")
@@ -81,7 +83,7 @@ def check_projection(weight: Tensor, projection: Tensor) -> None:
 
 
 def check_count(name: str, value: int, least: int = 1) -> int:
-    """A whole number of at least `least` (symbolic under torch.compile), NumPy's too."""
+    """Return a whole number of at least `least`, NumPy's too; symbolic under torch.compile."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise TypeError(f"`{name}` must be an int, got {type(value).__name__}")
     if value < least:
@@ -90,14 +92,14 @@ def check_count(name: str, value: int, least: int = 1) -> int:
 
 
 def check_number(name: str, value: float) -> float:
-    """A real number, NumPy's too; a tensor is none, for no gradient would reach it."""
+    """Return a real number, NumPy's too. A tensor is refused, as no gradient would reach it."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}")
     return float(value)
 
 
 def check_flag(name: str, value: bool) -> bool:
-    """True or False, NumPy's too, which are known by name: NumPy may not be there."""
+    """Return True or False, NumPy's too, known by their names: NumPy may not be installed."""
     kind = type(value)
     if kind is not bool and (kind.__module__, kind.__name__) not in _NUMPY_BOOLS:
         raise TypeError(f"`{name}` must be a bool, got {kind.__name__}")
@@ -108,7 +110,7 @@ _NUMPY_BOOLS = (("numpy", "bool"), ("numpy", "bool_"))
 
 
 def check_factor(name: str, value: float) -> float:
-    """A finite number of at least 0."""
+    """Return a finite number of at least 0."""
     value = check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"`{name}` must be finite and at least 0, got {value}")

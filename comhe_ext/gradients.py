@@ -26,7 +26,7 @@ def accumulate(output: Tensor, factor: Tensor) -> None:
 
 
 def _leaves(output: Tensor) -> list[Tensor]:
-    """The leaves that a backward from `output` reaches."""
+    """Find the leaves that a backward from `output` reaches."""
     leaves: list[Tensor] = []
     stack, seen = [output.grad_fn], set()
     while stack:

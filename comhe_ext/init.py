@@ -204,7 +204,7 @@ def minimum_energy_model_(
 
 @torch.no_grad()
 def _assign_all(layers: Sequence[Layer], rows: Sequence[Tensor]) -> None:
-    """Give each layer its rows, or none of them theirs."""
+    """Write the rows of every layer, or, if one fails, of none."""
     parameters = {p for layer in layers for p in layer.module.parameters()}
     before = [(parameter, parameter.clone()) for parameter in parameters]
     try:
@@ -234,7 +234,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
 
 
 class _Plateau:
-    """Tells when a window of steps wins too little of what has been won since the first one."""
+    """Tells when a window of steps lowers the energy by too little of what was won before."""
 
     def __init__(self, patience: int, tolerance: float) -> None:
         self.patience, self.tolerance = patience, tolerance
@@ -242,6 +242,7 @@ class _Plateau:
         self.means: list[float] = []
 
     def reached(self, energy: Tensor) -> bool:
+        """Add the energy of a step, and tell whether the last window won too little."""
         self.window.append(energy)
         if len(self.window) < self.patience:
             return False
@@ -255,7 +256,7 @@ class _Plateau:
 
 
 def _normalize_(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit rows in place, zero ones as they are; returns two factors of their lengths.
+    """Normalize rows in place, except zero ones, and return two factors of their lengths.
 
     The largest entry is divided out first: the squares of what is left neither overflow nor vanish.
     """
@@ -278,7 +279,7 @@ def _energy_and_gradient(
 
 @contextmanager
 def _bar(steps: int, progress: bool | str) -> Iterator[Callable[[], object]]:
-    """What to call after each step."""
+    """Show a progress bar, and yield what advances it by a step."""
     if not progress:
         yield lambda: None
         return

@@ -24,7 +24,7 @@ ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight, or some rows of one, whose rows are neurons that meet each other."""
+    """A weight, or some rows of one, whose rows are neurons with a common energy."""
 
     name: str
     module: nn.Module
@@ -43,7 +43,7 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """What the next forward of the module would use; see `comhe_ext.weights`."""
+        """The weight that the next forward of the module would use; see `comhe_ext.weights`."""
         return weights.read(self.module, self.attribute)
 
     @property
@@ -55,11 +55,11 @@ class Layer:
         return weights.sources(self.module, self.attribute)[0].device
 
     def learns(self) -> bool:
-        """Whether a gradient of the weight goes anywhere, in any grad mode."""
+        """Tell whether the weight is trained, whatever the grad mode is now."""
         return weights.learns(self.module, self.attribute)
 
     def check(self, weight: Tensor) -> None:
-        """Raise if the weight cannot be taken, or is of another shape than when it was found."""
+        """Raise if the weight cannot be taken, or has another shape than when it was found."""
         reason = weights.refusal(weight)
         if reason is not None:
             raise weights.error_of(reason)(f"layer {self.name!r}: {reason}")
@@ -70,7 +70,7 @@ class Layer:
             )
 
     def rows(self, weight: Tensor | None = None) -> Tensor:
-        """The neurons, one set a convolution group: [groups, N, d]; of `weight` if it is given."""
+        """View the neurons as [groups, N, d], a set for each group of a convolution."""
         rows = self._all_rows(self.weight if weight is None else weight)
         if self.padding is None:
             return rows
@@ -82,7 +82,7 @@ class Layer:
         return torch.cat([before, after], 1)
 
     def _all_rows(self, weight: Tensor) -> Tensor:
-        """The neurons, and the padding of an embedding."""
+        """View the neurons, and the padding row of an embedding."""
         if isinstance(self.module, TRANSPOSED):
             # [in, out / groups, ...]: the neurons are the columns of each group
             return weight.unflatten(0, (self.module.groups, -1)).transpose(1, 2).flatten(2)
@@ -97,7 +97,7 @@ class Layer:
 
     @torch.no_grad()
     def assign(self, rows: Tensor) -> None:
-        """Make `rows` [groups, N, d] the neurons."""
+        """Write `rows` [groups, N, d] into the weight as its neurons."""
         weight = self.weight.detach().clone()
         every = self._all_rows(weight)
         if self.padding is not None:
@@ -112,12 +112,12 @@ class Layer:
         weights.write(self.module, self.attribute, weight)
 
     def _neurons(self, count: int) -> list[int]:
-        """Which of `count` rows are neurons."""
+        """List which of `count` rows are neurons."""
         padding = -1 if self.padding is None else self.padding - self.first
         return [i for i in range(count) if i != padding]
 
     def matches(self, pattern: str) -> bool:
-        """Whether a glob pattern fits the name of the layer, or of what it is a part of."""
+        """Tell whether a glob pattern fits the name of the layer, or of what it is a part of."""
         return fnmatchcase(self.name, pattern) or fnmatchcase(self.name.rpartition(".")[0], pattern)
 
 
@@ -154,7 +154,7 @@ def find_layers(
     split: Mapping[str, Split] | None = None,
     transpose: str | Iterable[str] = (),
 ) -> list[Layer]:
-    """Layers of two neurons or more, in the order of registration; see `survey`."""
+    """Find the layers of two neurons or more, in the order of registration; see `survey`."""
     return survey(model, include, exclude, split, transpose).layers
 
 
@@ -165,7 +165,7 @@ def survey(
     split: Mapping[str, Split] | None = None,
     transpose: str | Iterable[str] = (),
 ) -> Survey:
-    """Find the layers of two neurons or more, in the order of registration; every weight once.
+    """Find the layers of two neurons or more, in the order of registration, each weight once.
 
     Args:
         model: where to look.
@@ -251,7 +251,7 @@ def survey(
 
 
 def _check_types(selectors: Sequence[Selector], candidates: Sequence[_Candidate]) -> None:
-    """Raise for a type of which nothing is known to be a neuron."""
+    """Raise for a type of module whose neurons are unknown."""
     for selector in selectors:
         if isinstance(selector, str) or any(isinstance(x.module, selector) for x in candidates):
             continue
@@ -276,7 +276,7 @@ def _check_pattern(
 
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
-    """The modules of supported types, then the bare parameters."""
+    """Yield the modules of supported types, then the bare parameters."""
     owned: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, SUPPORTED_TYPES) or has_columns(module):
@@ -293,7 +293,7 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
 
 
 def _unsupported(model: nn.Module, candidates: Sequence[_Candidate]) -> Iterator[tuple[str, str]]:
-    """(name, what it is) of modules of other types that hold weights."""
+    """Yield (name, what it is) of modules of other types that hold weights."""
     holders = {id(candidate.module) for candidate in candidates if candidate.bare}
     for name, module in model.named_modules():
         kind = type(module)
@@ -306,7 +306,7 @@ def _unsupported(model: nn.Module, candidates: Sequence[_Candidate]) -> Iterator
 
 
 def _fits(candidate: _Candidate, selectors: Sequence[Selector], tied: bool) -> bool:
-    """Whether a selector fits; to types, a Linear tied to an embedding is one itself."""
+    """Tell whether a selector fits; by type, a Linear tied to an embedding is an embedding."""
     for selector in selectors:
         if isinstance(selector, str):
             fits = fnmatchcase(candidate.name, selector)
@@ -324,12 +324,12 @@ def _fits(candidate: _Candidate, selectors: Sequence[Selector], tied: bool) -> b
 
 
 def has_columns(module: nn.Module) -> bool:
-    """Whether it is the Linear of Hugging Face's GPT-2, whose weight is [in, out]."""
+    """Tell whether it is the Linear of Hugging Face's GPT-2, whose weight is [in, out]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _attributes(candidate: _Candidate) -> list[str]:
-    """Where the weights of a candidate are."""
+    """List the attributes that hold the weights of a candidate."""
     module = candidate.module
     if isinstance(module, nn.MultiheadAttention):
         separate = [f"{x}_proj_weight" for x in "qkv"]
@@ -338,7 +338,7 @@ def _attributes(candidate: _Candidate) -> list[str]:
 
 
 def _why_not(candidate: _Candidate) -> str | None:
-    """Why a frozen weight cannot be taken, or None. Raises where it learns."""
+    """Say why a frozen weight cannot be taken, or None; raise if the weight learns."""
     name, module = candidate.name, candidate.module
     for attribute in _attributes(candidate):
         source = weights.sources(module, attribute)[0]
@@ -359,7 +359,7 @@ def _parts(
     transpose: Sequence[str],
     padding: int | None,
 ) -> list[Layer]:
-    """The layer itself, or the parts that it packs."""
+    """Make the layer of a candidate, or the layers that are packed into its weight."""
     name, module = candidate.name, candidate.module
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None:
@@ -419,6 +419,6 @@ def _parts(
 
 
 def _shape(module: nn.Module, attribute: str) -> Sequence[int]:
-    """Of the weight, which has to be computed for it where it is computed."""
+    """Find the shape of a weight, by computing the weight if it is not a parameter."""
     with torch.no_grad():
         return weights.read(module, attribute).shape

@@ -49,7 +49,7 @@ def find_output_layer(model: nn.Module, layers: Sequence[Layer]) -> OutputLayer:
 
 
 def _ask(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The head that the outermost module that knows one names, and by which method."""
+    """Ask the modules, from the outermost in, for the head, and by which method it was named."""
     for name, module in sorted(model.named_modules(), key=lambda x: x[0].count(".") + bool(x[0])):
         for question in ("get_output_embeddings", "get_classifier"):
             method = getattr(module, question, None)
@@ -67,7 +67,7 @@ def _ask(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def _last_with_parameters(model: nn.Module) -> tuple[str, nn.Module]:
-    """The module registered last that has parameters of its own, or computed ones."""
+    """Find the module registered last that has parameters of its own, or computed ones."""
     last = ("", model)
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -81,7 +81,7 @@ def _last_with_parameters(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _is_inside(model: nn.Module, name: str) -> bool:
-    """Whether a layer is part of something whose own last layer is hidden: attention, encoders."""
+    """Tell whether a layer is inside attention or an encoder, whose last layer is hidden."""
     for parent, module in model.named_modules():
         if parent and not name.startswith(f"{parent}."):
             continue
@@ -90,7 +90,7 @@ def _is_inside(model: nn.Module, name: str) -> bool:
         ):
             return True
         # Hugging Face: a model that is its own base model has no head
-        if getattr(type(module), "base_model_prefix", None) is not None:
-            if getattr(module, "base_model", None) is module:
-                return True
+        has_base = getattr(type(module), "base_model_prefix", None) is not None
+        if has_base and getattr(module, "base_model", None) is module:
+            return True
     return False

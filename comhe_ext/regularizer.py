@@ -223,7 +223,7 @@ class CoMHE(nn.Module):
 
     @torch.no_grad()
     def energies(self) -> Energies:
-        """The energy of every layer as it is, unprojected, frozen ones included.
+        """Compute the unprojected energy of every layer, frozen ones included.
 
         Returns:
             {layer: (energy, random, lowest)}, in half space where the regularizer is; `random` is
@@ -272,7 +272,7 @@ class CoMHE(nn.Module):
         return tuple(self._selection.left_out)
 
     def summary(self, format: str = "github") -> str:
-        """A table of what is regularized, as what, and of what is left out and why.
+        """Show a table of what is regularized and how, and of what is left out and why.
 
         Args:
             format: one of the formats of the package tabulate.
@@ -355,7 +355,7 @@ class CoMHE(nn.Module):
             set_number(self._step, 0, int(self._step) + 1)
 
     def _read(self) -> dict[str, Tensor]:
-        """The neurons of the layers that learn; each weight is computed once."""
+        """Read the neurons of the layers that learn, and compute each weight only once."""
         rows: dict[str, Tensor] = {}
         read: dict[tuple[int, str], Tensor] = {}
         for layer in self._layers:
@@ -383,12 +383,12 @@ class CoMHE(nn.Module):
         return layer.rows(weight)
 
     def _projected(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the layers that are projected."""
+        """Select the layers that are projected."""
         layers = [x for x in self._layers if x.name in rows and self._is_projected(x)]
         return {layer.name: rows[layer.name] for layer in layers}
 
     def _energy(self, rows: Mapping[str, Tensor], steps: int) -> Tensor:
-        """The weighted sum of this call."""
+        """Compute the weighted sum of this call."""
         views: Views = {name: (sets, None) for name, sets in rows.items()}
         if self.projection is not None:
             projected = self._projected(rows)

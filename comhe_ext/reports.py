@@ -19,7 +19,7 @@ class Energies(dict[str, LayerEnergy]):
     """{layer: its energy}; `table()` shows it."""
 
     def table(self, format: str = "github") -> str:
-        """A table in one of the formats of the package tabulate."""
+        """Show the energies as a table, in one of the formats of the package tabulate."""
         rows = [(name, *values) for name, values in self.items()]
         return table(rows, ("layer", *LayerEnergy._fields), format)
 
@@ -39,6 +39,7 @@ class RegularizedLayer(NamedTuple):
 
 
 def table(rows: Iterable[Iterable[object]], headers: Iterable[str], format: str) -> str:
+    """Format a table with the package tabulate."""
     try:
         from tabulate import tabulate
     except ImportError as error:
@@ -56,7 +57,7 @@ def summary(
     projection: str,
     format: str,
 ) -> str:
-    """A table of what is regularized, as what, and of what is left out and why."""
+    """Show a table of what is regularized and how, and of what is left out and why."""
     rows = [
         (
             layer.name,

@@ -73,7 +73,7 @@ class Choice:
         return Selection(layers, left_out, first, output, factors, list(model.modules()))
 
     def changed(self, model: nn.Module, selection: Selection) -> list[str]:
-        """Names of the layers that the model has now and had not then, or the other way round."""
+        """List the layers that were added, removed or replaced since the selection was made."""
         if _same(list(model.modules()), selection.modules):
             return []
         before = {layer.name: layer for layer in selection.layers}
@@ -88,7 +88,7 @@ class Choice:
         ]
 
     def _factors_of(self, layers: list[Layer], output: str | None) -> Factors:
-        """The factor of each layer."""
+        """Choose the factor of each layer."""
         factors = Factors()
         names = [layer.name for layer in layers]
         patterns: Mapping[str, float] = {}
@@ -122,7 +122,7 @@ class Choice:
 
 
 def _same(left: list[nn.Module], right: list[nn.Module]) -> bool:
-    """Whether both lists hold the very same modules."""
+    """Tell whether both lists hold the very same modules."""
     return len(left) == len(right) and all(map(_is, left, right))
 
 
@@ -131,14 +131,14 @@ def _is(left: object, right: object) -> bool:
 
 
 def _checked(argument: str, name: str | None, names: list[str]) -> str | None:
-    """The name of a layer that is there, "auto" or None."""
+    """Return the name of an existing layer, "auto" or None."""
     if name is not None and name != "auto" and name not in names:
         raise ValueError(f"`{argument}` must be one of {names}, got {quote(name)}")
     return name
 
 
 def _first_layer(model: nn.Module) -> str | None:
-    """The first layer with neurons, if it is a convolution."""
+    """Find the first layer with neurons, if it is a convolution."""
     for name, module in model.named_modules():
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             return name if isinstance(module, CONVOLUTIONS) else None

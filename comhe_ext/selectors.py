@@ -20,7 +20,7 @@ def check_pattern(pattern: str, names: Sequence[str]) -> None:
 
 
 def as_selectors(argument: str, given: object) -> tuple[Selector, ...]:
-    """A selector, or several, as a tuple."""
+    """Return a selector, or several, as a tuple."""
     if isinstance(given, (str, type)):
         given = (given,)
     if not isinstance(given, Iterable):
@@ -36,7 +36,7 @@ def as_selectors(argument: str, given: object) -> tuple[Selector, ...]:
 
 
 def as_patterns(argument: str, given: str | Iterable[str]) -> tuple[str, ...]:
-    """A glob pattern, or several, as a tuple."""
+    """Return a glob pattern, or several, as a tuple."""
     patterns = tuple(x for x in as_selectors(argument, given) if isinstance(x, str))
     if len(patterns) < len(as_selectors(argument, given)):
         raise TypeError(f"`{argument}` must hold patterns, got {quote(given)}")

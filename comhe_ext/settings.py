@@ -30,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Settings:
-    """All of an energy that is not a tensor, as its user asked for it."""
+    """All arguments of an energy that are not tensors, as the user gave them."""
 
     pair: PairFunction
     reduction: str = "mean"
@@ -38,11 +38,11 @@ class Settings:
     backend: str | None = None
 
     def in_full_space(self) -> "Settings":
-        """The same, whatever it says, in full space."""
+        """Copy the settings, with a pair function in full space."""
         return replace(self, pair=replace(self.pair, half_space=False))
 
     def options(self, tensors: Sequence[Tensor], columns: int | None = None) -> SweepOptions:
-        """The same for what is computed from `tensors`, with the backend chosen.
+        """Choose the backend for `tensors`, and make the options that the operators take.
 
         columns: of the rows that are swept; those of the first tensor if None.
         """
@@ -69,7 +69,7 @@ def energy_settings(
     min_distance: float = 1e-3,
     backend: str | None = None,
 ) -> Settings:
-    """The keywords that all energies share, checked."""
+    """Check the keywords that all energies share."""
     check = _checked if torch.compiler.is_compiling() else _checked_once
     try:
         return check(s, half_space, angular, reduction, eps, min_distance, backend)
@@ -110,7 +110,7 @@ class EnergyOptions(TypedDict, total=False):
 
 
 def mean_settings(s: float, half_space: bool, options: EnergyOptions) -> Settings:
-    """Check the keywords of a mean energy, some of them handed on as `options`."""
+    """Check the keywords of a mean energy, some of which were handed on as `options`."""
     for name in options:
         if name not in EnergyOptions.__annotations__:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
@@ -138,12 +138,12 @@ def lists_energy_options(function: F) -> F:
     # `rest`, the keywords by which they come, may hold others, too
     others = [rest] if rest.name != "options" else []
     signature = signature.replace(parameters=[*named, *listed, *others])
-    setattr(function, "__signature__", signature)  # noqa: B010 (mypy knows no such attribute)
+    function.__signature__ = signature  # type: ignore[attr-defined]
     return function
 
 
 def pair_settings(pair: PairFunction, reduction: str, eps: float, backend: str | None) -> Settings:
-    """The same for a pair function that is one already."""
+    """Check the keywords of an energy whose pair function is given as an object."""
     if not isinstance(pair, PairFunction):
         raise TypeError(f"`pair` must be a pair function, as Riesz(2.0), got {quote(pair)}")
     check_reduction(reduction)

@@ -25,7 +25,7 @@ _numbers = itertools.count(1)
 
 
 def host_tensor(values: int | list[int]) -> Tensor:
-    """Whole numbers on the host, whatever the default device and mode are."""
+    """Make whole numbers on the host, whatever the default device and mode are."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.int64, device="cpu")
 
@@ -40,7 +40,7 @@ def set_number(tensor: Tensor, index: int, value: int) -> None:
 
 
 def loaded(state: Tensor) -> Tensor:
-    """A `host_tensor` out of a state_dict that may lie anywhere."""
+    """Copy a `host_tensor` out of a state_dict, which may lie on any device."""
     if state.is_meta:
         raise ValueError("the state was saved on the meta device and holds no numbers")
     return state.detach().to("cpu", torch.int64, copy=True)
@@ -48,7 +48,7 @@ def loaded(state: Tensor) -> Tensor:
 
 @cache
 def _watch_optimizers() -> None:
-    """Know from now on when a thread is inside of an optimizer's step."""
+    """Keep track, from now on, of which thread is inside an optimizer's step."""
 
     def begin(*_: Any) -> None:
         _optimizer.step = next(_numbers)
@@ -65,14 +65,14 @@ def _in_backward() -> bool:
 
 
 def _under_checkpoint() -> bool:
-    """Whether what runs now will be run again in the backward, for its activations."""
+    """Tell whether activation checkpointing will run this code again in the backward."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     hooks = None if top is None else top(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def unseen_by_checkpoint() -> AbstractContextManager[object]:
-    """For what a repetition leaves out: a checkpoint counts the tensors that are saved."""
+    """Hide saved tensors from a checkpoint, which counts them, where a repetition saves none."""
     if torch.compiler.is_compiling() or not _under_checkpoint():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
@@ -95,7 +95,7 @@ class StepCounter:
         self._due = False  # that one was a step: its backward ran it again, with gradients
 
     def new_steps(self) -> int:
-        """How many steps a call in training mode is to count: 1, or 0 if it is none."""
+        """Count the steps that a call in training mode stands for: mostly 1, or 0."""
         if torch.compiler.is_compiling():
             return int(torch.is_grad_enabled())
         if _in_backward():

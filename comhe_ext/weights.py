@@ -19,7 +19,7 @@ from comhe_ext.checks import check_tensor
 
 
 def read(module: nn.Module, attribute: str) -> Tensor:
-    """The tensor that the next forward of `module` would find under `attribute`."""
+    """Compute the tensor that the next forward of `module` would find under `attribute`."""
     if parametrize.is_parametrized(module, attribute):
         return _read_parametrized(module, attribute)
     weight: Tensor
@@ -57,7 +57,7 @@ def _read_parametrized(module: nn.Module, attribute: str) -> Tensor:
 
 
 def write(module: nn.Module, attribute: str, weight: Tensor) -> None:
-    """Make `weight` what `read` finds, as far as what computes it allows.
+    """Make `read` return `weight`, as far as what computes it allows.
 
     Pruned entries stay zero; under a spectral norm the weight keeps its directions.
     """
@@ -75,7 +75,7 @@ def write(module: nn.Module, attribute: str, weight: Tensor) -> None:
 
 
 def sources(module: nn.Module, attribute: str) -> list[Tensor]:
-    """The tensors that a weight is made of, itself alone where nothing computes it."""
+    """List the tensors that a weight is computed from; a parameter is its own source."""
     if parametrize.is_parametrized(module, attribute):
         return list(_chain(module, attribute).parameters()) or [read(module, attribute)]
     hook = _hook(module, attribute)
@@ -87,7 +87,7 @@ def sources(module: nn.Module, attribute: str) -> list[Tensor]:
 
 
 def identity(module: nn.Module, attribute: str) -> tuple[int, ...]:
-    """Equal for weights that are made of the same tensors: shared, or tied to each other.
+    """Identify a weight by its sources: shared and tied weights have the same identity.
 
     Holds while the sources live; a computed weight is a temporary, whose id says nothing.
     """
@@ -95,12 +95,12 @@ def identity(module: nn.Module, attribute: str) -> tuple[int, ...]:
 
 
 def learns(module: nn.Module, attribute: str) -> bool:
-    """Whether a gradient of the weight goes anywhere, in any grad mode."""
+    """Tell whether the weight is trained, whatever the grad mode is now."""
     return any(source.requires_grad for source in sources(module, attribute))
 
 
 def refusal(weight: object) -> str | None:
-    """Why the energies cannot take a weight, or None."""
+    """Say why the energies cannot take a weight, or None."""
     if not isinstance(weight, Tensor):
         return f"`weight` must be a torch.Tensor, got {type(weight).__name__}"
     if weight.numel() == 0 and weight.dim() < 2:
@@ -118,18 +118,18 @@ def refusal(weight: object) -> str | None:
 
 
 def error_of(reason: str) -> type[Exception]:
-    """What to raise for a `refusal`."""
+    """Choose the exception for a `refusal`."""
     return ValueError if "is empty" in reason else TypeError
 
 
 def _chain(module: nn.Module, attribute: str) -> nn.Module:
-    """The parametrizations of a weight, one module that returns it."""
+    """Return the parametrizations of a weight: one module whose call computes it."""
     chain: nn.Module = module.parametrizations[attribute]  # type: ignore[index,assignment]
     return chain
 
 
 def _hook(module: nn.Module, attribute: str) -> object:
-    """The hook of torch.nn.utils that computes the weight before each forward, or None."""
+    """Find the hook of torch.nn.utils that computes the weight before each forward, or None."""
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, (WeightNorm, SpectralNorm)) and hook.name == attribute:
             return hook

@@ -62,11 +62,11 @@ class PairFunction:
                 raise TypeError(f"`{x.name}` must be a number, got {type(value).__name__}")
 
     def of_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f, f' and f'' at the distance `t` > 0, any shape, elementwise; without the tangent."""
+        """Compute f, f' and f'' at distances `t` > 0, elementwise, without the tangent line."""
         raise NotImplementedError
 
     def of_square(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """f, f' and f'' as functions of x = t^2 >= 0, where they are smooth there; else None."""
+        """Compute f and its derivatives as functions of x = t^2 >= 0; None if not smooth at 0."""
         return None
 
     @property
@@ -75,7 +75,7 @@ class PairFunction:
         return 0.0
 
     def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float] | None:
-        """F and F'/factor of a tile of r^2, with the factor, in as few passes as torch allows.
+        """Compute F, F'/factor and the factor of a tile of r^2, in as few passes as torch allows.
 
         None where there is no short form. Valid out of reach of the tangent. Uses up `near`.
         """
@@ -116,7 +116,7 @@ class PairFunction:
         return t if self.angular else 2.0 * math.asin(t / 2.0)
 
     def at_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f, f' and f'' at any distance `t` >= 0, the tangent included."""
+        """Compute f, f' and f'' at any distance `t` >= 0, with the tangent line."""
         if self.min_distance <= 0:
             return self.of_distance(t)
         # the line starts from f at the bound itself; clamp_min lets NaN through
@@ -127,7 +127,7 @@ class PairFunction:
         return value, first, second.masked_fill(below, 0.0)
 
     def one_sided(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f(c) and its first and second derivative in c; zero derivatives at a kink of f."""
+        """Compute f(c) and its first and second derivative in c, which are 0 at a kink of f."""
         smooth = None if self.angular else self.of_square(near)
         if smooth is not None:
             value, first, second = smooth
@@ -151,7 +151,7 @@ class PairFunction:
         return value, slope, curve
 
     def of_cosine(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """F(c), F'(c) and F''(c), folded where `half_space` says so."""
+        """Compute F(c), F'(c) and F''(c), folded in half space."""
         value, slope, curve = self.one_sided(near, far)
         if self.half_space:
             mirrored_value, mirrored_slope, mirrored_curve = self.one_sided(far, near)
@@ -161,17 +161,17 @@ class PairFunction:
         return value, slope, curve
 
     def clean_above(self, near: float) -> bool:
-        """Whether no pair with both `near` and `far` above the bound reaches the tangent line."""
+        """Tell whether all pairs with `near` and `far` above it are off the tangent line."""
         if self.angular:
             return self.min_distance <= 2.0 * math.asin(math.sqrt(near) / 2.0)
         return self.min_distance <= math.sqrt(near)
 
     def pair_count(self, n: int) -> int:
-        """Unordered pairs among `n` rows, or among the 2n points of their half-space doubling."""
+        """Count the unordered pairs among `n` rows, or in half space among their 2n points."""
         return n * (2 * n - 1) if self.half_space else n * (n - 1) // 2
 
     def scale(self, n: int, reduction: str) -> float:
-        """The factor from the sum over unordered pairs of a set of `n` rows to its energy."""
+        """Compute the factor from the sum over unordered pairs of `n` rows to their energy."""
         if reduction == "sum":
             return 2.0  # the papers sum over ordered pairs
         return 1.0 / max(self.pair_count(n), 1)
@@ -181,7 +181,7 @@ PAIR_FUNCTIONS: dict[str, type[PairFunction]] = {}
 
 
 def pair_function(name: str, parameters: Sequence[float]) -> PairFunction:
-    """The pair function of a name and of the numbers that its `parameters` gave."""
+    """Make the pair function of a name again from its `parameters`."""
     if name not in PAIR_FUNCTIONS:
         raise ValueError(f"`pair` must be one of {sorted(PAIR_FUNCTIONS)}, got {name!r}")
     kind = PAIR_FUNCTIONS[name]

@@ -52,7 +52,7 @@ class EnergyRegularizer(BaseRegularizer):
         self.settings = mean_settings(s, half_space, options)
 
     def compute_loss(self, weights: Tensor) -> dict[str, dict[str, Any]]:
-        """The energy, in the form that the library's reducers take."""
+        """Compute the energy, in the form that the library's reducers take."""
         matrices = None
         if self.num_projections and weights.shape[1] > self.dim:
             matrices = projections.random_projection(

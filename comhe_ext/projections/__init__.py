@@ -42,6 +42,7 @@ PROJECTIONS: dict[str, type[Projection]] = {
 
 
 def make_projection(projection: str | Projection | None) -> Projection | None:
+    """Make the projection of a name, with its default arguments."""
     if projection is None or isinstance(projection, Projection):
         return projection
     if not isinstance(projection, str) or projection not in PROJECTIONS:

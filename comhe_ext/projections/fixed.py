@@ -75,7 +75,7 @@ def _gaussian(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Normal numbers of step state[1] under seed state[0], the same for `every` steps in a row."""
+    """Draw the normal numbers of step state[1] and seed state[0], new ones every `every` steps."""
     if device.type == "meta":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -130,7 +130,7 @@ Views: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class Projection(nn.Module):
-    """What takes the neurons of each layer to few dimensions; the base of the four below.
+    """The base of all projections, which map the neurons of each layer to few dimensions.
 
     Args:
         seed: of all that is drawn; None takes torch's seed, and on several ranks that of the first
@@ -167,11 +167,11 @@ class Projection(nn.Module):
             _advance(self._state)
 
     def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """{layer: [C, k, d]} of this step, for the layers that learn."""
+        """Return {layer: [C, k, d]} of this step, for the layers that learn."""
         raise NotImplementedError
 
     def views(self, rows: Mapping[str, Tensor]) -> Views:
-        """The sets [V, N, d] of each layer of `rows`, and the matrices that project them."""
+        """Return the sets [V, N, d] of each layer of `rows`, and the matrices that project them."""
         # of one's own, `matrices` may do without the rows
         takes_rows = len(signature(self.matrices).parameters) > 0
         matrices = self.matrices(rows) if takes_rows else self.matrices()
@@ -180,7 +180,7 @@ class Projection(nn.Module):
         return {name: (sets, matrices[name]) for name, sets in rows.items()}
 
     def learning(self) -> list[Layer]:
-        """The layers whose weights are not frozen."""
+        """List the layers whose weights are not frozen."""
         return [layer for layer in self._layers if layer.learns()]
 
     def get_extra_state(self) -> Tensor:
@@ -319,7 +319,7 @@ class GroupProjection(Projection):
         self.layout = layout
 
     def split(self, layer: Layer, rows: Tensor) -> list[Tensor]:
-        """The columns of each group of the rows of a layer."""
+        """Split the rows of a layer into the columns of each group."""
         width = rows.shape[-1]
         if self.layout == "strided":
             groups = min(self.groups, max(width // 2, 1))
@@ -340,7 +340,7 @@ class GroupProjection(Projection):
         return selected
 
     def views(self, rows: Mapping[str, Tensor]) -> Views:
-        """The sub-vectors themselves: cheaper than a product with zeros and ones."""
+        """Return the sub-vectors, without the cost of a product with zeros and ones."""
         views: Views = {}
         for layer in self._layers:
             if layer.name in rows:
@@ -353,7 +353,7 @@ class GroupProjection(Projection):
 
 
 def check_dim(dim: int) -> int:
-    """A dimension to project to."""
+    """Return a dimension to project to."""
     dim = check_count("dim", dim)
     if dim == 1:
         raise ValueError("`dim` must be at least 2: in one dimension neurons have nowhere to turn")

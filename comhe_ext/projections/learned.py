@@ -16,7 +16,7 @@ from comhe_ext.settings import Settings
 
 
 class _LearnedProjection(Projection):
-    """Matrices that descend an objective of their own, beside the weights."""
+    """Matrices that minimize an objective of their own while the weights are trained."""
 
     dim: int
 
@@ -52,7 +52,7 @@ class _LearnedProjection(Projection):
         self._lr = check_factor("lr", lr)
 
     def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
-        """What the matrices descend: a sum over layers, of which each sees its own term alone."""
+        """Compute what the matrices minimize: a sum with one term for each layer's matrices."""
         raise NotImplementedError
 
     def bind(self, layers: Sequence[Layer], settings: Settings) -> None:
@@ -105,7 +105,7 @@ class _LearnedProjection(Projection):
         return [layer.rows() if rows is None else rows[layer.name] for layer in layers]
 
     def _matrices_of(self, layer: Layer) -> Tensor:
-        """The matrices of a layer, drawn at their first use."""
+        """Return the matrices of a layer, drawn at their first use."""
         name = _buffer(layer)
         if layer.name in self._undrawn and layer.device.type != "meta":
             stream = [x.name for x in self._layers].index(layer.name)
@@ -152,7 +152,8 @@ class _LearnedProjection(Projection):
         for layer in self._layers:
             name = _buffer(layer)
             before, after = kept[name], self._buffers[name]
-            assert before is not None and after is not None
+            assert before is not None
+            assert after is not None
             if after.is_meta:
                 self._undrawn.add(layer.name)
             if after.dtype != before.dtype and not before.is_meta:
@@ -167,7 +168,7 @@ class _LearnedProjection(Projection):
 
 
 def _buffer(layer: Layer) -> str:
-    """Name of the buffer of a layer's matrices: no dots, nor any attribute's name."""
+    """Name the buffer of a layer's matrices, without dots or the name of an attribute."""
     return "matrices/" + layer.name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
 
 

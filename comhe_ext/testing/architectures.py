@@ -35,7 +35,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(classes: int = 1000) -> nn.Sequential:
-    """A ResNet-50: 54 weights, 53 of convolutions (He et al., 2016)."""
+    """Make a ResNet-50: 54 weights, 53 of them convolutions (He et al., 2016)."""
     layers: list[tuple[str, nn.Module]] = [
         ("conv1", nn.Conv2d(3, 64, 7, 2, 3, bias=False)),
         ("bn1", nn.BatchNorm2d(64)),
@@ -61,7 +61,7 @@ def resnet50(classes: int = 1000) -> nn.Sequential:
 
 
 def neuron_shapes(model: Callable[[], nn.Module]) -> list[tuple[int, int]]:
-    """Neurons and inputs of each layer, one for each convolution group, without its memory."""
+    """List the neurons and inputs of each layer or convolution group, without allocating any."""
     with torch.device("meta"):
         sets = [layer.rows() for layer in find_layers(model())]
     return [(rows.shape[1], rows.shape[2]) for rows in sets for _ in range(rows.shape[0])]

@@ -18,7 +18,7 @@ def random_rows(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """[n, k] Gaussian rows: uniform directions, lengths about sqrt(k)."""
+    """Draw [n, k] Gaussian rows: uniform directions, lengths about sqrt(k)."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n, k, generator=generator, dtype=torch.float64)
     return rows.to(device=device, dtype=dtype)
@@ -35,7 +35,7 @@ def paired_rows(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Random rows of which the first `pairs` have a twin at `angle` radians among the last ones.
+    """Draw random rows, the first `pairs` with a twin at `angle` radians among the last ones.
 
     antipodal: the twin lies at `angle` from the opposite of the row.
     """
@@ -60,7 +60,7 @@ def collapsed_rows(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Rows that all lie within about `spread` radians of one direction; 0 makes them equal."""
+    """Draw rows within about `spread` radians of one direction; 0 makes them equal."""
     rows = random_rows(n + 1, k, seed=seed, dtype=torch.float64)
     unit = torch.nn.functional.normalize(rows)
     return (unit[:1] + spread * unit[1:]).to(device=device, dtype=dtype)

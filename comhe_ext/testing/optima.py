@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def simplex(n: int) -> Tensor:
-    """[n, n] float64: n unit rows at equal distances, every cosine -1/(n - 1)."""
+    """Make [n, n] float64: n unit rows at equal distances, every cosine -1/(n - 1)."""
     rows = torch.eye(n, dtype=torch.float64) - 1.0 / n
     return torch.nn.functional.normalize(rows)
 
 
 def cross_polytope(k: int) -> Tensor:
-    """[2k, k] float64: the axes and their opposites."""
+    """Make [2k, k] float64: the axes and their opposites."""
     axes = torch.eye(k, dtype=torch.float64)
     return torch.cat([axes, -axes])
 
 
 def icosahedron() -> Tensor:
-    """[12, 3] float64: cosines -1 (1 per row), 1/sqrt(5) and -1/sqrt(5) (5 each)."""
+    """Make [12, 3] float64: cosines -1 (1 per row), 1/sqrt(5) and -1/sqrt(5) (5 each)."""
     golden = (1.0 + math.sqrt(5.0)) / 2.0
     rows = torch.tensor(
         [[0.0, a, b * golden] for a in (-1.0, 1.0) for b in (-1.0, 1.0)], dtype=torch.float64
@@ -29,14 +29,17 @@ def icosahedron() -> Tensor:
 
 
 def e8_roots() -> Tensor:
-    """[240, 8] float64, norm sqrt(2): cosines -1 (1 per row), 1/2 and -1/2 (56 each), 0 (126)."""
+    """Make [240, 8] float64, norm sqrt(2).
+
+    Cosines: -1 (1 per row), 1/2 and -1/2 (56 each), 0 (126).
+    """
     corners = torch.cartesian_prod(*[torch.tensor([-0.5, 0.5], dtype=torch.float64)] * 8)
     even = corners[corners.prod(1) > 0]
     return torch.cat([_two_entries(8, 1.0), even])
 
 
 def leech_minimal_vectors() -> Tensor:
-    """[196560, 24] float64, norm sqrt(32), built on the binary Golay code of length 24.
+    """Make [196560, 24] float64, norm sqrt(32), from the binary Golay code of length 24.
 
     Cosines: -1 (1 per row), 1/2 and -1/2 (4,600 each), 1/4 and -1/4 (47,104 each), 0 (93,150).
 
@@ -63,12 +66,12 @@ def leech_minimal_vectors() -> Tensor:
 
 
 def _two_entries(k: int, size: float) -> Tensor:
-    """All rows with two entries of +-size and zeros."""
+    """Make all rows with two entries of +-size and zeros elsewhere."""
     i, j = torch.triu_indices(k, k, offset=1)
     axes = torch.eye(k, dtype=torch.float64) * size
     return torch.cat([a * axes[i] + b * axes[j] for a in (-1, 1) for b in (-1, 1)])
 
 
 def _binary(bits: int) -> Tensor:
-    """All words of so many bits, [2^bits, bits]."""
+    """Make all words of so many bits, [2^bits, bits]."""
     return torch.cartesian_prod(*[torch.tensor([0, 1])] * bits)

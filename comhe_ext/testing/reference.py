@@ -16,10 +16,10 @@ ROUNDING = 2.0**-49
 
 
 def _difference(u: Tensor, v: Tensor, u_length: Tensor, v_length: Tensor) -> Tensor:
-    """u - v of unit rows [P, d]; along them, exactly, where they are positive multiples of one row.
+    """Compute u - v of unit rows [P, d], free of rounding for positive multiples of one row.
 
-    What rounding left across would be a direction that the rows do not have, and a pair function
-    makes a large force of it.
+    The difference of such rows lies along them. What rounding leaves across would be a direction
+    that the rows do not have, and a pair function would turn it into a large force.
     """
     difference = u - v
     with torch.no_grad():
@@ -35,7 +35,7 @@ def _difference(u: Tensor, v: Tensor, u_length: Tensor, v_length: Tensor) -> Ten
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Square root whose derivatives at 0 are 0: a coincident pair has no direction."""
+    """Take the square root, with derivatives 0 at 0: a coincident pair has no direction."""
     # the inner where keeps sqrt'(0) = inf out of the graph
     return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt())
 
@@ -45,7 +45,7 @@ def _riesz(t: Tensor, s: float) -> Tensor:
 
 
 def _pair_function(t: Tensor, s: float, min_distance: float) -> Tensor:
-    """f(t) = t^-s, or log(1/t) for s = 0; below `min_distance` the tangent line of f there."""
+    """Compute t^-s, or log(1/t) for s = 0; below `min_distance` the tangent line at it."""
     if min_distance == 0:
         return torch.where(t == 0, torch.inf, _riesz(torch.where(t == 0, 1.0, t), s))
     m = torch.tensor(min_distance, dtype=t.dtype, device=t.device)
@@ -64,7 +64,7 @@ def hyperspherical_energy(
     eps: float = 0.0,
     min_distance: float = 1e-3,
 ) -> Tensor:
-    """Energy in float64 of the rows of `weight` [N, d] -> [], or of [B, N, d] -> [B]."""
+    """Compute the energy in float64 of the rows of `weight` [N, d] -> [], or [B, N, d] -> [B]."""
     return pair_energy(
         weight,
         lambda t: _pair_function(t, s, min_distance),
@@ -84,7 +84,7 @@ def pair_energy(
     reduction: str = "mean",
     eps: float = 0.0,
 ) -> Tensor:
-    """The same for any `function` of the distance (chord or angle) of two points, elementwise."""
+    """Compute the energy by any elementwise `function` of the distance, chord or angle."""
     if weight.dim() == 3:
         options = {"half_space": half_space, "angular": angular}
         sets = [pair_energy(w, function, **options, reduction=reduction, eps=eps) for w in weight]
@@ -113,7 +113,7 @@ def pair_energy(
 def compressive_energy(
     weight: Tensor, projection: Tensor, s: float = 2.0, **options: Any
 ) -> Tensor:
-    """Mean over the matrices P_c of `projection` [C, k, d] of the energy of the rows P_c w_i."""
+    """Average the energy of the rows P_c w_i over the matrices P_c of `projection` [C, k, d]."""
     weight, projection = weight.double(), projection.double()
     energies = [hyperspherical_energy(weight @ p.mT, s, **options) for p in projection]
     return torch.stack(energies).mean(0)
@@ -122,13 +122,13 @@ def compressive_energy(
 def group_energy(
     weight: Tensor, groups: Sequence[Sequence[int]], s: float = 2.0, **options: Any
 ) -> Tensor:
-    """Mean over the index lists of `groups` of the energy of the rows restricted to them."""
+    """Average the energy of the columns in each index list of `groups`."""
     energies = [hyperspherical_energy(weight[..., list(g)], s, **options) for g in groups]
     return torch.stack(energies).mean(0)
 
 
 def angle_preserving_loss(weight: Tensor, projection: Tensor, kind: str = "cosine") -> Tensor:
-    """Mean over P_c of |cos(P_c W) - cos(W)|, or of the sum of squared differences of angles."""
+    """Average |cos(P_c W) - cos(W)| over P_c, or the sum of squared differences of angles."""
     weight, projection = weight.double(), projection.double()
     i, j = torch.triu_indices(weight.shape[0], weight.shape[0], offset=1, device=weight.device)
 
@@ -158,7 +158,7 @@ def exact_energy_and_gradient(
     min_distance: float = 1e-3,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Energy [] of the rows of `points` [N, k] and its gradient [N, k] in float64, for large N.
+    """Compute the energy [] of `points` [N, k] and its gradient [N, k] in float64, for large N.
 
     The same numbers as `hyperspherical_energy`, a chunk of rows at a time: O(N chunk) memory.
     Distances come from differences of rows, too, and the pair function's slope from autograd.
@@ -226,7 +226,7 @@ def exact_energy_and_gradient(
 
 
 def _distance(left: Tensor, right: Tensor) -> Tensor:
-    """Distances by difference, without the cancellation of the matrix-product formula."""
+    """Compute distances by difference, without the cancellation of a matrix product."""
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
 
 
@@ -234,7 +234,7 @@ def _distance(left: Tensor, right: Tensor) -> Tensor:
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
-    """|actual - expected| / max(|expected|, floor) in float64; not divided where that is 0."""
+    """Compute |actual - expected| / max(|expected|, floor), undivided where that is 0."""
     expected = expected.detach().double()
     difference = actual.detach().to(expected) - expected
     scale = max(float(torch.linalg.vector_norm(expected)), floor)

@@ -21,13 +21,13 @@ def options_of(
     backend: str = "torch",
     factors: Sequence[float] = (),
 ) -> SweepOptions:
-    """What the operators take, from the keywords of the public functions."""
+    """Make what the operators take from the keywords of the public functions."""
     pair = Riesz(s, min_distance, half_space=half_space, angular=angular)
     return SweepOptions(pair, reduction, eps, backend, factors)
 
 
 def packed_energy(points: Tensor, sizes: Sequence[int], options: SweepOptions) -> Tensor:
-    """Energies [B] of sets of rows that lie one after another, [T, k]."""
+    """Compute the energies [B] of sets of rows that lie one after another, [T, k]."""
     weights = [part.unsqueeze(0) for part in points.split(list(sizes))]
     # of no set at all there still is a dtype and a device
     weights = weights if sizes else [points.view(0, 1, points.shape[1])]
@@ -43,7 +43,7 @@ def sweep_of(
     eps: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Energy and gradient that a backend gives, as two tensors."""
+    """Let a backend compute the energies and the gradient of packed rows."""
     result = backend.sweep(SweepRequest(points, sizes, scales, pair, eps, gradient))
     return result.energy, result.gradient
 
@@ -57,7 +57,7 @@ def sweep_projected(
     eps: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same of the projected rows of some weights [N, d]."""
+    """Let a backend project weights [N, d], and compute the energies and the gradient."""
     sizes = [
         weight.shape[0]
         for weight, matrices in zip(weights, projections, strict=True)
@@ -79,7 +79,7 @@ def sweep_columns(
     eps: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Energy [], gradient of the rows and of the columns."""
+    """Let a backend compute the energy [] of rows against columns, and both gradients."""
     result = backend.sweep(
         SweepRequest(rows, [len(rows)], [scale], pair, eps, gradient, columns, row_ids, column_ids)
     )
@@ -89,5 +89,5 @@ def sweep_columns(
 def riesz(
     s: float = 2.0, half_space: bool = False, angular: bool = False, min_distance: float = 1e-3
 ) -> Riesz:
-    """Riesz' pair function, briefly."""
+    """Make Riesz' pair function by position."""
     return Riesz(s, min_distance, half_space=half_space, angular=angular)

@@ -202,6 +202,6 @@ def _scale_of_row(
 
 
 def _antipodes(rows: Rows, pair: PairFunction) -> tuple[Tensor, Tensor, Tensor]:
-    """f, f', f'' of every row with its own antipode: c = -|v|^2 = deficit - 1."""
+    """Compute f, f', f'' of every row with its own antipode: c = -|v|^2 = deficit - 1."""
     far = 2.0 * rows.deficit
     return pair.one_sided(4.0 - far, far)

@@ -79,7 +79,7 @@ def expected_weights(per_step, clip=None):
     return list(net.parameters())
 
 
-class Stream(torch.utils.data.IterableDataset):
+class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
     """Rows of which nobody knows how many there are."""
 
     def __init__(self, rows):
@@ -199,7 +199,7 @@ def test_lightning_with_several_optimizers_is_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match="several optimizers"):
         trainer.fit(Module(), loader())
-    with pytest.raises(ValueError, match="already has its options, got .*'s'"):
+    with pytest.raises(ValueError, match=r"already has its options, got .*'s'"):
         CoMHECallback(CoMHE(network()), s=1.0)
 
 
@@ -302,7 +302,8 @@ def test_each_step_of_the_trainer_of_transformers_sees_the_regularizer_once(
     assert shares == pytest.approx([1.0] * steps, rel=1e-5)
     assert len(energies) == steps  # and it is a step of the regularizer
     if "eval_strategy" in options:  # evaluations report the task alone
-        assert calls.count(False) == 4 and trainer.evaluate()["eval_loss"] == 0.0
+        assert calls.count(False) == 4
+        assert trainer.evaluate()["eval_loss"] == 0.0
 
 
 RANK = """
@@ -354,8 +355,16 @@ def test_two_processes_of_the_trainer_see_the_regularizer_once(tmp_path, average
     program = tmp_path / "rank.py"
     program.write_text(RANK)
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + [str(program), str(tmp_path / "out"), average],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(program),
+            str(tmp_path / "out"),
+            average,
+        ],
         capture_output=True,
         text=True,
     )

@@ -63,7 +63,9 @@ def test_parts_of_packed_weights():
         assert torch.equal(layer.rows(), rows.unsqueeze(0))
     grouped = find_layers(model, split={"qkv": [16, 4, 4]})
     assert [layer.rows().shape[1] for layer in grouped] == [16, 4, 4, 8]
-    assert grouped[1].matches("qkv.1") and grouped[1].matches("qkv") and grouped[1].matches("q*")
+    assert grouped[1].matches("qkv.1")
+    assert grouped[1].matches("qkv")
+    assert grouped[1].matches("q*")
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -111,7 +113,8 @@ def layers_of_every_kind():
 
 def test_rows_are_what_is_multiplied_with_the_input():
     linear, conv, _, transposed, grouped, *_ = find_layers(layers_of_every_kind())
-    assert conv.rows().shape == (2, 4, 9) and grouped.rows().shape == (2, 4, 27)
+    assert conv.rows().shape == (2, 4, 9)
+    assert grouped.rows().shape == (2, 4, 27)
     assert torch.equal(linear.rows()[0], linear.weight)
     # one output position of a transposed convolution is a product with the rows
     x = torch.randn(1, 4, 1)
@@ -251,7 +254,8 @@ def test_the_energy_of_parameters():
     )
     assert float(comhe().detach()) == pytest.approx(float(expected), rel=1e-6)
     comhe().backward()
-    assert model.W_enc.grad is not None and model.experts.grad is not None
+    assert model.W_enc.grad is not None
+    assert model.experts.grad is not None
     assert model.inner.weight.grad is None
     # under its own name as an output layer, too
     head = CoMHE(model, None, include="codes.0", output_layer="codes.0")
@@ -263,7 +267,7 @@ def test_columns_of_a_linear():
     linear = nn.Linear(8, 5)
     (layer,) = find_layers(linear, transpose="")
     assert torch.equal(layer.rows()[0], linear.weight.T)
-    with pytest.raises(ValueError, match="`transpose` must name Linear .* the convolution '0'"):
+    with pytest.raises(ValueError, match=r"`transpose` must name Linear .* the convolution '0'"):
         find_layers(nn.Sequential(nn.Conv2d(3, 4, 3)), transpose="0")
     parts = find_layers(linear, transpose="*", split={"*": 2})
     assert torch.equal(torch.cat([part.rows()[0] for part in parts]), linear.weight.T)
@@ -285,7 +289,8 @@ def test_types_without_known_neurons_are_named(include, message):
     with pytest.raises(TypeError, match=message):
         find_layers(model, include)
     left_out = dict(survey(model).left_out)
-    assert "GRU" in left_out["recurrent"] and "quantized" in left_out["quantized"]
+    assert "GRU" in left_out["recurrent"]
+    assert "quantized" in left_out["quantized"]
 
 
 # --- padding --------------------------------------------------------------------------------------

@@ -33,9 +33,13 @@ def test_models_are_the_published_ones(make, parameters):
 def test_layers_of_resnet50():
     comhe = CoMHE(resnet50())
     found = names(comhe)
-    assert len(found) == 54 and found[0] == "conv1" and found[-1] == "fc"
-    assert "layer4.0.downsample.0" in found and "layer2.3.conv2" in found
-    assert comhe.first_layer == "conv1" and comhe.output_layer == "fc"
+    assert len(found) == 54
+    assert found[0] == "conv1"
+    assert found[-1] == "fc"
+    assert "layer4.0.downsample.0" in found
+    assert "layer2.3.conv2" in found
+    assert comhe.first_layer == "conv1"
+    assert comhe.output_layer == "fc"
     rows = [layer.rows().shape for layer in comhe._layers]
     # what is known of it: its sets of filters, and its 25.5 million parameters
     assert sum(shape[1] for shape in rows) == 27_560
@@ -50,7 +54,8 @@ def test_layers_of_a_vision_transformer():
     blocks = [f"blocks.{i}.{part}" for i in range(2) for part in block]
     comhe = CoMHE(model)
     assert names(comhe) == ["patch", *blocks, "head"]
-    assert comhe.first_layer == "patch" and comhe.output_layer == "head"
+    assert comhe.first_layer == "patch"
+    assert comhe.output_layer == "head"
     split = CoMHE(model, split={"*.qkv": 3})
     assert [x for x in names(split) if "qkv" in x] == [
         f"blocks.{i}.qkv.{j}" for i in range(2) for j in range(3)
@@ -64,11 +69,14 @@ def test_layers_of_a_language_model():
     blocks = [f"blocks.{i}.{part}_proj" for i in range(2) for part in parts]
     untied = CoMHE(Llama(**sizes))
     assert names(untied) == [*blocks, "head"]
-    assert untied.first_layer is None and untied.output_layer == "head"
+    assert untied.first_layer is None
+    assert untied.output_layer == "head"
     tied = Llama(**sizes, tied=True)
-    assert names(CoMHE(tied)) == blocks and CoMHE(tied).output_layer is None
+    assert names(CoMHE(tied)) == blocks
+    assert CoMHE(tied).output_layer is None
     both = CoMHE(tied, include=[nn.Linear, nn.Embedding])
-    assert names(both) == ["embed", *blocks] and both.output_layer == "embed"
+    assert names(both) == ["embed", *blocks]
+    assert both.output_layer == "embed"
 
 
 def small(kind):

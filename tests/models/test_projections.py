@@ -169,7 +169,8 @@ def test_random_matrices_are_normal_and_fresh():
     net = nn.Sequential(nn.Linear(300, 50), nn.Linear(50, 4))
     comhe = CoMHE(net, RandomProjection(seed=5))
     first, second = draws(comhe, 2)
-    assert first.shape == (20, 40, 300) and first.dtype == torch.float32
+    assert first.shape == (20, 40, 300)
+    assert first.dtype == torch.float32
     assert not torch.equal(first, second)
     for matrices in (first, second):
         count = matrices.numel()
@@ -244,7 +245,8 @@ def test_groups_are_selections_of_coordinates(layout):
     assert relative_error(comhe(), expected) <= 1e-12
     kernel = 9 if layout == "channels" else 1
     widths = selected["0"].sum((1, 2)).tolist()
-    assert all(width % kernel == 0 for width in widths) and max(widths) - min(widths) <= kernel
+    assert all(width % kernel == 0 for width in widths)
+    assert max(widths) - min(widths) <= kernel
     if layout == "strided":
         assert selected["0"][1].argmax(1).tolist() == list(range(1, 63, 3))
 
@@ -275,7 +277,8 @@ def test_no_group_has_a_single_coordinate(layout):
     conv = nn.Conv2d(3, 5, 3).double()
     comhe = CoMHE(conv, GroupProjection(8, layout), output_layer=None, first_layer=None)
     widths = comhe.projection.matrices()[""].sum((1, 2))
-    assert float(widths.min()) >= (9 if layout == "channels" else 2) and len(widths) <= 8
+    assert float(widths.min()) >= (9 if layout == "channels" else 2)
+    assert len(widths) <= 8
     narrow = nn.Linear(3, 5).double()
     comhe = CoMHE(narrow, GroupProjection(2, layout), output_layer=None)
     assert torch.equal(comhe(), CoMHE(narrow, None, output_layer=None)())
@@ -314,7 +317,8 @@ def test_angle_projection_lowers_the_error_of_the_angles(kind):
     before = errors()
     comhe()
     after = errors()
-    assert after[0] < 0.9 * before[0] and after[1] < 0.8 * before[1]
+    assert after[0] < 0.9 * before[0]
+    assert after[1] < 0.8 * before[1]
 
 
 def test_adversarial_projection_raises_the_energy_that_the_weights_lower():
@@ -326,7 +330,8 @@ def test_adversarial_projection_raises_the_energy_that_the_weights_lower():
         matrices = projection.matrices()["0"]
         energies.append(float(comhe_ext.compressive_energy(net[0].weight.detach(), matrices)))
         projection.step()
-    assert energies == sorted(energies) and energies[-1] > 1.01 * energies[0]
+    assert energies == sorted(energies)
+    assert energies[-1] > 1.01 * energies[0]
 
 
 # --- state ----------------------------------------------------------------------------------------
@@ -422,7 +427,8 @@ def test_no_step_without_training():
         for name, value in comhe.state_dict().items():
             assert torch.equal(value, state[name])
         comhe.train()
-        assert first.requires_grad and comhe().requires_grad
+        assert first.requires_grad
+        assert comhe().requires_grad
 
 
 # --- where the state lives, and when it is made ---------------------------------------------------
@@ -475,7 +481,8 @@ def test_state_is_on_the_host_whatever_the_default_device():
         with context:
             comhe = CoMHE(network(), RandomProjection(3, 5, seed=1))
         for state in comhe.state_dict().values():
-            assert state.device.type == "cpu" and not state.is_inference()
+            assert state.device.type == "cpu"
+            assert not state.is_inference()
     for context in (torch.inference_mode(), torch.no_grad()):
         with context:
             net = network(torch.float32)
@@ -578,7 +585,7 @@ def test_a_projection_belongs_to_one_regularizer():
 )  # fmt: skip
 def test_what_a_projection_of_one_s_own_returns_is_checked(error, message, returned):
     class Wrong(Projection):
-        def matrices(self):
+        def matrices(self, rows=None):
             return returned
 
     comhe = CoMHE(nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 4)), Wrong())
@@ -590,7 +597,7 @@ def test_a_projection_of_one_s_own():
     class Halves(Projection):
         """Keeps the first half of the coordinates."""
 
-        def matrices(self):
+        def matrices(self, rows=None):
             return {
                 layer.name: torch.eye(layer.rows().shape[2] // 2, layer.rows().shape[2])[None]
                 for layer in self.learning()

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
 import re
@@ -47,8 +48,10 @@ def names(comhe):
 def test_finds_the_layers_that_have_pairs_of_neurons():
     comhe = CoMHE(Net())
     assert names(comhe) == ["conv", "grouped", "hidden", "out"]
-    assert comhe.first_layer == "conv" and comhe.output_layer == "out"
-    assert "4 layers" in repr(comhe) and "20 projections to 40 dimensions" in repr(comhe)
+    assert comhe.first_layer == "conv"
+    assert comhe.output_layer == "out"
+    assert "4 layers" in repr(comhe)
+    assert "20 projections to 40 dimensions" in repr(comhe)
     # the layers belong to the model, not to the regularizer
     assert list(comhe.parameters()) == []
     assert all("weight" not in name for name in comhe.state_dict())
@@ -65,7 +68,8 @@ def test_energy_without_projection_is_the_sum_over_layers():
         expected += 0.5 * reference.hyperspherical_energy(groups, half_space=True).mean()
         expected += 0.5 * reference.hyperspherical_energy(net.hidden.weight, half_space=True)
         expected += 3.0 * reference.hyperspherical_energy(net.out.weight)
-    assert energy.shape == () and energy.dtype == torch.float32
+    assert energy.shape == ()
+    assert energy.dtype == torch.float32
     assert relative_error(energy, expected) <= 1e-6
 
 
@@ -123,7 +127,8 @@ def test_parametrized_weights(wrap):
     comhe().backward()
     for layer in list(net)[:3]:
         for parameter in layer.parametrizations.parameters():
-            assert parameter.grad is not None and parameter.grad.isfinite().all()
+            assert parameter.grad is not None
+            assert parameter.grad.isfinite().all()
 
 
 def test_a_weight_replaced_later_is_the_one_that_counts():
@@ -199,7 +204,8 @@ def test_deepcopy_keeps_model_and_regularizer_together():
     # the copy looks at the copied layers
     assert not torch.equal(copied["comhe"](), both["comhe"]())
     copied["comhe"]().backward()
-    assert copied["net"].out.weight.grad is not None and both["net"].out.weight.grad is None
+    assert copied["net"].out.weight.grad is not None
+    assert both["net"].out.weight.grad is None
 
 
 def test_pickle_and_save():
@@ -253,7 +259,7 @@ class Calls(TorchDispatchMode):
 
 def test_the_hidden_layers_share_one_draw_a_width_and_one_sweep():
     widths = [60, 60, 61, 61, 30, 60, 5]  # one too narrow to be projected
-    net = nn.Sequential(*[nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)])
+    net = nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
     comhe = CoMHE(net)
     with Calls() as calls:
         comhe()
@@ -280,7 +286,8 @@ def test_accumulate_gradients_is_backward():
         expected = again()
         (0.5 * expected).backward()
         energy = comhe.accumulate_gradients(scale=0.5)
-        assert torch.equal(energy, expected.detach()) and not energy.requires_grad
+        assert torch.equal(energy, expected.detach())
+        assert not energy.requires_grad
         for one, other_one in zip(net.parameters(), other.parameters(), strict=True):
             assert relative_error(one.grad, other_one.grad) <= 1e-6
 
@@ -395,7 +402,8 @@ def test_the_model_names_its_output_layer():
     # a tied head is left out with its embedding, and comes back with it
     assert CoMHE(Classifier(tied=True)).output_layer is None
     both = CoMHE(Classifier(tied=True), include=[nn.Linear, nn.Embedding])
-    assert both.output_layer == "head" and "embed" not in names(both)
+    assert both.output_layer == "head"
+    assert "embed" not in names(both)
 
 
 def test_energies_beside_what_they_may_be():
@@ -557,13 +565,15 @@ def test_the_outermost_module_that_knows_its_head_is_asked():
             return self.others[0]
 
     comhe = CoMHE(Outer(Language(), nn.Linear(8, 7)))
-    assert comhe.output_layer == "others.0" and "by `get_classifier`" in repr(comhe)
+    assert comhe.output_layer == "others.0"
+    assert "by `get_classifier`" in repr(comhe)
     # a head of several modules: its last layer
     several = Outer(Language(), nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 6)))
     assert CoMHE(several).output_layer == "others.0.2"
     # the answer "none", as timm's models without classes give it
     comhe = CoMHE(Outer(nn.Linear(8, 8), nn.Identity()))
-    assert comhe.output_layer is None and "names no head" in repr(comhe)
+    assert comhe.output_layer is None
+    assert "names no head" in repr(comhe)
 
 
 def test_who_cannot_answer_is_passed_over():
@@ -582,7 +592,8 @@ def test_a_guess_by_position_is_said():
     model = body(nn.Linear(50, 10))
     with pytest.warns(UserWarning, match=r"takes layer '4' .* by position.* with weight 10"):
         comhe = CoMHE(model)
-    assert "by position" in repr(comhe) and "by position" in comhe.summary()
+    assert "by position" in repr(comhe)
+    assert "by position" in comhe.summary()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CoMHE(model, output_layer="4")
@@ -633,9 +644,12 @@ def test_layers_and_what_is_left_out():
     found = {layer.name: layer for layer in comhe.layers}
     assert list(found) == ["grouped", "hidden", "out"]
     assert found["grouped"][2:6] == (4, 4, 27, 2.0)
-    assert found["hidden"].neurons == 50 and not found["hidden"].learns
-    assert found["out"].role == "output" and not found["out"].half_space
-    assert not found["out"].projected and found["out"].factor == 10
+    assert found["hidden"].neurons == 50
+    assert not found["hidden"].learns
+    assert found["out"].role == "output"
+    assert not found["out"].half_space
+    assert not found["out"].projected
+    assert found["out"].factor == 10
     left_out = dict(comhe.left_out)
     for name, reason in {
         "conv": "excluded",
@@ -648,7 +662,8 @@ def test_layers_and_what_is_left_out():
         assert re.search(reason, left_out[name]), (name, left_out[name])
     text = comhe.summary()
     assert all(name in text for name in [*found, *left_out])
-    assert "hidden, frozen" in text and "Output layer: 'out', as given" in text
+    assert "hidden, frozen" in text
+    assert "Output layer: 'out', as given" in text
     assert set(comhe.energies()) == set(found)
 
 
@@ -689,7 +704,8 @@ def test_a_changed_model_is_noticed_and_found_again(what, kind):
             call()
     comhe.refresh()
     fresh = CoMHE(net, None)
-    assert names(comhe) == names(fresh) and comhe.output_layer == fresh.output_layer
+    assert names(comhe) == names(fresh)
+    assert comhe.output_layer == fresh.output_layer
     assert comhe().isfinite()
     comhe().backward()
     if kind is None:
@@ -710,12 +726,13 @@ def test_refresh_keeps_what_was_learned_and_is_all_or_nothing():
     net = nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 40), nn.Linear(40, 5))
     comhe = CoMHE(net, "adversarial", exclude="2")
     comhe()
-    learned = comhe.projection.matrices()["1"] if "1" in comhe.projection.matrices() else None
+    learned = comhe.projection.matrices().get("1")
     before = comhe.projection.get_buffer("matrices/0").clone()
     net[1] = nn.Linear(20, 41)
     comhe.refresh()
     assert torch.equal(comhe.projection.get_buffer("matrices/0"), before)
-    assert learned is None and int(comhe.get_extra_state()) == 1
+    assert learned is None
+    assert int(comhe.get_extra_state()) == 1
     del net[2]
     with pytest.raises(ValueError, match="pattern '2' matches no layer"):
         comhe.refresh()
@@ -728,12 +745,14 @@ def test_refresh_keeps_what_was_learned_and_is_all_or_nothing():
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
 def test_weights_of_the_wrong_kind_are_refused_by_name():
     net = nn.Sequential(nn.Linear(64, 50), nn.Linear(50, 10, dtype=torch.complex64))
-    with pytest.raises(TypeError, match="layer '1': `weight` must be float16, .* torch.complex64"):
+    with pytest.raises(
+        TypeError, match=r"layer '1': `weight` must be float16, .* torch\.complex64"
+    ):
         CoMHE(net)
     net = nn.Sequential(nn.Linear(64, 50), nn.Linear(50, 10))
     comhe = CoMHE(net)
     net[0].to(torch.complex64)
-    with pytest.raises(TypeError, match="layer '0': .* torch.complex64"):
+    with pytest.raises(TypeError, match=r"layer '0': .* torch\.complex64"):
         comhe()
 
 
@@ -753,7 +772,7 @@ def test_weights_that_are_emptied_between_uses():
     for parameter in net.parameters():
         parameter.data = torch.empty(0)
     for call in (comhe, comhe.energies, lambda: CoMHE(net)):
-        with pytest.raises(ValueError, match="layer '0': .* is empty: .*GatheredParam"):
+        with pytest.raises(ValueError, match=r"layer '0': .* is empty: .*GatheredParam"):
             call()
 
 
@@ -801,7 +820,7 @@ def plain():
 
 def strided():
     net = nn.Sequential(nn.ConvTranspose2d(6, 8, 3), nn.Conv2d(8, 4, 3))
-    net.to(memory_format=torch.channels_last)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return net, [net[0].weight, net[1].weight]
 
 
@@ -842,11 +861,13 @@ def test_accumulated_gradients_are_those_of_backward_bit_for_bit(make):
         actual = base.grad.clone(), weight.grad.clone()
         base.grad = weight.grad = None
         comhe().backward()
-        assert torch.equal(actual[0], base.grad) and torch.equal(actual[1], weight.grad)
+        assert torch.equal(actual[0], base.grad)
+        assert torch.equal(actual[1], weight.grad)
         return
     for actual, expected in both_ways(make):
         assert torch.equal(actual, expected)
-        assert actual.stride() == expected.stride() and actual.dtype == expected.dtype
+        assert actual.stride() == expected.stride()
+        assert actual.dtype == expected.dtype
     pointers = [actual.data_ptr() for actual, _ in both_ways(make)]
     assert len(set(pointers)) == len(pointers)
 
@@ -861,7 +882,8 @@ def test_accumulated_gradients_beside_sparse_ones():
         assert net["embed"].weight.grad.is_sparse
         comhe.accumulate_gradients() if accumulate else comhe().backward()
         results.append(net["embed"].weight.grad)
-    assert not results[0].is_sparse and torch.equal(*results)
+    assert not results[0].is_sparse
+    assert torch.equal(*results)
 
 
 def test_accumulating_runs_the_hooks_of_tensors_but_not_those_of_accumulation():
@@ -873,6 +895,7 @@ def test_accumulating_runs_the_hooks_of_tensors_but_not_those_of_accumulation():
     accumulated = []
     weight.register_post_accumulate_grad_hook(lambda p: accumulated.append(p))
     comhe.accumulate_gradients()
-    assert torch.equal(weight.grad, expected) and not accumulated
+    assert torch.equal(weight.grad, expected)
+    assert not accumulated
     with pytest.raises(ValueError, match="`scale` must be finite"):
         comhe.accumulate_gradients(scale=math.nan)

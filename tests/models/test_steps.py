@@ -153,9 +153,8 @@ def test_two_checkpoints_before_one_backward_share_a_draw():
     both = sum(checkpoint(lambda: comhe(), use_reentrant=False) for _ in range(2))
     (actual,) = torch.autograd.grad(both, net[0].weight)
     plain = regularizer(network())
-    (expected,) = torch.autograd.grad(
-        2 * plain(), [p for p in plain._layers[0].module.parameters()][0]
-    )
+    parameter = next(plain._layers[0].module.parameters())
+    (expected,) = torch.autograd.grad(2 * plain(), parameter)
     assert relative_error(actual, expected) <= 1e-6
     checkpoint(lambda: comhe(), use_reentrant=False)
     assert steps(comhe) == 2
@@ -165,7 +164,8 @@ def test_saved_tensors_elsewhere_are_no_checkpoint():
     comhe = regularizer(network())
     with torch.autograd.graph.save_on_cpu():
         energies = [float(comhe().detach()) for _ in range(3)]
-    assert len(set(energies)) == 3 and steps(comhe) == 3
+    assert len(set(energies)) == 3
+    assert steps(comhe) == 3
 
 
 def test_functional_transforms():

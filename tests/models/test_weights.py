@@ -189,9 +189,9 @@ def test_identity_is_that_of_what_a_weight_is_made_of():
     for _ in range(20):
         found = [layer.name for layer in CoMHE(net, None, output_layer=None).layers]
         assert found == [f"linear{i}" for i in range(20)]
-    tied = nn.Linear(12, 9)
-    net = nn.ModuleDict({"embed": nn.Embedding(9, 12), "head": tied, "other": nn.Linear(12, 9)})
-    tied.weight = net["embed"].weight
+    embed, tied = nn.Embedding(9, 12), nn.Linear(12, 9)
+    net = nn.ModuleDict({"embed": embed, "head": tied, "other": nn.Linear(12, 9)})
+    tied.weight = embed.weight
     parametrize.register_parametrization(net["other"], "weight", nn.Identity())
     assert [layer.name for layer in CoMHE(net, None).layers] == ["other"]
 
@@ -202,7 +202,8 @@ def test_a_sum_of_parameters_learns_where_one_of_them_does():
     comhe = CoMHE(net, None)
     comhe().backward()
     update = module.parametrizations.weight[0]
-    assert update.a.grad is not None and update.b.grad is not None
+    assert update.a.grad is not None
+    assert update.b.grad is not None
     assert module.parametrizations.weight.original.grad is None
 
 

@@ -46,7 +46,8 @@ def test_energy_and_gradients(n, d, count, k, options, backend, device):
     energy = comhe_ext.compressive_energy(*actual, **options, backend=backend)
     exact = [x.detach().double().requires_grad_() for x in actual]
     expected = reference.compressive_energy(*exact, **options)
-    assert energy.shape == () and energy.dtype == torch.float32
+    assert energy.shape == ()
+    assert energy.dtype == torch.float32
     assert relative_error(energy, expected) <= 2e-6
     if k == 1 and not options.get("eps"):
         # a point of a line has nowhere to go; which side of 0 it falls on is all that counts
@@ -177,7 +178,8 @@ def test_all_projections_are_one_product():
 def test_random_projection():
     generator = torch.Generator().manual_seed(3)
     projection = comhe_ext.random_projection(20, 40, 300, generator=generator)
-    assert projection.shape == (20, 40, 300) and projection.dtype == torch.float32
+    assert projection.shape == (20, 40, 300)
+    assert projection.dtype == torch.float32
     assert not projection.requires_grad
     count = projection.numel()
     assert abs(float(projection.mean())) < 6 / count**0.5

@@ -79,7 +79,8 @@ def test_duplicates_add_a_finite_energy_and_no_push(options, backend, device):
     weight[7] = 2.0 * weight[3]  # a power of 2: still an exact duplicate
     weight[29] = weight[3]
     energy, gradient = check(weight, backend, **options)
-    assert energy.isfinite() and gradient.isfinite().all()
+    assert energy.isfinite()
+    assert gradient.isfinite().all()
 
 
 FACTORS = [3.0, -3.0, 11.0, 0.75, -49.0]
@@ -138,7 +139,8 @@ def test_multiples_without_a_bound_are_infinite(backend, device):
     for factor, options in ((3.0, dict(s=2.0)), (-3.0, dict(s=0.0, half_space=True))):
         weight = multiples(factor, 24, device=device)
         energy, gradient = energy_and_gradient(weight, backend, min_distance=0.0, **options)
-        assert float(energy) == math.inf and gradient.isfinite().all()
+        assert float(energy) == math.inf
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("eps", [1e-12, 1e-8, 1e-4, 1.0])
@@ -255,10 +257,13 @@ def test_min_distance_beyond_the_range_of_float64():
     # f'(1e-9) is infinite; above that distance nothing may show it
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1e-8]], dtype=torch.float64)
     energy, gradient = energy_and_gradient(weight, "torch", s=40.0, min_distance=1e-9)
-    assert float(energy) == math.inf and not gradient.isnan().any()
-    assert gradient[0, 1] == math.inf and gradient[2, 1] == -math.inf
+    assert float(energy) == math.inf
+    assert not gradient.isnan().any()
+    assert gradient[0, 1] == math.inf
+    assert gradient[2, 1] == -math.inf
     energy, gradient = energy_and_gradient(weight[:2], "torch", s=40.0, min_distance=1e-9)
-    assert float(energy) == pytest.approx(2.0**-20) and gradient.isfinite().all()
+    assert float(energy) == pytest.approx(2.0**-20)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
@@ -354,12 +359,15 @@ def test_too_few_rows_for_a_pair(backend, device):
     for shape in ((0, 3), (1, 3), (2, 0, 3), (4, 1, 3)):
         weight = torch.ones(shape, device=device)
         energy, gradient = energy_and_gradient(weight, backend)
-        assert (energy == 0).all() and (gradient == 0).all()
-        assert energy.shape == shape[:-2] and gradient.shape == shape
+        assert (energy == 0).all()
+        assert (gradient == 0).all()
+        assert energy.shape == shape[:-2]
+        assert gradient.shape == shape
     energy, gradient = energy_and_gradient(
         torch.ones(1, 3, device=device), backend, half_space=True
     )
-    assert float(energy) == 0.25 and float(gradient.norm()) <= 1e-7
+    assert float(energy) == 0.25
+    assert float(gradient.norm()) <= 1e-7
 
 
 def test_more_pairs_than_an_int32_counts(backend, device):
@@ -397,7 +405,8 @@ def test_strided(view, backend, device):
     assert torch.equal(strided, weight)
     energy = comhe_ext.hyperspherical_energy(strided, half_space=True, backend=backend)
     (gradient,) = torch.autograd.grad(energy, leaf)
-    assert torch.equal(energy, expected[0]) and torch.equal(gradient, expected[1])
+    assert torch.equal(energy, expected[0])
+    assert torch.equal(gradient, expected[1])
 
 
 def test_expanded(backend, device):
@@ -438,7 +447,8 @@ def test_no_grad(backend, device):
     weight.requires_grad_()
     with torch.no_grad():
         energy = comhe_ext.hyperspherical_energy(weight, backend=backend)
-    assert not energy.requires_grad and torch.equal(energy, expected)
+    assert not energy.requires_grad
+    assert torch.equal(energy, expected)
     with torch.inference_mode():
         energy = comhe_ext.hyperspherical_energy(weight, backend=backend)
     assert torch.equal(energy, expected)
@@ -471,7 +481,8 @@ def test_half_of_a_leaf_in_use(backend, device):
     comhe_ext.hyperspherical_energy(leaf[5:20], backend=backend).backward()
     _, expected = energy_and_gradient(leaf.detach()[5:20], backend)
     assert torch.equal(leaf.grad[5:20], expected)
-    assert (leaf.grad[:5] == 0).all() and (leaf.grad[20:] == 0).all()
+    assert (leaf.grad[:5] == 0).all()
+    assert (leaf.grad[20:] == 0).all()
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -616,7 +627,7 @@ def test_nested_tensors_are_refused():
 
 
 def test_a_backend_asked_for_by_name_never_falls_back():
-    with pytest.raises((RuntimeError, ValueError), match="use backend=.*'torch'"):
+    with pytest.raises((RuntimeError, ValueError), match=r"use backend=.*'torch'"):
         comhe_ext.hyperspherical_energy(torch.ones(4, 3), backend="triton")
 
 
@@ -643,7 +654,8 @@ def test_numpy_scalars_are_the_numbers_they_are(backend, device):
         assert torch.equal(groups, comhe_ext.group_energy(weight, 2, backend=backend))
         assert comhe_ext.random_projection(whole(3), whole(4), whole(5)).shape == (3, 4, 5)
     projection = comhe_ext.projections.RandomProjection(np.int64(3), np.int64(4))
-    assert type(projection.num_projections) is int and type(projection.dim) is int
+    assert type(projection.num_projections) is int
+    assert type(projection.dim) is int
 
 
 def test_more_columns_than_the_compiled_kernel_takes():
@@ -659,8 +671,8 @@ def test_more_columns_than_the_compiled_kernel_takes():
         projection = torch.zeros(1, 2, 2**24 + 1)
         projection[0, 0, 0] = projection[0, 1, -1] = 1.0
         assert float(comhe_ext.compressive_energy(weight, projection, backend="cpu")) == 0.5
+    options = options_of(backend="cpu")
     with pytest.raises(ValueError, match=message):
-        options = options_of(backend="cpu")
         torch.ops.comhe_ext.sweep([weight[None]], [None], False, *options.arguments)
 
 
@@ -683,5 +695,8 @@ def test_meta_tensors_give_shapes():
     with torch.no_grad():
         options = options_of()
         energy, gradient = torch.ops.comhe_ext.sweep([weight], [None], True, *options.arguments)
-    assert gradient.device.type == "meta" and gradient.shape == (12, 5)
-    assert energy.device.type == "meta" and energy.shape == (3,) and energy.dtype == torch.float32
+    assert gradient.device.type == "meta"
+    assert gradient.shape == (12, 5)
+    assert energy.device.type == "meta"
+    assert energy.shape == (3,)
+    assert energy.dtype == torch.float32

@@ -53,7 +53,8 @@ def check(
         alone = comhe_ext.hyperspherical_energy(weight, **options, backend=backend)
     expected, expected_gradient = known(truth, weight, **options)
     assert energy.dtype == (torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    assert gradient.dtype == weight.dtype and gradient.shape == weight.shape
+    assert gradient.dtype == weight.dtype
+    assert gradient.shape == weight.shape
     assert energy.shape == expected.shape
     assert relative_error(energy, expected) <= energy_bound
     assert relative_error(alone, expected) <= energy_bound

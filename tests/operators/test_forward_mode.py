@@ -1,5 +1,6 @@
 """Forward-mode derivatives, alone and mixed with reverse mode, under every transform of torch."""
 
+import contextlib
 import math
 
 import pytest
@@ -176,7 +177,8 @@ def test_packed_sets_of_many_sizes(backend, device):
         return packed_energy(p, sizes, options)
 
     expected = jacrev(energies)(points)
-    assert expected.shape == (6, 17, 4) and float(expected[3].norm()) > 0
+    assert expected.shape == (6, 17, 4)
+    assert float(expected[3].norm()) > 0
     assert relative_error(jacfwd(energies)(points), expected) <= 1e-5
     tangents = random_rows(17, 4, seed=3, device=device)
     slopes = jvp(energies, (points,), (tangents,))[1]
@@ -208,14 +210,15 @@ def test_tangents_in_every_grad_mode(mode, backend, device):
 
     expected = jvp(energy, (weight,), (tangents,))
     assert float(expected[1]) != 0
-    context = {
+    contexts: dict[str, contextlib.AbstractContextManager[object]] = {
         "no grad": torch.no_grad(),
         "inference": torch.inference_mode(),
         "autocast": torch.autocast(device, dtype=torch.bfloat16),
-    }[mode]
-    with context:
+    }
+    with contexts[mode]:
         actual = jvp(energy, (weight,), (tangents,))
-    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
 
 
 def test_functional_call(backend, device):
@@ -262,7 +265,8 @@ def test_too_few_rows_for_a_pair(shape, backend, device):
 
     assert float(jvp(energy, (weight,), (tangents,))[1]) == 0
     product = jvp(grad(energy), (weight,), (tangents,))[1]
-    assert product.shape == shape and (product == 0).all()
+    assert product.shape == shape
+    assert (product == 0).all()
 
 
 def test_dead_rows_and_duplicates(backend, device):
@@ -455,7 +459,8 @@ def test_second_order_under_autocast(backend, device):
 
     for mode in SECOND_ORDER.values():
         expected = mode(energy, 0)(weight)
-        assert expected.isfinite().all() and float(expected.norm()) > 0
+        assert expected.isfinite().all()
+        assert float(expected.norm()) > 0
         with torch.autocast(device, dtype=torch.bfloat16):
             assert relative_error(mode(energy, 0)(weight), expected) <= 1e-6
 

@@ -112,7 +112,8 @@ def test_cases_without_a_direction():
     for options in (dict(), dict(half_space=True), dict(angular=True), dict(s=0.0)):
         energy = reference.hyperspherical_energy(rows, **options)
         (gradient,) = torch.autograd.grad(energy, rows)
-        assert energy.isfinite() and gradient.isfinite().all()
+        assert energy.isfinite()
+        assert gradient.isfinite().all()
         assert (gradient[0] == 0).all()
     for n, half_space in ((0, False), (0, True), (1, False)):
         assert reference.hyperspherical_energy(rows[:n], half_space=half_space) == 0

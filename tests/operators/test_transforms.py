@@ -515,7 +515,7 @@ def test_compile_gives_up_what_it_would_get_wrong():
         assert relative_error(actual, expected) <= 1e-6
         assert relative_error(torch.autograd.grad(actual.sum(), leaf)[0], gradient) <= 1e-6
         torch._dynamo.reset()
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="torch.compiler.disable"):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
             torch.compile(function, backend="aot_eager", fullgraph=True)(*arguments)
     with torch.no_grad():
         torch._dynamo.reset()
@@ -540,7 +540,8 @@ def test_func_grad(backend, device):
     (expected,) = torch.autograd.grad(energy(leaf), leaf)
     assert torch.equal(torch.func.grad(energy)(weight), expected)
     gradient, value = torch.func.grad_and_value(energy)(weight)
-    assert torch.equal(gradient, expected) and torch.equal(value, energy(weight))
+    assert torch.equal(gradient, expected)
+    assert torch.equal(value, energy(weight))
 
 
 def test_vmap_of_packed_sets(backend, device):
@@ -606,7 +607,8 @@ def test_autocast_changes_nothing(k, dtype, backend, device):
         energy = comhe_ext.hyperspherical_energy(weight, backend=backend)
         (gradient,) = torch.autograd.grad(energy, weight, create_graph=True)
         (second,) = torch.autograd.grad(gradient.square().sum(), weight)
-    assert torch.equal(energy, expected) and torch.equal(gradient, expected_gradient)
+    assert torch.equal(energy, expected)
+    assert torch.equal(gradient, expected_gradient)
     assert second.dtype == torch.float32
 
 
@@ -619,7 +621,8 @@ def test_layer_under_autocast(backend, device):
         loss = loss + comhe_ext.hyperspherical_energy(layer.weight, backend=backend)
     loss.backward()
     assert output.dtype == torch.bfloat16
-    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.isfinite().all()
+    assert layer.weight.grad.dtype == torch.float32
+    assert layer.weight.grad.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -643,7 +646,8 @@ def test_fake_tensors(backend, device):
         weight = torch.empty(3, 100_000, 64, device=device, requires_grad=True)
         energy = comhe_ext.hyperspherical_energy(weight, backend=backend)
         (gradient,) = torch.autograd.grad(energy.sum(), weight)
-    assert energy.shape == (3,) and gradient.shape == weight.shape
+    assert energy.shape == (3,)
+    assert gradient.shape == weight.shape
 
 
 @pytest.mark.parametrize("n", [100, 1031])
@@ -672,7 +676,8 @@ def test_deterministic_algorithms_can_be_demanded(backend, device):
         (gradient,) = torch.autograd.grad(energy, leaf)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert energy.isfinite() and gradient.isfinite().all()
+    assert energy.isfinite()
+    assert gradient.isfinite().all()
 
 
 def test_threads_of_the_caller(backend, device):

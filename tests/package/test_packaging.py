@@ -21,6 +21,8 @@ from comhe_ext.kernels.cpu import binding
 from comhe_ext.testing import random_rows
 
 ROOT = Path(__file__).parents[2]
+PIP = (sys.executable, "-m", "pip")
+OFFLINE = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
 
 
 def copy_sources(folder):
@@ -38,8 +40,7 @@ def wheel(tmp_path_factory):
     sources, output = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
     copy_sources(sources)
     result = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
-        + ["--disable-pip-version-check", "--no-index", "--wheel-dir", str(output), str(sources)],
+        [*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", str(output), str(sources)],
         capture_output=True,
         text=True,
     )
@@ -87,11 +88,7 @@ print(comhe_ext.CoMHE(torch.nn.Linear(50, 20))())
 
 def test_wheel_works_outside_of_the_checkout(wheel, tmp_path):
     target = tmp_path / "installed"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-        + ["--disable-pip-version-check", "--target", str(target), str(wheel)],
-        check=True,
-    )
+    subprocess.run([*PIP, "install", *OFFLINE, "--target", str(target), str(wheel)], check=True)
     # the editable installation's finder comes after sys.path: the wheel has to be found first
     program = f"import sys; sys.path.insert(0, {str(target)!r})\n{PROGRAM}"
     result = subprocess.run(
