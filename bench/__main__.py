@@ -17,7 +17,7 @@ from bench.options import Options
 from bench.screen import make_console
 from bench.store import RESULTS, ROOT
 
-LEFT_OVER = 3  # exit status: the time was up before the end
+LEFT_OVER = 3  # exit status when the time is up before the end
 EVERYTHING = ["goals", "small", "modes", "layers", "scaling", "wide"]
 
 
@@ -97,7 +97,7 @@ def options_of(args: argparse.Namespace) -> Options:
     methods = getattr(args, "methods", None)
     if methods is None:
         methods = [name for name in METHODS if args.device in METHODS[name].devices]
-        if args.quick:  # to compile would take most of so short a run
+        if args.quick:  # compiling would take most of so short a run
             methods = [name for name in methods if not METHODS[name].compiles]
     rules = Rules(
         limit=args.limit or (10.0 if args.quick else Rules.limit),
@@ -121,7 +121,7 @@ def measure(args: argparse.Namespace, options: Options, cases: Sequence[shapes.C
         roofline.measure(options)
         left += sweep.sweep(options, cases)
     if everything:
-        # one thread of a processor everywhere, all of them where the goals are
+        # everything on one thread of a processor, the goals also on all threads
         one = replace(options, threads=1)
         roofline.measure(one)
         left += sweep.sweep(one, cases)

@@ -19,7 +19,7 @@ from bench.worker import Call, Job, Lost, Turn, Worker, load_result
 from comhe_ext import testing
 
 ROWS, DIM, PAIRS = 1024, 30, 8
-# name -> angle of the close rows in radians, where there are some
+# name -> angle of the near rows in radians, None if there are none
 ANGLES = {"random": None, "0.1 rad": 0.1, "0.01 rad": 1e-2, "1e-3 rad": 1e-3, "1e-4 rad": 1e-4}
 DUPLICATES, COLLAPSED = "duplicates", "collapsed"
 CASES = (*ANGLES, DUPLICATES, COLLAPSED)

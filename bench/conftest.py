@@ -1,4 +1,4 @@
-"""What pytest-benchmark writes down of the machine: nothing that names it."""
+"""What pytest-benchmark records about the machine: nothing that identifies it."""
 
 from typing import Any
 

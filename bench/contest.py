@@ -1,8 +1,8 @@
-"""Several things that do the same, measured side by side.
+"""Several ways to do the same thing, measured side by side.
 
-Each is in a fresh process of its own (`worker.py`): a first call whose result is checked, a call
-for its peak memory, then rounds in which they take turns, so that a change in the machine's mood
-meets them all. What fails, is wrong, runs out of memory or takes too long is an outcome too.
+Each runs in a fresh process of its own (`worker.py`): a first call whose result is checked, a call
+for its peak memory, then rounds in which they take turns, so that a change in the machine's speed
+affects them all. To fail, to be wrong, to run out of memory or to take too long is an outcome, too.
 """
 
 import math
@@ -16,7 +16,7 @@ from pathlib import Path
 from bench.worker import Job, Lost, Reply, Turn, Worker
 
 MOST_ROUNDS, LEAST_ROUNDS = 9, 5
-SLOW = 10.0  # seconds: such calls are not made for memory alone
+SLOW = 10.0  # seconds: no extra call for the memory is made where calls take longer
 VERY_SLOW = 30.0  # such calls have fewer rounds than `LEAST_ROUNDS`
 SHORT = 0.02  # a round lasts at least this long, of several calls if need be
 MIB = 2.0**20
@@ -33,7 +33,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Rules:
-    """How long things may take, in seconds."""
+    """Limits of time, in seconds."""
 
     limit: float = 100.0  # of one call
     start: float = 30.0  # on top of that, for the imports of the first
@@ -49,7 +49,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Entry:
-    """One that takes part. `check` says what is wrong with the first call's result, in a file."""
+    """What takes part. `check` reads the first call's result from a file and says what is wrong."""
 
     job: Job
     check: Callable[[Path], str | None] = lambda result: None
@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass
 class Outcome:
-    """What came of it: status "ok", "wrong", "timeout", "out of memory" or "failed"."""
+    """How an entry fared: status "ok", "wrong", "timeout", "out of memory" or "failed"."""
 
     status: str = "ok"
     note: str = ""
@@ -69,7 +69,7 @@ class Outcome:
     calls: int = 1  # in a round
 
     def figures(self) -> dict[str, object]:
-        """The columns of `FIGURES`."""
+        """Compute the columns of `FIGURES`."""
         timed = self.status == "ok" and bool(self.wall)
         return {
             "status": self.status,
@@ -93,7 +93,7 @@ class _Contestant:
         self.worker = Worker(entry.job)
 
     def begin(self, folder: Path) -> None:
-        """The first calls, which say how many rounds there are to be."""
+        """Make the first calls, whose times decide the number of rounds."""
         result = folder / "result.pt"
         extra = self.rules.start + (self.rules.compilation if self.entry.compiles else 0.0)
         if (reply := self._ask(Turn(save=result), extra)) is None:
@@ -103,7 +103,7 @@ class _Contestant:
             self._leave("wrong", verdict)
             return
         if reply.wall < SLOW or self.entry.compiles:
-            # what libraries and compilers take for themselves is not the call's need
+            # what libraries and compilers hold is not part of what the call needs
             if (reply := self._ask(Turn(memory=True))) is None:
                 return
             self.outcome.peak = reply.peak
@@ -112,7 +112,7 @@ class _Contestant:
         self.outcome.calls = math.ceil(SHORT / reply.wall)
         self.rounds = self.rules.number_of_rounds(self.outcome.calls * reply.wall)
         self.rounds -= len(self.outcome.wall)
-        # on warm caches and threads that are awake, where that costs little
+        # with warm caches and running threads, where a warm-up costs little
         self.warm = reply.wall < (SLOW if self.entry.job.device == "cuda" else 1.0)
 
     def round(self) -> None:
@@ -146,7 +146,7 @@ class _Contestant:
 def hold(
     entries: Mapping[str, Entry], rules: Rules, say: Callable[[str], None]
 ) -> dict[str, Outcome]:
-    """The outcome of each entry. `OutOfTime` where the deadline passes first."""
+    """Measure all entries, and return the outcome of each; `OutOfTime` after the deadline."""
     contestants: dict[str, _Contestant] = {}
     try:
         for name, entry in entries.items():

@@ -52,7 +52,7 @@ CONFIDENCE = 0.95
 
 
 class Plan(NamedTuple):
-    """How much to do."""
+    """How much to train and to measure."""
 
     seeds: int
     steps: int
@@ -134,7 +134,7 @@ def training_words(runs: Sequence[Run], layers: Sequence[Layer]) -> Iterator[str
 
 
 def compare_accuracy(differences: np.ndarray) -> str:
-    """A sentence on the paired differences of the seeds, in points of accuracy."""
+    """Put the paired differences of the seeds into a sentence, in points of accuracy."""
     mean, count = float(differences.mean()), len(differences)
     error = float(differences.std(ddof=1)) / math.sqrt(count)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
@@ -155,7 +155,7 @@ def compare_accuracy(differences: np.ndarray) -> str:
 
 
 def measure_costs(plan: Plan, options: Options) -> dict[Case, list[Row]]:
-    """The sweep's rows of ours and of the naive formula."""
+    """Measure our method and the naive formula with the sweep, and return its rows."""
     cases = [Case(Shape(1, rows, DIM), "gradient") for rows in plan.rows]
     sweep.sweep(options, cases)
     setting = machine.name(options.device), options.device, str(options.threads)
@@ -196,7 +196,7 @@ def cost_words(costs: dict[Case, list[Row]]) -> Iterator[str]:
 
 
 def in_words(ratio: float, above: str, below: str) -> str:
-    """A ratio in words, one that rounds to 1 as such."""
+    """Put a ratio into words, also one that rounds to 1."""
     if 0.95 <= ratio <= 1.05:
         return f"neither {above} nor {below} (within 5 %)"
     return f"{max(ratio, 1 / ratio):.1f} times {above if ratio > 1 else below}"
@@ -244,7 +244,9 @@ def run(args: argparse.Namespace, threads: int, console: Console) -> None:
         f"{plan.seeds} seeds, {plan.steps} steps of {BATCH}. The three start from the same "
         f"weights and see the same batches; each layer's energy has weight {WEIGHT:g}."
     )
-    torch.set_num_threads(1)  # the network is small: more threads wait for each other
+    torch.set_num_threads(
+        1
+    )  # the network is small: with more threads, they would mostly wait for each other
     runs = train_all(plan, console)
     torch.set_num_threads(threads)
     for table in training_tables(runs, layers):

@@ -39,7 +39,7 @@ WEIGHT = 10.0
 
 
 class Layer(NamedTuple):
-    """A layer as the regularizer sees it."""
+    """The vectors of a layer whose energy is recorded."""
 
     name: str
     rows: int  # N
@@ -47,12 +47,12 @@ class Layer(NamedTuple):
     half_space: bool
 
     def energy(self, model: nn.Module) -> float:
-        """s = 2, mean over the pairs, on the weights as they are."""
+        """Compute the unprojected energy: s = 2, mean over the pairs."""
         weight = model.get_parameter(f"{self.name}.weight").detach().flatten(1)
         return float(comhe_ext.hyperspherical_energy(weight, half_space=self.half_space))
 
     def random(self) -> float:
-        """The expected energy of uniform random directions, s = 2.
+        """Compute the expected energy of uniform random directions, s = 2.
 
         c has (1 + c)/2 ~ Beta(a, a), a = (d-1)/2, so E[1/(2-2c)] = (d-2)/(2(d-3)) and
         E[1/(1-c^2)] = (d-2)/(d-3). Half space: pairs of rows meet four times in two such sums,
@@ -63,7 +63,7 @@ class Layer(NamedTuple):
         return ((n - 1) * ratio + 0.25) / (2 * n - 1) if self.half_space else ratio / 2
 
     def optimum(self) -> float | None:
-        """The least energy, where it is known: the simplex, or N orthogonal axes in half space."""
+        """Compute the lowest energy where it is known: of the simplex, in half space of N axes."""
         n, d = self.rows, self.width
         if self.half_space:
             return (n - 1 + 0.25) / (2 * n - 1) if n <= d else None
@@ -72,14 +72,16 @@ class Layer(NamedTuple):
 
 @dataclass
 class Run:
-    """One training: what it came to, and the energies on the way."""
+    """One training: its final results, and the energies on the way."""
 
     method: str
     seed: int
     accuracy: float = math.nan
     seconds: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
-    energies: list[list[float]] = field(default_factory=list)  # one list of layers each time
+    energies: list[list[float]] = field(
+        default_factory=list
+    )  # one list of all layers for each time
 
 
 def network() -> nn.Sequential:
@@ -114,7 +116,7 @@ def regularizer(method: str, model: nn.Module, seed: int) -> comhe_ext.CoMHE | N
 
 
 def train(run: Run, steps: int, steps_between_energies: int) -> Iterator[int]:
-    """Fill in `run`, pausing after each step with its number.
+    """Train, fill in `run`, and yield the number of each step.
 
     The seed fixes the split, the first weights and the batches, whatever the method.
     """
@@ -170,5 +172,5 @@ def step_milliseconds(runs: Sequence[Run], method: str) -> float:
 
 
 def energy_history(runs: Sequence[Run], method: str) -> np.ndarray:
-    """[seeds, times, layers]"""
+    """Collect the energies of a method, [seeds, times, layers]."""
     return np.array([run.energies for run in of_method(runs, method)])

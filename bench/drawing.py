@@ -21,12 +21,12 @@ matplotlib.use("Agg")  # no window, whatever the machine has
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of a page; those of the methods can be told apart by the color-blind."""
+    """Colors of a page; the color-blind can tell those of the methods apart."""
 
     name: str
     paper: str
     ink: str
-    faint: str  # of what is not data
+    faint: str  # for all that is not data
     rule: str
     orange: str
     blue: str
@@ -49,7 +49,7 @@ THEMES = (LIGHT, DARK)
 
 @contextmanager
 def drawn(theme: Theme) -> Iterator[None]:
-    """matplotlib in the colors of a theme."""
+    """Set the colors of a theme in matplotlib."""
     settings: Any = {
         "font.size": 10,
         "font.family": "DejaVu Sans",
@@ -79,7 +79,7 @@ def drawn(theme: Theme) -> Iterator[None]:
 def save(
     folder: Path, pictures: dict[str, Callable[[Theme], Figure | None]], theme: Theme = LIGHT
 ) -> list[Path]:
-    """Those for which there are results, as PNG; the same bytes from the same results."""
+    """Save the pictures that have results, as PNG; the same results give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     with drawn(theme):
@@ -90,7 +90,7 @@ def save(
             figure.savefig(pixels, format="png", dpi=150)
             plt.close(figure)
             written.append(folder / f"{name}.png")
-            # so few colors need a quarter of the bytes
+            # with a palette of 64 colors a file has a quarter of the bytes
             Image.open(pixels).convert("RGB").quantize(64).save(written[-1], optimize=True)
     return written
 
@@ -99,7 +99,7 @@ def save(
 
 
 def name_line(axes: Axes, x: float, y: float, text: str, color: str, side: str) -> Annotation:
-    """Beside the line's first point, or its last."""
+    """Write the name of a line beside its first point, or its last."""
     return axes.annotate(
         text,
         (x, y),
@@ -137,7 +137,7 @@ def part_names(figure: Figure, names: Sequence[Annotation]) -> None:
 
 
 def logarithmic(axes: Axes, formatter: FuncFormatter) -> None:
-    """Both axes; only tens are marked, and only on the vertical one."""
+    """Make both axes logarithmic; only tens are marked, and only on the vertical axis."""
     for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         scale("log")
         axis.set_minor_locator(NullLocator())
@@ -147,7 +147,7 @@ def logarithmic(axes: Axes, formatter: FuncFormatter) -> None:
 
 
 def with_unit(*scales: tuple[float, str]) -> FuncFormatter:
-    """Numbers in the largest unit that they reach; the scales rise."""
+    """Format numbers in the largest unit that they reach; the scales rise."""
 
     def text(value: float, _: object) -> str:
         scale, unit = next((s for s in reversed(scales) if value >= 0.999 * s[0]), scales[0])

@@ -1,4 +1,4 @@
-"""The numbers that the project set itself, held against the sweep."""
+"""The goals of the project, compared with the results of the sweep."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ Cases = dict[Case, list[Row]]
 
 
 class Goal(NamedTuple):
-    """`reached(cases, peaks)` is to be at least `least`, or at most `most`."""
+    """A goal: `reached(cases, peaks)` should be at least `least`, or at most `most`."""
 
     words: str
     unit: str
@@ -32,7 +32,7 @@ class Goal(NamedTuple):
 
 
 def over(shape: Shape, *peers: str) -> Callable[[Cases, Row | None], float | None]:
-    """How many times as long the fastest of the peers takes."""
+    """Compute how many times as long the fastest of the peers takes."""
 
     def reached(cases: Cases, peaks: Row | None) -> float | None:
         rows = cases.get(Case(shape, "gradient"), [])
@@ -44,7 +44,7 @@ def over(shape: Shape, *peers: str) -> Callable[[Cases, Row | None], float | Non
 
 
 def share(shape: Shape) -> Callable[[Cases, Row | None], float | None]:
-    """Percent of the machine's peak."""
+    """Compute the share of the machine's peak, in percent."""
 
     def reached(cases: Cases, peaks: Row | None) -> float | None:
         case = Case(shape, "gradient")
@@ -56,7 +56,7 @@ def share(shape: Shape) -> Callable[[Cases, Row | None], float | None]:
 
 
 def value(shape: Shape, column: str, scale: float) -> Callable[[Cases, Row | None], float | None]:
-    """A column of our own row."""
+    """Read a column of our own row."""
 
     def reached(cases: Cases, peaks: Row | None) -> float | None:
         mine = compare.ours(cases.get(Case(shape, "gradient"), []))

@@ -1,4 +1,4 @@
-"""What it runs on: names and versions for the results, free memory, and the machine's peaks."""
+"""The machine: names and versions for the results, its free memory, and its peak rates."""
 
 import ctypes
 import os
@@ -19,12 +19,12 @@ import torch
 import comhe_ext
 from bench.store import ROOT
 
-# of every results file: where and with what a row was measured
+# columns of every results file: where and with what a row was measured
 STAMP = ("machine", "device", "threads", "torch", "comhe_ext", "commit")
 
 
 def name(device: str) -> str:
-    """The processor or the GPU, in words."""
+    """Name the processor or the GPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     names = []
@@ -35,7 +35,7 @@ def name(device: str) -> str:
 
 
 def stamp(device: str, threads: int) -> dict[str, object]:
-    """The columns of `STAMP`, and the date."""
+    """Fill in the columns of `STAMP`, and the date."""
     return {
         "machine": name(device),
         "device": device,
@@ -48,7 +48,7 @@ def stamp(device: str, threads: int) -> dict[str, object]:
 
 
 def commit() -> str:
-    """Of the checkout, with a plus where the code differs from it; empty outside of git."""
+    """Name the commit of the checkout, with a plus if the code differs; empty without git."""
 
     def git(*arguments: str) -> str | None:
         if shutil.which("git") is None:
@@ -65,7 +65,7 @@ def commit() -> str:
 
 
 def free_memory(device: str) -> int:
-    """Bytes that a new process may take: the machine's free memory, or less in a container."""
+    """Count the bytes that a new process may take; in a container they may be few."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available
@@ -99,7 +99,7 @@ REPEATS = 9
 
 
 def fma_peak(threads: int) -> float:
-    """float32 operations a second of fused multiply-adds; RuntimeError without a compiler."""
+    """Measure float32 operations a second of fused multiply-adds; needs a compiler."""
     compiler = next((c for c in ("gcc", "clang", "cc") if shutil.which(c)), None)
     if compiler is None:
         raise RuntimeError("no C compiler to build the peak of multiply-adds with")
@@ -132,7 +132,7 @@ def fma_peak(threads: int) -> float:
 
 
 def copy_bandwidth(device: str, threads: int) -> float:
-    """Bytes a second of a copy of much more than the caches hold, read and written."""
+    """Measure bytes a second, read and written, of a copy larger than the caches."""
     elements = 2**28 if device == "cuda" else 2**26
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
@@ -146,14 +146,14 @@ def copy_bandwidth(device: str, threads: int) -> float:
 
 
 def matrix_peak() -> float:
-    """Operations a second of the GPU's matrix units: a large product in float16."""
+    """Measure operations a second of the GPU's matrix units: a large product in float16."""
     n = 8192
     left, right = (torch.randn(n, n, device="cuda", dtype=torch.float16) for _ in range(2))
     return 2 * n**3 / shortest(lambda: left @ right, 1, "cuda")
 
 
 def shortest(call: Callable[[], object], threads: int, device: str = "cpu") -> float:
-    """Seconds of the fastest of several calls, by the clock that methods are compared by."""
+    """Time the fastest of several calls in seconds, by the clock that methods are timed by."""
     clock = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
     seconds = []
     for _ in range(REPEATS):

@@ -1,4 +1,4 @@
-"""Everything that computes the energy of sets of rows, ours and what one would take instead.
+"""All methods that compute the energy of sets of rows: ours, and the alternatives.
 
 Each method is a function of points [B, N, k] to the energies [B] of the sets, s = 2, mean over the
 pairs, which autograd can differentiate. `METHODS` lists them.
@@ -44,12 +44,12 @@ class Method:
     devices: tuple[str, ...] = ("cpu", "cuda")
     same_energy: bool = True
     packages: tuple[str, ...] = ()  # what has to be installed, the peer itself first
-    compiles: bool = False  # at its first call, for many seconds
+    compiles: bool = False  # its first call compiles, for many seconds
     environment: dict[str, str] = field(default_factory=dict)
-    only_batches: bool = False  # with one set it is the same as another method
+    only_batches: bool = False  # with a single set it equals another method
 
     def unavailable(self, device: str) -> str | None:
-        """Why it cannot run here, if it cannot."""
+        """Say why it cannot run here, or None."""
         for package in self.packages:
             if find_spec(package) is None:
                 return f"{package} is not installed"
@@ -60,7 +60,7 @@ class Method:
         return None
 
     def version(self) -> str:
-        """Of the package that it comes from."""
+        """Find the version of the package that it comes from."""
         if self.family == OURS:
             return comhe_ext.__version__
         package = self.packages[0] if self.packages else "torch"
@@ -70,12 +70,12 @@ class Method:
             return ""
 
     def needed_bytes(self, sets: int, rows: int) -> float:
-        """An estimate for energy and gradient, to refuse what cannot fit before it is tried."""
+        """Estimate the bytes for energy and gradient, to refuse beforehand what cannot fit."""
         return self.matrices * 4.0 * sets * rows * rows
 
 
 def run(energies: Energies, points: Tensor, mode: Mode) -> tuple[Tensor, Tensor | None]:
-    """The energies [B], and the gradient or the Hessian's product with `direction(points)`."""
+    """Compute energies [B], and the gradient or the Hessian's product with `direction(points)`."""
     if mode == "energy":
         with torch.no_grad():
             return energies(points), None
@@ -88,7 +88,7 @@ def run(energies: Energies, points: Tensor, mode: Mode) -> tuple[Tensor, Tensor 
 
 
 def direction(points: Tensor) -> Tensor:
-    """A fixed, featureless direction for Hessian-vector products."""
+    """Make a fixed direction for Hessian-vector products."""
     return torch.linspace(-1.0, 1.0, points.numel()).sin().to(points).view_as(points)
 
 
@@ -103,7 +103,7 @@ def load_ours(backend: BackendName) -> Energies:
 
 
 def by_set(energy: Callable[[Tensor], Tensor]) -> Energies:
-    """A set at a time: for what knows no batches, and kinder to caches."""
+    """Compute one set at a time: for methods without batches, and better for caches."""
     return lambda points: torch.stack([energy(rows) for rows in points])
 
 
@@ -123,13 +123,13 @@ def cdist_energies(points: Tensor, compute_mode: str) -> Tensor:
 
 
 def block_rows(points: Tensor) -> int:
-    """Rows of which a block against all others stays in the cache, or fills the GPU."""
+    """Choose the rows of a block: against all others it should fit the cache, or fill the GPU."""
     elements = 2**26 if points.is_cuda else 2**18
     return max(elements // len(points), 64)
 
 
 def checkpointed_energy(rows: Tensor) -> Tensor:
-    """Blocks of rows of the Gram matrix, each computed again in backward instead of kept."""
+    """Compute the Gram matrix in blocks of rows, each again in backward instead of kept."""
 
     def block_sum(block: Tensor, unit: Tensor, begin: int) -> Tensor:
         r2 = (2.0 - (2.0 * block) @ unit.mT).clamp(min=1e-12)
@@ -146,7 +146,7 @@ def checkpointed_energy(rows: Tensor) -> Tensor:
 
 
 class GradientInForward(torch.autograd.Function):
-    """The energy of rows [N, k], its gradient made together with it; backward only scales."""
+    """The energy of rows [N, k], whose gradient is computed with it; backward only scales."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sweep: Sweep) -> Tensor:
@@ -168,12 +168,12 @@ def gradient_in_forward(sweep: Sweep) -> Energies:
 
 
 def across(pull: Tensor, unit: Tensor) -> Tensor:
-    """The part of a pull that v / |v| lets through."""
+    """Project a force by the derivative of v / |v|: off its part along v."""
     return pull - unit * (pull * unit).sum(-1, keepdim=True)
 
 
 def blocked_sweep(rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Blocks of rows against all others: one matrix product forward and one for the pull."""
+    """Sweep blocks of rows against all others: one matrix product forward, one for the force."""
     norm = rows.norm(dim=1, keepdim=True)
     unit, count = rows / norm, pairs(len(rows))
     energy, pull = rows.new_zeros(()), torch.empty_like(rows)
@@ -193,7 +193,7 @@ def blocked_sweep(rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | N
 
 
 def keops_values(unit: Tensor) -> tuple[Any, Any]:
-    """Symbolic [N, N]: r^-2 of each pair, 0 of a row with itself; and the rows of the columns.
+    """Make the symbolic [N, N] of r^-2, 0 on the diagonal, and the rows of its columns.
 
     A set at a time: with batches KeOps 2.3 runs half as fast on a processor.
     """
@@ -211,7 +211,7 @@ def keops_energy(rows: Tensor) -> Tensor:
 
 
 def keops_sweep(rows: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Energy and pull on each row in one reduction."""
+    """Compute the energy and the force on each row in one reduction."""
     norm = rows.norm(dim=1, keepdim=True)
     unit, count = rows / norm, pairs(len(rows))
     values, right = keops_values(unit)
@@ -232,7 +232,7 @@ def load_keops(energies: Energies) -> Energies:
 
 
 def load_geomloss() -> Energies:
-    """The energy distance between the rows and one point: mean of -r over the pairs, and a term."""
+    """Load the energy distance between the rows and one point: mean of -r, and a term."""
     from geomloss import SamplesLoss
 
     loss = SamplesLoss("energy", backend="tensorized")
@@ -245,7 +245,7 @@ def load_geomloss() -> Energies:
 
 
 def load_metric_learning() -> Energies:
-    """RegularFace: mean over the rows of the cosine with the nearest other one."""
+    """Load RegularFace: the mean over the rows of the cosine with the nearest other one."""
     from pytorch_metric_learning.regularizers import RegularFaceRegularizer
 
     return by_set(RegularFaceRegularizer())

@@ -36,18 +36,18 @@ TABLE = Table(
 
 
 def llama_blocks(width: int, inner: int, heads: int, depth: int) -> nn.Sequential:
-    """Without embedding and head."""
+    """Make the blocks of a LLaMA, without embedding and head."""
     return nn.Sequential(*(LlamaBlock(width, inner, heads, heads) for _ in range(depth)))
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model and what a step of it is fed with."""
+    """A model, and the inputs of one step."""
 
     label: str
     make: Callable[[], nn.Module]
     inputs: tuple[int, ...]  # the batch first
-    classes: int | None = 1000  # None: there is no head, the output is driven to zero
+    classes: int | None = 1000  # None: without a head, the loss is the square of the output
 
 
 # a processor gets less of each than a GPU
@@ -87,7 +87,7 @@ ENTRANTS = [(NONE, NONE), *((v, OURS) for v in VARIANTS), *((v, PLAIN) for v in 
 
 
 class NaiveCoMHE(nn.Module):
-    """What `comhe_ext.CoMHE(model, projection)` computes, as one would write it by hand."""
+    """What `comhe_ext.CoMHE(model, projection)` computes, written by hand."""
 
     def __init__(self, model: nn.Module, projection: str | None, output_layer: str | None) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class NaiveCoMHE(nn.Module):
 
 
 def make_call(name: str, variant: str, written: str, device: str) -> Call:
-    """In the process that measures: the model, and a step of its training."""
+    """Make the model and a step of its training, in the process that measures."""
     spec = MODELS[device][name]
     torch.manual_seed(0)
     model = spec.make().to(device)
@@ -150,7 +150,7 @@ def check(result: Path) -> str | None:
 
 
 def measure(options: Options, models: Sequence[str]) -> int:
-    """A step of every model in every way; the number of models left over at the deadline."""
+    """Measure a step of every model in every way; return how many models are left over."""
     device, threads = options.device, options.threads
     stamp = machine.stamp(device, threads)
     if options.resume:

@@ -1,11 +1,11 @@
-"""The formula as one would write it in a few lines of PyTorch; autograd makes the gradient."""
+"""The formula in a few lines of PyTorch; autograd computes the gradient."""
 
 import torch
 from torch import Tensor
 
 
 def naive_energy(weight: Tensor, s: float = 2.0, *, half_space: bool = False) -> Tensor:
-    """Mean of r^-s (s = 0: -log r) over the pairs of rows of `weight` [..., N, d] -> [...].
+    """Average r^-s (s = 0: -log r) over the pairs of rows of `weight` [..., N, d] -> [...].
 
     Holds N x N matrices. The same number as
     `comhe_ext.hyperspherical_energy(weight, s, half_space=half_space, min_distance=0)`.

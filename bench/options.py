@@ -19,4 +19,4 @@ class Options:
     console: Console
     methods: Sequence[str] = ()
     rules: Rules = field(default_factory=Rules)
-    resume: bool = False  # leave out what has been measured
+    resume: bool = False  # skip what has been measured

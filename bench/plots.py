@@ -29,7 +29,7 @@ from bench.methods import METHODS, OURS
 from bench.shapes import GOALS, LAYERS, SCALING_DIM, SMALL, WIDE_DIM, Case
 from bench.store import Row
 
-# the methods that get a line: of each family the one or two that matter
+# the methods that get a line: one or two of each family
 LINES = {
     "comhe-cpu": "orange",
     "comhe-triton": "orange",
@@ -43,7 +43,7 @@ LINES = {
     "keops": "yellow",
     "keops-native": "yellow",
 }
-DASHED = ("comhe-torch", "checkpoint", "keops")  # of two lines of one color, the lesser
+DASHED = ("comhe-torch", "checkpoint", "keops")  # of two lines of one color, the less important one
 
 
 def color_of(theme: Theme, method: str) -> str:
@@ -79,7 +79,7 @@ ENDS = {"out of memory": "x", "timeout": ">"}
 def over_rows(
     theme: Theme, rows: Sequence[Row], value: Callable[[Row], float | None], dim: int
 ) -> tuple[Figure, Axes]:
-    """A line for each method, over the rows of one set; named at its left end, y at the right."""
+    """Draw a line for each method over the rows of one set, with its name at the left end."""
     figure, axes = plt.subplots(figsize=(8.6, 4.8))
     wanted = [r for r in rows if (r["mode"], r["sets"], r["dim"]) == ("gradient", "1", str(dim))]
     numbers = sorted({int(row["rows"]) for row in wanted})
@@ -137,7 +137,7 @@ REASONS = {"timeout": "too slow", "": "not measured"}
 
 
 def speed_plot(theme: Theme, rows: Sequence[Row], setting: compare.Setting) -> Figure | None:
-    """How many times as long each peer takes, a panel for each shape."""
+    """Draw how many times as long each peer takes, a panel for each shape."""
     cases = compare.by_case(rows)
     projected = [shape for shape in LAYERS if shape.dim == 40]
     wanted = [Case(s, "gradient") for s in (*GOALS[setting[1]], *SMALL[setting[1]], *projected)]
@@ -194,7 +194,7 @@ ERROR_LINES = (
 
 
 def accuracy_plot(theme: Theme, rows: Sequence[Row]) -> Figure:
-    """The gradient's error over the angle between the closest rows; not finite is at the top."""
+    """Draw the gradient's error over the angle of the closest rows; not finite is at the top."""
     figure, axes = plt.subplots(figsize=(8.6, 4.4))
     angles = {case: angle for case, angle in accuracy.ANGLES.items() if angle is not None}
     names = []
@@ -225,7 +225,7 @@ ROOFLINE_LINES = ("comhe-cpu", "comhe-triton", "row-blocks", "compile", "naive")
 def roofline_plot(
     theme: Theme, rows: Sequence[Row], setting: compare.Setting, top: Row | None
 ) -> Figure | None:
-    """Useful operations a second over those that each byte of points and gradient allows."""
+    """Draw useful operations a second over those for each byte of points and gradient."""
     peak = roofline.peak(top)
     if top is None or peak is None:
         return None
@@ -293,7 +293,7 @@ ALTERNATIVES = {
 
 
 def main_setting(rows: Sequence[Row], device: str) -> compare.Setting | None:
-    """The one that is drawn: of the machine last measured, one thread of a processor."""
+    """Choose what is drawn: the machine measured last, and of a processor one thread."""
     wanted = [r for r in rows if r["device"] == device]
     if device == "cpu":
         wanted = [r for r in wanted if r["threads"] == "1"]
@@ -302,7 +302,7 @@ def main_setting(rows: Sequence[Row], device: str) -> compare.Setting | None:
 
 
 def figures(folder: Path) -> dict[str, Callable[[Theme], Figure | None]]:
-    """What can be drawn from the results in a folder, by the names of the files."""
+    """List what can be drawn from the results in a folder, by the names of the files."""
     found: dict[str, Callable[[Theme], Figure | None]] = {}
     measured = sweep.TABLE.newest(folder)
     for device in ("cpu", "cuda"):
@@ -323,7 +323,7 @@ def figures(folder: Path) -> dict[str, Callable[[Theme], Figure | None]]:
 
 
 def draw(results: Path) -> list[Path]:
-    """The plots of the results in a folder, beside them, for light and for dark pages."""
+    """Draw the results in a folder into it, for light and for dark pages."""
     written = []
     for theme in THEMES:
         pictures = {f"{name}-{theme.name}": make for name, make in figures(results).items()}
@@ -335,7 +335,7 @@ def draw(results: Path) -> list[Path]:
 
 
 def energies_plot(theme: Theme, runs: Sequence[Run], layers: Sequence[Layer]) -> Figure:
-    """The energy of each layer over the steps, mean and deviation over the seeds."""
+    """Draw the energy of each layer over the steps, mean and deviation over the seeds."""
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True)
     colors = {"none": theme.faint, "MHE": theme.blue, "RP-CoMHE": theme.orange}
     steps = runs[0].steps

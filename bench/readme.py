@@ -37,7 +37,7 @@ def error(text: str) -> str:
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """Where and with what rows were measured."""
+    """Say where and with what rows were measured."""
     first = rows[0]
 
     def all_of(column: str) -> str:
@@ -104,7 +104,7 @@ def speed(results: Results) -> str:
 
 
 def best_of(rows: Sequence[Row], mine: Row) -> str:
-    """How many times as long the fastest of some methods takes, or why none of them ran."""
+    """Say how many times as long the fastest of some methods takes, or why none ran."""
     ratios = [ratio for row in rows if (ratio := compare.times_faster(mine, row)) is not None]
     if ratios:
         return f"{number(min(ratios))}×"
@@ -119,7 +119,7 @@ CLOSEST = 5
 
 
 def slower(results: Results) -> str:
-    """Every case in which a peer was faster, and the cases where one came closest."""
+    """List every case in which a peer was faster, and those where one came closest."""
     found = []
     for case, rows in results.cases.items():
         mine = compare.ours(rows)
@@ -146,7 +146,7 @@ def slower(results: Results) -> str:
 
 
 def methods(results: Results) -> str:
-    """All that there is to say of one shape, the first."""
+    """Make the table of all methods at one shape, the first."""
     case = Case(GOALS[results.device][0], "gradient")
     rows = results.cases.get(case, [])
     if not rows:
@@ -228,7 +228,7 @@ def reached(results: Results) -> str:
 
 
 def threads(results: Results) -> list[list[str]]:
-    """How much faster two threads are than one, by the wall clock, at every goal."""
+    """Say how much faster two threads are than one, by the wall clock, at every goal."""
     settings = compare.by_setting(results.all_rows)
     if results.setting is None or results.device != "cpu":
         return []
@@ -370,7 +370,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
 
 
 def parts(folder: Path) -> dict[str, str]:
-    """What stands between the markers of each name."""
+    """Make the text between the markers of each name."""
     texts = {"training": training(folder)}
     for device in ("cpu", "cuda"):
         results = Results(folder, device)
@@ -380,7 +380,7 @@ def parts(folder: Path) -> dict[str, str]:
 
 
 def with_parts(text: str, folder: Path) -> str:
-    """README's text with the results of a folder; ValueError where the markers are not right."""
+    """Put the results of a folder into README's text; ValueError if the markers are wrong."""
     made = parts(folder)
     marked = re.findall(r"^<!-- (?!end )(.+) -->$", text, re.M)
     for name in marked:

@@ -17,7 +17,7 @@ TABLE = Table(
 
 
 def measure(options: Options) -> dict[str, object]:
-    """Peaks a second: float32 multiply-adds of the processor, the GPU's matrix units, a copy."""
+    """Measure the peak rates: multiply-adds in float32, the GPU's matrix units, a copy."""
     device, threads = options.device, options.threads
     row = machine.stamp(device, threads)
     row["bytes_per_second"] = machine.copy_bandwidth(device, threads)
@@ -33,12 +33,12 @@ def measure(options: Options) -> dict[str, object]:
 
 
 def peaks(setting: compare.Setting, folder: Path) -> Row | None:
-    """The newest row of a machine."""
+    """Find the newest row of a machine."""
     return next((row for row in TABLE.newest(folder) if compare.setting_of(row) == setting), None)
 
 
 def peak(row: Row | None) -> float | None:
-    """Operations a second: of the unit that the products of our sweep run on."""
+    """Read operations a second of the unit that computes the products of our sweep."""
     if row is None:
         return None
     text = row["matrix_flops"] or row["flops"]
@@ -46,13 +46,13 @@ def peak(row: Row | None) -> float | None:
 
 
 def rate(case: Case, row: Row) -> float | None:
-    """Useful operations a second of energy and gradient."""
+    """Compute the useful operations a second of energy and gradient."""
     time = milliseconds(row)
     return None if time is None or case.mode != "gradient" else case.shape.flop / (1e-3 * time)
 
 
 def share(case: Case, row: Row, top: Row | None) -> float | None:
-    """Of the peak, by useful work alone."""
+    """Compute the share of the peak that is useful work."""
     most, reached = peak(top), rate(case, row)
     return None if most is None or reached is None else reached / most
 

@@ -15,7 +15,7 @@ def make_console() -> Console:
 
 
 class Steps:
-    """So many steps of which the present one is shown: `with Steps(console, 9) as steps:`."""
+    """A progress bar over a number of steps: `with Steps(console, 9) as steps:`."""
 
     def __init__(self, console: Console, total: int) -> None:
         self.console = console
@@ -36,18 +36,18 @@ class Steps:
         self.progress.stop()
 
     def say(self, words: str) -> None:
-        """What is being done; shown on a terminal only."""
+        """Say what is being done; shown on a terminal only."""
         self.progress.update(self.task, description=words)
 
     def advance(self, words: str = "") -> None:
-        """A step is done; the words, if any, stay on the screen."""
+        """Advance by a step; the words, if any, stay on the screen."""
         if words:
             self.console.print(words)
         self.progress.advance(self.task)
 
 
 def make_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]] = ()) -> Table:
-    """The first column is words, the others are numbers."""
+    """Make a table whose first column holds words, and the others numbers."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)

@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
     @property
     def flop(self) -> float:
-        """Useful work of energy and gradient: a pair's cosine, and a multiple of each to the other.
+        """The useful work of energy and gradient: of each pair the cosine and both forces.
 
         Counted once a pair, whatever a method computes twice or pads.
         """
@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """The least that has to be moved: the points in, the gradient out."""
+        """The bytes that have to be moved at least: the points in, the gradient out."""
         return 8.0 * self.sets * self.rows * self.dim
 
     @staticmethod
@@ -44,7 +44,7 @@ class Shape(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A shape, and what is computed there."""
+    """A shape, and what is computed of it."""
 
     shape: Shape
     mode: Mode
@@ -66,12 +66,12 @@ GOALS = {
         Shape(1, 1_000_000, 64),
     ],
 }
-# few rows, and many small sets: where a call's fixed costs show
+# few rows, and many small sets: they show the fixed cost of a call
 SMALL = {
     "cpu": [Shape(1, 1024, 30), Shape(1, 128, 40), Shape(1000, 64, 40)],
     "cuda": [Shape(1, 1024, 32), Shape(1, 128, 40), Shape(1000, 64, 40)],
 }
-# as CoMHE meets them: projected to 40 dimensions, and two as they are
+# layers as CoMHE sees them: projected to 40 dimensions, and two unprojected
 LAYERS = {
     Shape(20, 2048, 40): "ResNet-50 stage 5, 20 projections",
     Shape(6, 3072, 40): "ViT-B fc1, 6 projections",
@@ -93,7 +93,7 @@ def scaling(device: str) -> list[Shape]:
 
 
 def groups(device: str) -> dict[str, list[Case]]:
-    """The lists by their names on the command line."""
+    """Name the lists for the command line."""
     lists = {
         "goals": GOALS[device],
         "small": SMALL[device],
@@ -110,7 +110,7 @@ def groups(device: str) -> dict[str, list[Case]]:
 
 
 def cases(names: list[str], device: str) -> list[Case]:
-    """Of groups and of shapes as 1x4096x30, each once; ValueError for what is neither."""
+    """List the cases of groups and of shapes as 1x4096x30, each once; or ValueError."""
     lists = groups(device)
     found = [c for n in names for c in lists.get(n) or [Case(Shape.parse(n), "gradient")]]
     return list(dict.fromkeys(found))

@@ -32,7 +32,7 @@ class Table:
         return rows
 
     def newest(self, folder: Path) -> list[Row]:
-        """Of the rows that differ in versions alone, the last measured."""
+        """Select the last measured of the rows that differ only in versions."""
         over = ("torch", "comhe_ext", "commit")
         kept: dict[tuple[str, ...], Row] = {}
         for row in sorted(self.read(folder), key=lambda row: row["date"]):
@@ -40,7 +40,7 @@ class Table:
         return list(kept.values())
 
     def upsert(self, folder: Path, rows: Iterable[Mapping[str, object]]) -> None:
-        """Add rows, in place of those with the same key; the file is old or new, never half.
+        """Add rows, in place of those with the same key; the file is replaced as a whole.
 
         A value that a row does not name is empty.
         """
@@ -60,7 +60,7 @@ class Table:
         part.replace(path)
 
     def lacks(self, folder: Path, rows: Iterable[Mapping[str, object]]) -> bool:
-        """Whether one of the rows, of which only the key is looked at, has not been measured."""
+        """Tell whether one of the rows, compared by their keys, has not been measured."""
         found = {self.key_of(row) for row in self.read(folder)}
         return any(self.key_of(row) not in found for row in rows)
 
@@ -69,7 +69,7 @@ class Table:
 
 
 def to_text(value: object) -> str:
-    """Nothing for None, five digits of a float: more of a timing is noise."""
+    """Write None as nothing, and floats with five digits, as more of a timing is noise."""
     if value is None:
         return ""
     if isinstance(value, bool):

@@ -23,7 +23,7 @@ TABLE = Table(
 
 
 def sweep(options: Options, cases: Sequence[Case]) -> int:
-    """Measure, keeping the rows of a case once all are there; the number of cases left over."""
+    """Measure all cases, store each once it is complete, and return how many are left over."""
     stamp = machine.stamp(options.device, options.threads)
     if options.resume:
         cases = [case for case in cases if TABLE.lacks(options.out, _keys(options, case, stamp))]
@@ -75,14 +75,14 @@ def _summary(options: Options, case: Case) -> str:
 
 
 def make_call(method: str, case: Case, device: str) -> Call:
-    """In the process that measures: load the method and make the points."""
+    """Load the method and make the points, in the process that measures."""
     rows = points(case.shape, device)
     energies = METHODS[method].load()
     return lambda: run(energies, rows, case.mode)
 
 
 class _Runner:
-    """Measures case after case, and learns from one what to expect of the next."""
+    """Measures case after case, and estimates from their times what the next will take."""
 
     def __init__(self, options: Options, caches: Path, steps: Steps) -> None:
         self.options, self.caches, self.steps = options, caches, steps
@@ -129,7 +129,7 @@ class _Runner:
         return list(rows.values())
 
     def _refusal(self, name: str, case: Case) -> tuple[str, str] | None:
-        """Status and note of what need not be tried."""
+        """Give the status and note of what need not be tried, or None."""
         method, device = METHODS[name], self.options.device
         if (reason := method.unavailable(device)) is not None:
             return "unavailable", reason
@@ -138,7 +138,7 @@ class _Runner:
             return "out of memory", f"needs about {gib(needed)}, {gib(free)} free"
         known = self.seconds.get((name, case.mode, case.shape.dim), {})
         for pairs, seconds in sorted(known.items(), reverse=True):
-            # a smaller one tells, unless it was so small that its fixed costs showed
+            # estimated from a smaller case, unless that is too small for its fixed costs
             if pairs < case.shape.pairs and seconds > 0.1:
                 expected = seconds * case.shape.pairs / pairs
                 if expected > self.options.rules.limit:
@@ -157,7 +157,7 @@ def _check(
     compiled: dict[str, bool],
     result: Path,
 ) -> str | None:
-    """What is wrong with the result of the first call."""
+    """Say what is wrong with the result of the first call, or None."""
     compiled[name] = _files(cache) > files
     energies, derivatives = load_result(result)
     if not METHODS[name].same_energy:
@@ -170,7 +170,7 @@ def _check(
 
 
 def cache_environment(folder: Path) -> dict[str, str]:
-    """Compilers start from nothing: the first call is what a user waits for."""
+    """Give compilers an empty cache, so that the first call takes as long as a user's."""
     names = ("KEOPS_CACHE_FOLDER", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     return dict.fromkeys(names, str(folder))
 

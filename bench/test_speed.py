@@ -1,8 +1,8 @@
-"""Our own operations on one thread, to notice when a change makes one slower.
+"""Times of our own operations on one thread, to notice when a change makes one slower.
 
     pytest bench --benchmark-only
 
-`test_yardstick` does not touch comhe_ext: where it moves too, it is the machine that changed.
+`test_yardstick` does not use comhe_ext: if its time changes, too, the machine has changed.
 """
 
 import time
@@ -18,7 +18,7 @@ from bench.methods import METHODS, OURS, Mode, run
 from bench.shapes import Shape
 from bench.truth import points
 
-# on one thread the processor's time says more than the clock on the wall
+# on one thread the processor's time is less noisy than the wall clock
 pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=9)
 
 BACKENDS = [

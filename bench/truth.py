@@ -1,4 +1,4 @@
-"""Energies and gradients in float64, and how far a method may be from them."""
+"""Energies and gradients in float64, and the errors that a method may have."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from comhe_ext import testing
 # missing term
 ENERGY_BOUND = 1e-5
 DERIVATIVE_BOUND = 2e-3
-# beyond, the gradient of some rows stands for all
+# with more rows, only the gradient of some is computed
 MOST_ROWS = 32768
 SAMPLE = 512
 
@@ -27,13 +27,13 @@ class Truth(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """Relative, in the L2 norm; the derivative is the gradient or the Hessian-vector product."""
+    """Relative errors in the L2 norm; of the gradient or of the Hessian-vector product."""
 
     energy: float
     derivative: float | None
 
     def verdict(self) -> str | None:
-        """What is wrong, if anything is."""
+        """Say what is wrong, or None."""
         # a comparison with NaN is false
         if not self.energy <= ENERGY_BOUND:
             return f"energy off by {self.energy:.1e}, more than {ENERGY_BOUND:.0e}"
@@ -50,15 +50,15 @@ def errors(truth: Truth, energies: Tensor, derivatives: Tensor | None) -> Errors
 
 
 def points(shape: Shape, device: str) -> Tensor:
-    """The same random rows for every method, [B, N, k]."""
+    """Draw the same random rows for every method, [B, N, k]."""
     return testing.random_rows(shape.sets * shape.rows, shape.dim, device=device).view(shape)
 
 
 def truth(shape: Shape, mode: Mode, device: str) -> Truth:
-    """s = 2, mean over the pairs, of `points(shape, device)`.
+    """Compute the truth of `points(shape, device)`: s = 2, mean over the pairs.
 
-    Up to `MOST_ROWS` rows by differences of rows, all of it. Beyond, energies by matrix products,
-    exact enough where no two rows are close, and the gradients of `SAMPLE` rows by differences.
+    Up to `MOST_ROWS` rows, all of it comes from differences of rows. Beyond, energies come from
+    matrix products, exact enough where no two rows are near, and gradients only of `SAMPLE` rows.
     """
     rows = points(shape, device)
     everything = torch.arange(shape.rows)
@@ -66,7 +66,7 @@ def truth(shape: Shape, mode: Mode, device: str) -> Truth:
         energies, products = run(naive_energy, rows.double(), mode)
         return Truth(energies, products, everything)
     if shape.rows <= MOST_ROWS:
-        # random rows: none is closer than `min_distance`
+        # random rows: no two are closer than `min_distance`
         both = [testing.exact_energy_and_gradient(one) for one in rows]
         return Truth(
             torch.stack([e for e, _ in both]), torch.stack([g for _, g in both]), everything
@@ -77,7 +77,7 @@ def truth(shape: Shape, mode: Mode, device: str) -> Truth:
 
 
 def _energy_by_products(rows: Tensor, block: int = 512) -> Tensor:
-    """Tiles on and above the diagonal, small enough for the caches."""
+    """Sum tiles on and above the diagonal, small enough for the caches."""
     unit = normalize(rows.double())
     n, two = len(unit), unit.new_tensor(2.0)
     blocks, total = unit.split(block), unit.new_zeros(())

@@ -1,7 +1,7 @@
-"""A fresh process for everything that is measured, which calls it when told to.
+"""A fresh process for everything that is measured; it makes calls when told to.
 
-What runs out of memory or time takes its own process with it and nothing else; what takes turns
-does so across processes, one at work and the others asleep.
+What runs out of memory or time ends only its own process. Methods take turns across processes:
+one works while the others sleep.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ CONTEXT = (
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to call: `make`, which can be pickled, loads it and gives the call."""
+    """What a process should call: `make`, which can be pickled, loads it and returns the call."""
 
     make: Callable[[], Call]
     device: str
@@ -46,7 +46,7 @@ class Job:
 
 
 class Turn(NamedTuple):
-    """What a process is told to do: so many calls, after one that is not timed where `warm`."""
+    """A number of calls to make, after one that is not timed if `warm`."""
 
     calls: int = 1
     warm: bool = False
@@ -61,7 +61,7 @@ class Reply(NamedTuple):
 
 
 class Lost(Exception):
-    """The process is gone, or the call failed; `status` and `note` go into the results."""
+    """Raised when the process ended or the call failed; `status` and `note` are the results."""
 
     def __init__(self, status: str, note: str) -> None:
         super().__init__(status, note)
@@ -69,7 +69,7 @@ class Lost(Exception):
 
 
 class Worker:
-    """The handle of a process. `ask` raises `Lost`, after which only `close` may be called."""
+    """The handle of a process. After `ask` has raised `Lost`, only `close` may be called."""
 
     def __init__(self, job: Job) -> None:
         if FORK:
@@ -98,12 +98,12 @@ class Worker:
         return answer
 
     def close(self) -> None:
-        """End the process: by itself where it waits for a turn, by force where it is busy."""
+        """End the process: it ends by itself if it waits for a turn, else it is killed."""
         self.connection.close()
         self.process.join(0.0 if self.busy else 10.0)
         if self.process.exitcode is None and self.process.pid is not None:
             try:
-                # with the compilers that it may have started
+                # together with compilers that it may have started
                 os.killpg(self.process.pid, signal.SIGKILL)
             except ProcessLookupError:
                 self.process.kill()  # not yet a group of its own
@@ -111,9 +111,9 @@ class Worker:
 
 
 def _serve(connection: Connection, job: Job) -> None:
-    """The life of the process."""
+    """Serve as the process: make calls until told to end."""
     os.setsid()
-    # compilers are talkative, and the screen has a progress bar
+    # compilers write much, which would break the progress bar on the screen
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(sink, stream)
@@ -155,7 +155,7 @@ def _take(call: Call, turn: Turn, device: str, start: tuple[float, float]) -> Re
     if turn.save is not None:
         torch.save([part if part is None else part.cpu() for part in result], turn.save)
     if cuda:
-        torch.cuda.empty_cache()  # the others need it
+        torch.cuda.empty_cache()  # the other processes need the memory
     wall, cpu = ((b - a) / turn.calls for a, b in zip(start, end, strict=True))
     return Reply(wall, cpu, peak)
 
@@ -175,7 +175,7 @@ def _reason(error: Exception) -> Lost:
 
 
 def _resident_bytes(device: str, reset: bool) -> int:
-    """The most memory that was held since the last reset; what is held now, where one is asked."""
+    """Read the peak of memory since the last reset; with `reset`, what is held now."""
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -191,19 +191,19 @@ def _resident_bytes(device: str, reset: bool) -> int:
 
 
 def _trim() -> None:
-    """Give the allocator's free memory back, where it is the GNU one."""
+    """Return the allocator's free memory to the system, if it is GNU's."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def _give_way() -> None:
-    """Run out of memory in here, and before anything else on the machine does."""
+    """Let this process run out of memory before the machine does, or at least be killed first."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
         return
-    # addresses without memory behind them, of threads and libraries, are not what is short
+    # threads and libraries reserve addresses without memory, which are not scarce
     most = held + machine.free_memory("cpu") + 2**31
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 

@@ -1,4 +1,4 @@
-"""What the energy of a set may be compared with: random directions, and the least there can be.
+"""Energies to compare that of a set with: that of random directions, and a lower bound.
 
 Why there is a bound: the pair function F of the cosine c grows with c and, by chord, is convex. The
 Riesz functions are sums of non-negative powers of c, and the tangent line in the distance that
@@ -11,8 +11,8 @@ A pair still is a function of c = <v_i, v_j> alone, as if of unit vectors of mor
 bound of full space holds as it is. In half space shorter rows are nearer to orthogonal, but nearer
 to their antipodes too, at r^2 = 2 + 2 rho: the bound is the least over the sums of rho.
 
-By angle F is not convex in c everywhere, it falls ever faster towards c = -1; what is used instead
-is said there.
+By angle F is not convex in c everywhere, as it falls ever faster towards c = -1;
+`_lowest_of_full_space` says what is used instead.
 """
 
 import math
@@ -28,13 +28,13 @@ from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 def random_energy(n: int, d: int, pair: PairFunction) -> float:
     """Give the expected mean energy of `n` independent uniform directions in `d` dimensions.
 
-    What a layer of random initial weights has, to hold a layer's energy against: below it the rows
-    are spread better than chance. Rows are unit vectors (eps = 0, none dead).
+    A layer of random initial weights has about this energy; with less, its rows are spread better
+    than by chance. The directions are unit vectors (eps = 0, none dead).
 
     Args:
         n: number of rows.
         d: number of columns.
-        pair: the pair function; its tangent line matters where close pairs do, s near d - 1 or
+        pair: the pair function; its tangent line matters where near pairs do, for s near d - 1 or
             above.
 
     Returns:
@@ -76,8 +76,8 @@ def lowest_energy(
 ) -> float:
     """Give a lower bound of the mean energy of `n` rows in `d` dimensions, whatever they are.
 
-    Reached by the simplex, where n <= d + 1 (by angle for s from about 1 on); in half space by
-    orthogonal rows, where n <= d, and, if no row is dead, by equiangular tight frames.
+    The simplex reaches it where n <= d + 1 (by angle for s from about 1 on), in half space
+    orthogonal rows where n <= d and, if no row is dead, equiangular tight frames.
 
     Args:
         n: number of rows.
@@ -85,8 +85,8 @@ def lowest_energy(
         pair: the pair function.
         eps: see `comhe_ext.hyperspherical_energy`.
         dead: how many of the rows are zero; None allows any number. In half space dead rows, which
-            are orthogonal to all others, undercut the bound of live ones where n > d. Without
-            effect where eps > 0, which allows rows of any length.
+            are orthogonal to all others, lower the bound where n > d. Ignored where eps > 0, as the
+            bound then allows rows of any length.
 
     Returns:
         The bound; 0 without pairs.
@@ -122,7 +122,7 @@ def lowest_energy(
         """Bound the sum where `live` rows are unit vectors and the others are dead."""
         pairs = live * (live - 1)
         squares = (live - d) / (d * (live - 1).clamp(min=1))
-        # one live row has no pair, and in one dimension an infinite bound of it
+        # a single live row has no pair, and in one dimension its bound would be infinite
         apart = torch.where(pairs > 0, pairs * of_squares(squares), 0.0)
         antipodes = live * _value(single, -1.0) + (n - live) * _value(single, 0.0)
         return apart + (n * (n - 1) - pairs) * orthogonal + antipodes
@@ -132,7 +132,7 @@ def lowest_energy(
     elif dead is not None:
         total = float(of_live_rows(_number(n - dead)))
     else:
-        # up to d rows live is better: they can be orthogonal, too
+        # d live rows can be orthogonal, as dead ones are, and have a lower energy: try d or more
         live = torch.arange(min(n, d), n + 1, dtype=torch.float64)
         total = float(of_live_rows(live).min())
     return total / (n * (2 * n - 1))
@@ -153,17 +153,17 @@ def _lowest_of_full_space(n: int, pair: PairFunction) -> float:
     value, slope, curve = (float(x) for x in pair.one_sided(_number(2 - 2 * c), _number(2 + 2 * c)))
     if pair.convex_in_cosine:
         return value
-    # the line that touches F at c supports it if F is convex from c on, as it is if it is there
-    # and the tangent line ends where c is positive, and if F(-1) is above the line, too
+    # the tangent of F at c lies below all of F if F is convex at c, and with it beyond c, if the
+    # tangent line of the pair function only takes over at positive cosines, and if F(-1) is above
     supported = (
         pair.min_distance <= math.pi / 2
         and curve >= 0
         and _value(pair, -1.0) >= value - slope * (1 + c)
     )
-    # f is convex in the angle, and no n rows have a larger mean angle: a random plane through the
-    # origin parts two rows with probability angle/pi, and at most so many pairs
-    parted = (n // 2) * (n - n // 2)
-    mean_angle = math.pi * parted / (n * (n - 1) / 2)
+    # f is convex in the angle, so the largest possible mean angle gives a bound. A random plane
+    # through the origin separates two rows with probability angle/pi, and at most `most` pairs
+    most = (n // 2) * (n - n // 2)
+    mean_angle = math.pi * most / (n * (n - 1) / 2)
     by_angle = float(pair.at_distance(_number(mean_angle))[0])
     return max(value, by_angle) if supported else by_angle
 
@@ -171,9 +171,9 @@ def _lowest_of_full_space(n: int, pair: PairFunction) -> float:
 def _has_supporting_line(squares: float, folded: PairFunction) -> bool:
     """Tell whether f(c) + f(-c), as a function of c^2, lies above its tangent at `squares`.
 
-    Its power series has no negative coefficients, so it does up to where the tangent line of the
-    pair function takes over, at the cosine b. Beyond, c times its derivative grows with c, so it
-    rises nowhere slower than b times its slope at b.
+    Its power series in c^2 has no negative coefficients, so it is convex up to the cosine b where
+    the tangent line of the pair function takes over. Beyond, it is convex in c, so its derivative
+    in c is at least that at b, and its slope in c^2 at least half of that.
     """
     bound = folded.min_distance
     if bound == 0 or squares == 0:
@@ -205,7 +205,7 @@ def _mean_over_angles(d: int, pair: PairFunction) -> float:
     bound = pair.min_distance
     kink = pair.angle_of_distance(bound)
     u = torch.linspace(-6.0, 6.0, 2001, dtype=torch.float64, device="cpu")
-    # the distances of the nodes from both ends, each exact where it is small
+    # the distances of the nodes from the lower end; flipped, from the upper one
     x = 1 / (1 + torch.exp(-math.pi * torch.sinh(u)))
     log_weight = x.log() + x.flip(0).log() + torch.cosh(u).log()
     total = mean = 0.0
@@ -213,7 +213,7 @@ def _mean_over_angles(d: int, pair: PairFunction) -> float:
         if begin == end:
             continue
         theta, rest = begin + (end - begin) * x, math.pi - end + (end - begin) * x.flip(0)
-        # in logarithms: at the ends the density may vanish faster than a float, and f explode
+        # in logarithms, because at the ends the density may underflow where f overflows
         log_density = math.log(end - begin) + log_weight
         log_density += (d - 2) * torch.minimum(theta, rest).sin().log()
         t = pair.distance_of_angle(theta)

@@ -1,4 +1,4 @@
-"""Gradients that go straight to the parameters."""
+"""Gradients that are added to parameters without running the hooks of a backward."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,18 @@ from torch import Tensor
 def accumulate(output: Tensor, factor: Tensor) -> None:
     """Add the gradient of `output` times `factor` to the `.grad` of all leaves that it reaches.
 
-    What a backward leaves, bit for bit, without the hooks that run when a gradient is accumulated.
+    The result is that of a backward, bit for bit, but hooks on the accumulation do not run.
     """
     leaves = _leaves(output)
-    # a weight may be part of a graph that is still wanted
+    # the graph of a weight may still be needed
     gradients = torch.autograd.grad(output, leaves, factor, retain_graph=True)
     given: set[int] = set()
     for leaf, gradient in zip(leaves, gradients, strict=True):
-        # one tensor may be the gradient of several leaves, and none may see another's sums
+        # several leaves may share one gradient tensor, but must not share what accumulates in it
         alias = gradient.data_ptr() in given
         given.add(gradient.data_ptr())
-        # by autograd itself, which knows of strides and sparse gradients, on a tensor that has none
-        # of the leaf's hooks
+        # autograd itself accumulates, for strides and sparse gradients, but on a stand-in that has
+        # none of the leaf's hooks
         stand_in = leaf.detach().requires_grad_()
         stand_in.grad = leaf.grad
         torch.autograd.backward(stand_in.view_as(stand_in), gradient.clone() if alias else gradient)

@@ -45,11 +45,10 @@ def minimum_energy_(
         for step in range(steps):    # by SGD with momentum and a cosine schedule
             energy = compressive_energy(weight, random_projection(20, 40, d), half_space=True)
 
-    The rows keep their lengths, whatever these are: rows of zero norm stay as they are. Rows of no
-    more than `dim` columns are not projected. Fresh projections are drawn each step; the gradient
-    descended is that of N/2 times the mean energy, so that a row's step does not depend on how many
-    there are, in units of the row's length. `weight` is written once, at the end: what ends the
-    call before leaves it unchanged.
+    The rows keep their lengths; rows of zero norm stay as they are. Rows of at most `dim` columns
+    are not projected. Fresh projections are drawn each step. What is minimized is N/2 times the
+    mean energy, so that the step of a row, relative to its length, does not depend on N. `weight`
+    is written once, at the end: a call that fails or is interrupted leaves it unchanged.
 
     Args:
         weight: [N, d], or [N, ...] of a convolution, whose rows are its filters; float16, bfloat16,
@@ -62,9 +61,9 @@ def minimum_energy_(
         lr: of the first step; it falls to 0 as half a cosine.
         momentum: of SGD.
         patience, tolerance: stop when `patience` steps together lower the mean energy by less than
-            `tolerance` of what has been won so far; tolerance 0 does all steps.
+            `tolerance` times the whole decrease so far; tolerance 0 never stops early.
         generator: source of the projections, on the device of `weight`.
-        progress: show a bar, under this title; needs the package tqdm.
+        progress: show a progress bar, a string is its title; needs the package tqdm.
         options: all other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
     Returns:
@@ -113,7 +112,7 @@ def minimum_energy_(
     if width <= 1:
         return weight
 
-    # what is computed needs autograd, also for a caller in inference mode
+    # autograd is needed, also where the caller is in inference mode
     with torch.inference_mode(False), torch.no_grad():
         rows = weight.flatten(1).to(
             compute_dtype(weight), copy=True, memory_format=torch.contiguous_format
@@ -144,7 +143,7 @@ def minimum_energy_(
             raise ValueError(
                 "the energy of `weight` or its gradient overflows: use a smaller `s` or `lr`"
             )
-        # the length in two factors, as it may be too large for the dtype though no entry is
+        # the length comes in two factors: it may overflow the dtype though no entry does
         turned = rows.mul_(lengths).mul_(largest).to(weight.dtype).view(weight.shape)
         if not bool(turned.isfinite().all()):
             raise ValueError(
@@ -182,8 +181,8 @@ def minimum_energy_model_(
         TypeError, ValueError: as `minimum_energy_`.
 
     Note:
-        The layers are written together, at the end, and put back where one of them refuses: what
-        ends the call leaves all as they were. Memory: two copies of the layers, besides.
+        The layers are written together, at the end; a call that fails or is interrupted leaves all
+        of them as they were. Memory: two more copies of the layers.
     """
     layers, left_out = survey(model, include, exclude, split, transpose)
     for name, reason in left_out:
@@ -246,7 +245,7 @@ class _Plateau:
         self.window.append(energy)
         if len(self.window) < self.patience:
             return False
-        # one look at the device for a whole window
+        # one synchronization with the device for a whole window
         self.means.append(float(torch.stack(self.window).mean()))
         self.window.clear()
         if len(self.means) < 2:
@@ -258,7 +257,7 @@ class _Plateau:
 def _normalize_(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Normalize rows in place, except zero ones, and return two factors of their lengths.
 
-    The largest entry is divided out first: the squares of what is left neither overflow nor vanish.
+    The largest entry is divided out first, so that no square overflows or vanishes.
     """
     largest = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True)
     largest.masked_fill_(largest == 0, 1.0)

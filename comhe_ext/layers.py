@@ -14,11 +14,11 @@ from comhe_ext.selectors import Selector, Split, as_patterns, as_selectors, chec
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# found where nothing else is asked for
+# taken by default
 DEFAULT_TYPES = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 SUPPORTED_TYPES = (*DEFAULT_TYPES, *EMBEDDINGS, nn.MultiheadAttention)
 NOWHERE_TO_TURN = "neurons of fewer than two inputs have nowhere to turn"
-# the factors of a low-rank update are Linear layers by type alone: only W + BA has neurons
+# factors of a low-rank update W + BA: Linear layers by type, but their rows are not neurons
 ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -32,7 +32,7 @@ class Layer:
     first: int = 0
     size: int | None = None  # None: all rows from `first` on
     transpose: bool = False  # the neurons are the columns
-    padding: int | None = None  # the row of an embedding's padding_idx, which is no neuron
+    padding: int | None = None  # the row of an embedding's padding_idx, which is not a neuron
     shape: tuple[int, ...] = ()  # of the weight when it was found
     # sets, neurons of each, and inputs of a neuron: the shape of `rows`
     sizes: tuple[int, int, int] = field(init=False)
@@ -74,7 +74,7 @@ class Layer:
         rows = self._all_rows(self.weight if weight is None else weight)
         if self.padding is None:
             return rows
-        # views where the padding is the first or the last row, as it is in practice
+        # only a view where the padding is the first or the last row, as is usual
         before = rows[:, : max(self.padding - self.first, 0)]
         after = rows[:, max(self.padding - self.first + 1, 0) :]
         if before.shape[1] == 0 or after.shape[1] == 0:
@@ -172,10 +172,10 @@ def survey(
         include: types and glob patterns of names; a layer is taken if one of them fits. None takes
             Linear, convolution and transposed convolution layers. An embedding, a Linear tied to
             one, the packed projections of nn.MultiheadAttention, and parameters of two or three
-            dimensions that are no layer's weight count if asked for.
-        exclude: types and patterns of what is left out all the same.
-        split: pattern -> into how many equal parts, or parts of how many rows, a weight is to be
-            split: 3 for queries, keys and values packed into one Linear.
+            dimensions that are no layer's weight are taken if something names them.
+        exclude: types and patterns of layers to leave out although `include` fits.
+        split: pattern -> the number of equal parts, or the rows of each part, that a weight is
+            split into: 3 for queries, keys and values packed into one Linear.
         transpose: patterns of the Linear layers, embeddings and parameters whose neurons are the
             columns.
 
@@ -198,7 +198,7 @@ def survey(
 
     layers: list[Layer] = []
     left_out: list[LeftOut] = []
-    # of every embedding, the name and the padding row, by what its weight is made of
+    # the embeddings by the identity of their weights: a Linear may be tied to one
     embeddings = {
         weights.identity(x.module, "weight"): x
         for x in candidates
@@ -284,7 +284,7 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
             yield _Candidate(name, module)
     for name, module in model.named_modules():
         if "parametrizations" in name.split("."):
-            continue  # what makes another weight
+            continue  # another weight is computed from these
         for attribute, parameter in module.named_parameters(prefix="", recurse=False):
             if id(parameter) in owned or isinstance(parameter, nn.parameter.UninitializedParameter):
                 continue
@@ -316,7 +316,7 @@ def _fits(candidate: _Candidate, selectors: Sequence[Selector], tied: bool) -> b
             fits = issubclass(nn.Embedding, selector)
         else:
             fits = isinstance(candidate.module, selector)
-            # GPT-2's Linear goes where a Linear would
+            # GPT-2's own Linear counts as a Linear
             fits |= selector is nn.Linear and has_columns(candidate.module)
         if fits:
             return True
@@ -383,7 +383,7 @@ def _parts(
     attribute = candidate.attribute or "weight"
     shape = tuple(_shape(module, attribute))
     columns = turned != has_columns(module)
-    # of the columns of an embedding, the padding is one coordinate, not a neuron
+    # where columns are the neurons, the padding row is a coordinate, not a neuron
     padding = None if columns else padding
     whole = Layer(name, module, attribute, transpose=columns, padding=padding, shape=shape)
     pattern = next((pattern for pattern in split if fnmatchcase(name, pattern)), None)

@@ -20,9 +20,9 @@ class OutputLayer(NamedTuple):
 def find_output_layer(model: nn.Module, layers: Sequence[Layer]) -> OutputLayer:
     """Find which of `layers` the model ends in.
 
-    The outermost module that can answer is asked (`get_output_embeddings` as in Hugging Face's
-    models, `get_classifier` as in timm's). Where none can, the last layer of the whole model is
-    taken by its position, if it is among `layers` and nothing with parameters comes behind it.
+    The outermost module that has a method for it is asked (`get_output_embeddings` in Hugging
+    Face's models, `get_classifier` in timm's). Where none has, the last layer of the whole model is
+    taken by its position, if it is among `layers` and no module with parameters follows it.
     """
     answer = _ask(model)
     if answer is not None:
@@ -33,7 +33,7 @@ def find_output_layer(model: nn.Module, layers: Sequence[Layer]) -> OutputLayer:
                 continue
             key = weights.identity(module, "weight")
             for layer in layers:
-                # by its weight: of tied layers only one is listed
+                # compared by weight, because only one of several tied layers is listed
                 if weights.identity(layer.module, layer.attribute) == key:
                     whole = layer.size is None
                     return OutputLayer(layer.name if whole else None, f"by `{question}`")
@@ -58,7 +58,7 @@ def _ask(model: nn.Module) -> tuple[str, nn.Module] | None:
             try:
                 head = method()
             except (NotImplementedError, AttributeError, TypeError):
-                continue  # models have the method from their base class
+                continue  # many models only inherit the method
             if isinstance(head, (tuple, list)):
                 head = next((x for x in head if isinstance(x, nn.Module)), None)
             if isinstance(head, nn.Module):

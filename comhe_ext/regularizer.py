@@ -44,9 +44,9 @@ class CoMHE(nn.Module):
     full space, unprojected, with weight 10. Layers of no more inputs than a projection has
     dimensions stay unprojected.
 
-    A step is a call in training mode with gradients enabled, unless `auto_step=False`. Calls in one
-    `optimizer.step(closure)` are one step; calls that activation checkpointing repeats are none.
-    Nothing here changes the model or its buffers.
+    A step is a call in training mode with gradients enabled, unless `auto_step=False`. All calls in
+    one `optimizer.step(closure)` are one step; calls that activation checkpointing repeats do not
+    count. Neither the model nor its buffers are changed.
 
     Args:
         model: its layers are found now, their weights read at each call, whatever computes them. A
@@ -55,15 +55,15 @@ class CoMHE(nn.Module):
             authors' code, a `comhe_ext.projections.Projection`, or None for plain MHE.
         s: exponent of the energy, see `comhe_ext.hyperspherical_energy`.
         half_space: whether layers other than the output layer use the half-space energy; the
-            output layer never does, for a class is not its opposite.
+            output layer never does, because a class and its opposite differ.
         include: a module type or glob pattern of names, or several; a layer is taken if one of them
             fits. None takes Linear, convolution and transposed convolution layers. On request only:
             embeddings (without the row of their `padding_idx`) and the Linear heads tied to them,
             packed queries, keys and values (nn.MultiheadAttention, three sets), and, by name,
             parameters [N, d] or [sets, N, d] that are no layer's weight.
-        exclude: a type or pattern, or several, of what is left out all the same.
-        split: {pattern: number of equal parts, or rows of each part} of packed weights: the parts
-            do not meet each other. {"*.qkv": 3} for packed queries, keys and values.
+        exclude: a type or pattern, or several, of layers to leave out although `include` fits.
+        split: {pattern: number of equal parts, or rows of each part} of packed weights: each part
+            has an energy of its own. {"*.qkv": 3} for packed queries, keys and values.
         transpose: a pattern, or several, of the Linear layers and parameters whose columns are the
             neurons.
         first_layer: name of a layer to leave unprojected; "auto" is the first layer of the model
@@ -74,12 +74,12 @@ class CoMHE(nn.Module):
             it, with a warning, unless it is not regularized.
         weight: factor of the mean energy of every other layer; or {pattern: factor} for all layers,
             1 for those that none fits.
-        output_weight: factor of the output layer's; None is what `weight` says of it by pattern,
-            else 10.
-        every: only every so many steps the energy is computed, and then that many times as heavy;
-            0 at the others.
+        output_weight: factor of the output layer's; None takes that of the first pattern in
+            `weight` that fits it, else 10.
+        every: the energy is computed once in so many steps, and multiplied by that number; it is 0
+            in the other steps.
         warm_up: steps over which the factor rises linearly to its full value.
-        auto_step: False leaves the counting of steps to calls of `step`.
+        auto_step: False counts the calls of `step` instead.
         options: all other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
     Raises:
@@ -92,8 +92,8 @@ class CoMHE(nn.Module):
     Shape: no input; returns the weighted sum of the energies, [], float32 (float64 if a weight is).
 
     Note:
-        On several ranks all draw the same matrices: without a `seed` of the projection the first
-        training step asks the first rank for its own, which all ranks have to make together.
+        On several ranks all draw the same matrices: without a `seed` of the projection, they take
+        that of the first rank at the first training step, which all have to make together.
 
     Source: Lin et al. (2020), RP-CoMHE, AP-CoMHE; Liu et al. (2018), HS-MHE.
     """
@@ -122,7 +122,7 @@ class CoMHE(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
-        # in a tuple: the layers belong to the model, not to this module
+        # in a tuple, so that the layers are not registered as modules of the regularizer
         self._model = (model,)
         self._choice = Choice(
             None if include is None else as_selectors("include", include),
@@ -141,9 +141,9 @@ class CoMHE(nn.Module):
             raise TypeError(f"`auto_step` must be a bool, got {type(auto_step).__name__}")
         self.auto_step = auto_step
         self._settings = mean_settings(s, half_space, options)
-        # as the output layer has it: never in half space
+        # of the output layer, which is never in half space
         self._full_space = self._settings.in_full_space()
-        # an option that is out of range is refused here, not at the first step
+        # so that a backend that cannot run is refused here, not at the first step
         self._settings.options(
             [torch.empty(0, dtype=x.dtype, device=x.device) for x in self._layers[:1]]
         )
@@ -171,10 +171,10 @@ class CoMHE(nn.Module):
         steps = self._counter.new_steps() if self.training and self.auto_step else 0
         for _ in range(steps):
             self._count_step()
-        # factors belong to training: an evaluation sees the energy itself
+        # `every` and `warm_up` belong to training: an evaluation sees the energy itself
         stepping = self.training and torch.is_grad_enabled()
         if stepping and self.every > 1 and int(self._step) % self.every:
-            # not asked for by default: a graph of torch.compile cannot branch on the step
+            # by default this is not reached: a graph of torch.compile cannot branch on the step
             return self._zero()
         total = self._energy(self._read(), steps)
         if stepping and self.every > 1:
@@ -184,10 +184,10 @@ class CoMHE(nn.Module):
         return total
 
     def step(self) -> None:
-        """Go on to the next training step, where `auto_step` is False: once before its calls.
+        """Begin the next training step, where `auto_step` is False; called once, before its calls.
 
         Raises:
-            RuntimeError: steps are counted by themselves.
+            RuntimeError: `auto_step` is True.
         """
         if self.auto_step:
             raise RuntimeError("`step` is for CoMHE(..., auto_step=False): calls are counted")
@@ -202,12 +202,12 @@ class CoMHE(nn.Module):
     ) -> Tensor:
         """Add the gradient of `self()` to the `.grad` of the parameters, and return the energy.
 
-        What `(scale * self()).backward()` leaves, bit for bit, but without the hooks that run when
-        a gradient is accumulated, by which DistributedDataParallel reduces gradients: to be called
-        between the backward of the task and the optimizer's step.
+        The result is that of `(scale * self()).backward()`, bit for bit, but hooks on gradients,
+        by which DistributedDataParallel reduces them, do not run. To be called between the backward
+        of the task and the optimizer's step.
 
         Args:
-            scaler: of a loss whose gradients are still scaled; the regularizer's are scaled alike.
+            scaler: that of the loss, if its gradients are still scaled; it scales these, too.
             scale: factor of the gradient; 1/n where it is called for each of n batches of one step.
         """
         scale = check_factor("scale", scale)
@@ -227,7 +227,7 @@ class CoMHE(nn.Module):
 
         Returns:
             {layer: (energy, random, lowest)}, in half space where the regularizer is; `random` is
-            what independent random directions are expected to have, `lowest` a lower bound.
+            the expected energy of independent random directions, `lowest` a lower bound.
         """
         self._check_structure()
         energies = Energies()
@@ -235,7 +235,7 @@ class CoMHE(nn.Module):
             rows = self._rows_of(layer, layer.weight)
             settings = self._settings_of(layer)
             energy = set_energies(rows, settings.options([rows])).mean()
-            # of the sets of a layer, those whose dead rows allow the least
+            # the bound of a set depends on its dead rows: take the lowest
             dead = {int(count) for count in (rows == 0).all(2).sum(1)}
             n, d = rows.shape[1:]
             energies[layer.name] = LayerEnergy(
@@ -250,7 +250,7 @@ class CoMHE(nn.Module):
 
     @property
     def layers(self) -> tuple[RegularizedLayer, ...]:
-        """The layers that are regularized, in the order of registration, and as what."""
+        """The layers that are regularized, in the order of registration, and how."""
         return tuple(
             RegularizedLayer(
                 layer.name,
@@ -283,11 +283,11 @@ class CoMHE(nn.Module):
     def refresh(self) -> None:
         """Find the layers again, after layers of the model were replaced, added or resized.
 
-        The steps go on. Learned matrices are kept for layers of the same name and width, and drawn
-        for the others.
+        The count of steps goes on. Learned matrices are kept for layers of the same name and width,
+        and drawn for the others.
 
         Raises:
-            TypeError, ValueError: as for a new `CoMHE`; this one is then as it was.
+            TypeError, ValueError: as for a new `CoMHE`; this one is then unchanged.
         """
         (model,) = self._model
         self._selection = self._choice.select(model)

@@ -1,4 +1,4 @@
-"""What a regularizer tells of the layers of a model."""
+"""What a regularizer reports about the layers of a model."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from comhe_ext.output_layer import OutputLayer
 
 
 class LayerEnergy(NamedTuple):
-    """The energy of a layer as it is, and what to hold it against."""
+    """The energy of a layer, and two values to compare it with."""
 
     energy: float
-    random: float  # expected of independent random directions, as many and as wide
-    lowest: float  # no configuration has less: the simplex bound, in half space that of Welch
+    random: float  # expected energy of as many independent random directions
+    lowest: float  # a bound that no directions undercut: the simplex bound, in half space Welch's
 
 
 class Energies(dict[str, LayerEnergy]):
@@ -29,7 +29,7 @@ class RegularizedLayer(NamedTuple):
 
     name: str
     role: str  # "first", "hidden" or "output"
-    sets: int  # of neurons that meet each other: the groups of a convolution
+    sets: int  # with an energy each, as the groups of a convolution
     neurons: int  # N of each set
     inputs: int  # d of each neuron
     factor: float

@@ -10,12 +10,12 @@ from comhe_ext.layers import CONVOLUTIONS, Layer, LeftOut, Survey, survey
 from comhe_ext.output_layer import OutputLayer, find_output_layer
 from comhe_ext.selectors import Selector, Split, check_pattern
 
-# of the paper's output layer
+# factor of the output layer in the paper
 OUTPUT_WEIGHT = 10.0
 
 
 class Factors(dict[str | None, float]):
-    """{layer: factor}, 1 for what is not named."""
+    """{layer: factor}, 1 for layers that are not named."""
 
     def __missing__(self, name: str | None) -> float:
         return 1.0
@@ -23,7 +23,7 @@ class Factors(dict[str | None, float]):
 
 @dataclass(frozen=True)
 class Selection:
-    """What was found in a model as it was then."""
+    """What was found in a model when it was last looked at."""
 
     layers: list[Layer]
     left_out: list[LeftOut]

@@ -44,7 +44,9 @@ class Settings:
     def options(self, tensors: Sequence[Tensor], columns: int | None = None) -> SweepOptions:
         """Choose the backend for `tensors`, and make the options that the operators take.
 
-        columns: of the rows that are swept; those of the first tensor if None.
+        Args:
+            tensors: what the energy is computed from.
+            columns: of the rows that are swept; None: those of the first tensor.
         """
         first = tensors[0]
         columns = first.shape[-1] if columns is None else columns
@@ -74,7 +76,7 @@ def energy_settings(
     try:
         return check(s, half_space, angular, reduction, eps, min_distance, backend)
     except TypeError:
-        # an argument that cannot be hashed: the check says what is wrong with it
+        # an argument that cannot be hashed has the wrong type: the checks say which
         return _checked(s, half_space, angular, reduction, eps, min_distance, backend)
 
 
@@ -152,5 +154,5 @@ def pair_settings(pair: PairFunction, reduction: str, eps: float, backend: str |
     return Settings(pair, reduction, check_factor("eps", eps), backend)
 
 
-# typed: True is no number, though it equals 1
+# typed, because True equals 1 but is no number
 _checked_once = lru_cache(maxsize=256, typed=True)(_checked)

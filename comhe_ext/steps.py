@@ -1,8 +1,8 @@
-"""What counts as one step of training, for whoever is only called, not told.
+"""What counts as a step of training, for a module that sees only calls.
 
-A regularizer draws new matrices at each step, but sees calls. Each call in training mode with
-gradients enabled is a step, with two exceptions: an optimizer that evaluates its closure several
-times (LBFGS) makes one step, and a call that activation checkpointing repeats in the backward was
+A regularizer draws new matrices at each step. Each call in training mode with gradients enabled is
+a step, with two exceptions: all calls inside one step of an optimizer that evaluates its closure
+several times (LBFGS) are one, and a call that activation checkpointing repeats in the backward was
 counted the first time.
 """
 
@@ -33,8 +33,8 @@ def host_tensor(values: int | list[int]) -> Tensor:
 def set_number(tensor: Tensor, index: int, value: int) -> None:
     """Write a number into a `host_tensor`.
 
-    Not by an operator: functional transforms, in which a regularizer may run, refuse those that
-    change a tensor from outside.
+    This is no torch operator, because a regularizer may run inside functional transforms, which
+    refuse to change a tensor from outside of them in place.
     """
     ctypes.c_int64.from_address(tensor.data_ptr() + 8 * index).value = value
 
@@ -87,19 +87,19 @@ class StepCounter:
 
     def __init__(self) -> None:
         _watch_optimizers()
-        self._counted = False  # some call was a step
-        self._optimizer_step: int | None = None  # the last one counted
-        self._shared = False  # the last step was under a checkpoint, whose backward is to come
-        self._repeated = False  # and has begun
+        self._counted = False  # whether any call was a step
+        self._optimizer_step: int | None = None  # the last one that was counted
+        self._shared = False  # the last step was under a checkpoint, to be repeated in its backward
+        self._repeated = False  # that backward has begun
         self._looked = False  # a call without gradients came after the last step
-        self._due = False  # that one was a step: its backward ran it again, with gradients
+        self._due = False  # that call was a step, as its backward repeated it with gradients
 
     def new_steps(self) -> int:
         """Count the steps that a call in training mode stands for: mostly 1, or 0."""
         if torch.compiler.is_compiling():
             return int(torch.is_grad_enabled())
         if _in_backward():
-            # a reentrant checkpoint runs forward without gradients: its step is counted late
+            # a reentrant checkpoint runs its forward without gradients: the step is counted late
             self._due |= self._looked
             self._repeated = True
             return 0
@@ -107,7 +107,7 @@ class StepCounter:
             due, self._due, self._looked = self._due, False, True
             first = not self._counted
             self._counted |= due
-            return due * (1 + first)  # the first one was not counted when it was due
+            return due * (1 + first)  # the very first step was not counted when it was made
         self._due = self._looked = False
         number = getattr(_optimizer, "step", None)
         if number is not None and number == self._optimizer_step:
@@ -115,7 +115,7 @@ class StepCounter:
         self._optimizer_step = number
         under_checkpoint = _under_checkpoint()
         if under_checkpoint and self._shared and not self._repeated:
-            # the backward of both calls is to come, and could not tell their steps apart
+            # both calls will be repeated in a backward, which could not tell their steps apart
             return 0
         self._shared, self._repeated = under_checkpoint, False
         self._counted = True

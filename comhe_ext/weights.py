@@ -1,6 +1,6 @@
 """Reading the weight of a module, whatever computes it, without changing the module.
 
-A weight may be a parameter, or be made of others before each forward: by a parametrization
+A weight may be a parameter, or be computed from others before each forward: by a parametrization
 (`torch.nn.utils.parametrizations`), or by the older forward hooks `weight_norm`, `spectral_norm`
 and `prune`, which leave the tensor of the last forward in the weight's place. What is read here is
 what the next forward would use, with its graph where gradients are enabled. Buffers stay as they
@@ -31,7 +31,7 @@ def read(module: nn.Module, attribute: str) -> Tensor:
     if isinstance(hook, SpectralNorm):
         weight = read(module, f"{attribute}_orig")
         matrix = hook.reshape_weight_to_matrix(weight)
-        # copies, for the next forward changes both vectors in place
+        # copies, because the next forward changes both vectors in place
         u, v = (getattr(module, f"{attribute}_{x}").clone() for x in "uv")
         return weight / torch.dot(u, torch.mv(matrix, v))
     if isinstance(hook, BasePruningMethod):
@@ -43,12 +43,12 @@ def read(module: nn.Module, attribute: str) -> Tensor:
 
 
 def _read_parametrized(module: nn.Module, attribute: str) -> Tensor:
-    # not getattr(module, attribute): inside `parametrize.cached()` that would leave what is read
-    # now, maybe without a graph, to the model's own forward
+    # not getattr(module, attribute): inside `parametrize.cached()` that would cache what is read
+    # now, maybe without a graph, for the model's own forward
     chain = _chain(module, attribute)
     weight: Tensor
     if chain.training and any(True for _ in chain.buffers()):
-        # in training mode a spectral norm goes on with its power iteration: on copies
+        # in training mode a spectral norm updates its buffers: it gets copies
         copies = {name: buffer.clone() for name, buffer in chain.named_buffers()}
         weight = torch.func.functional_call(chain, copies, ())
     else:
@@ -89,7 +89,7 @@ def sources(module: nn.Module, attribute: str) -> list[Tensor]:
 def identity(module: nn.Module, attribute: str) -> tuple[int, ...]:
     """Identify a weight by its sources: shared and tied weights have the same identity.
 
-    Holds while the sources live; a computed weight is a temporary, whose id says nothing.
+    Valid while the sources live. A computed weight is a temporary, so its own id says nothing.
     """
     return tuple(id(source) for source in sources(module, attribute))
 

@@ -1,4 +1,4 @@
-"""Pair functions: f of the distance of two points, and all that a sweep needs to know of it.
+"""Pair functions: f of the distance of two points, and all that a sweep needs to know about it.
 
     t = r = sqrt(2 - 2c)       the chord, or
     t = theta = arccos c       the angle in radians, with `angular`
@@ -8,8 +8,8 @@ A pair is given as `near` = r^2 = 2 - 2c and `far` = 4 - r^2 = 2 + 2c. Both are 
 each loses its digits when it is computed from the other: near pairs are known by an exact `near`,
 almost antipodal ones by an exact `far`.
 
-A new pair function is a class here, with f, f' and f''. Every device computes it then, in plain
-torch; a compiled backend that knows its `number` is faster.
+To add a pair function, add a class here, with f, f' and f''. Every device computes it then, in
+plain torch; a compiled backend that knows its `number` is faster.
 """
 
 import math
@@ -71,13 +71,13 @@ class PairFunction:
 
     @property
     def growth(self) -> float:
-        """How many powers of 1/t f' has more than a constant: what magnifies an error of t."""
+        """The power of 1/t with which F'(c) grows towards t = 0; it magnifies errors of t."""
         return 0.0
 
     def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float] | None:
         """Compute F, F'/factor and the factor of a tile of r^2, in as few passes as torch allows.
 
-        None where there is no short form. Valid out of reach of the tangent. Uses up `near`.
+        None where there is no short form. Not valid on the tangent line. Overwrites `near`.
         """
         return None
 
@@ -85,12 +85,12 @@ class PairFunction:
 
     @property
     def parameters(self) -> tuple[float, ...]:
-        """All that defines it, as the numbers that `pair_function` takes."""
+        """The numbers that define it, as `pair_function` takes them."""
         return tuple(float(getattr(self, x.name)) for x in fields(self))
 
     @cached_property
     def tangent(self) -> Tangent | None:
-        """Where f is continued by its tangent line, computed once on the host."""
+        """The tangent line below `min_distance`, computed once on the host."""
         if self.min_distance <= 0:
             return None
         at = torch.tensor(self.min_distance, dtype=torch.float64, device="cpu")
@@ -119,10 +119,10 @@ class PairFunction:
         """Compute f, f' and f'' at any distance `t` >= 0, with the tangent line."""
         if self.min_distance <= 0:
             return self.of_distance(t)
-        # the line starts from f at the bound itself; clamp_min lets NaN through
+        # the line starts from f at the bound itself; clamp_min keeps NaN
         value, first, second = self.of_distance(t.clamp_min(self.min_distance))
         below = t < self.min_distance
-        # not everywhere: where f' is infinite, 0 times it is NaN
+        # only below: above, f' may be infinite, and 0 times it NaN
         value = torch.where(below, value + first * (t - self.min_distance), value)
         return value, first, second.masked_fill(below, 0.0)
 
@@ -201,7 +201,7 @@ class Riesz(PairFunction):
 
     Args:
         s: the exponent, any finite s >= 0.
-        min_distance: below it (in the unit of the distance) f goes on along its tangent line, so
+        min_distance: below it (in the unit of the distance) f continues along its tangent line, so
             that a near-duplicate is pushed away with a finite force; 0 is the pure definition.
 
     Source: Liu et al. (2018), MHE.

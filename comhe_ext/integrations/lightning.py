@@ -28,8 +28,8 @@ class CoMHECallback(Callback):
 
         comhe.accumulate_gradients()    # after the backward, before clipping and the step
 
-    The loss of the LightningModule stays as it is; gradient accumulation, mixed precision and DDP
-    are taken care of, the state goes with the checkpoint.
+    The LightningModule and its loss stay as they are. Gradient accumulation, mixed precision and
+    DDP are supported, and the state is part of the checkpoint.
 
     Args:
         comhe: the regularizer; None makes `CoMHE(module, **options)` when the fit begins.

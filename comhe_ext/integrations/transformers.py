@@ -23,9 +23,9 @@ def regularized(
 
         comhe().backward()    # once before each step of the optimizer, and before clipping
 
-    The regularizer is added to the loss of the last batch that the Trainer gathers for a step, so a
-    step sees it once, and it takes one step of its own, however many batches there are: also at the
-    end of an epoch, where they may be fewer.
+    The regularizer is added to the loss of the last batch that the Trainer gathers for a step. So
+    a step sees it once and counts as one, however many batches it has, also at the end of an epoch,
+    where there may be fewer.
 
     Args:
         comhe: the regularizer of the model.

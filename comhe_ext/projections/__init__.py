@@ -2,14 +2,14 @@
 
 A `Projection` belongs to one `CoMHE`, which binds it to its hidden layers:
 
-    projection.step(rows)        once a training step
-    projection.views(rows)       what is swept: the sets of each layer, and its matrices
+    projection.step(rows)        called once in each training step
+    projection.views(rows)       the sets of each layer, and the matrices that project them
     projection.matrices(rows)    {layer: [C, k, d]} of this step
 
-`rows` are the neurons [sets, N, d] of each layer, read once for all of them; None reads them.
-A projection of one's own overrides `matrices`. The state goes with the state_dict of the
-regularizer. On several ranks all draw the same numbers: a seed that is not given is that of the
-first rank, asked for at the first training step, which all ranks make together.
+`rows` are the neurons [sets, N, d] of each layer, so that weights are read once; None reads them.
+To write a projection, override `matrices`. Its state is part of the regularizer's state_dict. On
+several ranks all draw the same numbers: without a seed, the ranks take that of the first one at the
+first training step, which all of them have to make together.
 """
 
 from typing import Literal, TypeAlias

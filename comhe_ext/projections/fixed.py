@@ -1,4 +1,4 @@
-"""Draws of a seed and a step, the base of all projections, and those that do not learn."""
+"""Random draws by seed and step, the base of all projections, and those that do not learn."""
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
@@ -31,7 +31,7 @@ def random_projection(
 
         torch.randn(num_projections, dim, in_features)
 
-    The entries are not divided by sqrt(dim): an energy does not see the length of its rows.
+    The entries are not divided by sqrt(dim): an energy does not depend on the length of its rows.
 
     Args:
         num_projections: C, how many matrices.
@@ -85,7 +85,7 @@ def _gaussian(
         )
     seed, steps, _ = state.tolist()
     draw = max(steps - 1, 0) // every
-    # three numbers into one seed, by the constants of the SplitMix64 generator
+    # three numbers are mixed into one seed, with the constants of the SplitMix64 generator
     for number in (draw, stream):
         seed = ((seed ^ number) * 0x9E3779B97F4A7C15 + 0xBF58476D1CE4E5B9) % 2**64
         seed ^= seed >> 31
@@ -137,7 +137,7 @@ class Projection(nn.Module):
             one, broadcast at the first training step.
     """
 
-    dim: int | None = None  # k; a layer of no more inputs is not projected. None: any layer is
+    dim: int | None = None  # k; a layer of at most k inputs is not projected. None: every layer is
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()
@@ -145,8 +145,8 @@ class Projection(nn.Module):
             raise TypeError(f"`seed` must be an int or None, got {type(seed).__name__}")
         self._layers: list[Layer] = []
         number = torch.initial_seed() if seed is None else int(seed)
-        # seed, steps, and whether all ranks know the seed; not a buffer: it stays on the host,
-        # where the draws are seeded
+        # seed, steps, and whether all ranks have the same seed. It is not a buffer, because it has
+        # to stay on the host, where the draws are seeded
         self._state = host_tensor([number % 2**63, 0, int(seed is not None)])
 
     def bind(self, layers: Sequence[Layer], settings: Settings) -> None:
@@ -172,7 +172,7 @@ class Projection(nn.Module):
 
     def views(self, rows: Mapping[str, Tensor]) -> Views:
         """Return the sets [V, N, d] of each layer of `rows`, and the matrices that project them."""
-        # of one's own, `matrices` may do without the rows
+        # the `matrices` of a user's projection may take no argument
         takes_rows = len(signature(self.matrices).parameters) > 0
         matrices = self.matrices(rows) if takes_rows else self.matrices()
         for name, sets in rows.items():
@@ -224,13 +224,13 @@ class RandomProjection(Projection):
 
         matrices = {name: torch.randn(C, k, d) for each layer}    # at each step
 
-    Layers of equal width d share their draw, as they do in the authors' code: so a model of a
-    hundred layers draws a few matrices a step. Each layer by itself sees independent entries.
+    Layers of equal width d share their draw, as in the authors' code, so that a model of a hundred
+    layers draws only a few matrices a step. The entries that one layer sees are independent.
 
     Args:
         num_projections: C; 20 if neither is given.
         dim: k.
-        neurons_per_projection: makes C grow with the layer: one matrix for so many neurons.
+        neurons_per_projection: makes C grow with the layer: one matrix for every so many neurons.
         every: steps from one draw to the next.
         seed: see `Projection`.
 
@@ -325,7 +325,7 @@ class GroupProjection(Projection):
             groups = min(self.groups, max(width // 2, 1))
             return [rows[..., g::groups] for g in range(groups)]
         kernel = getattr(layer.module, "kernel_size", ()) if self.layout == "channels" else ()
-        # indivisible: a channel with its kernel positions, and never a coordinate alone
+        # a channel stays together with its kernel positions, and no coordinate stays alone
         size = torch.Size(kernel).numel()
         channels = rows.unflatten(-1, (-1, size))
         most = width // size if size > 1 else max(width // 2, 1)

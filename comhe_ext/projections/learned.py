@@ -1,4 +1,4 @@
-"""Projections whose matrices learn beside the weights, each by an objective of its own."""
+"""Projections whose matrices are trained beside the weights, by an objective of their own."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -39,12 +39,12 @@ class _LearnedProjection(Projection):
         if mode not in ("unrolled", "alternating"):
             raise ValueError(f"`mode` must be 'unrolled' or 'alternating', got {quote(mode)}")
         self.mode = mode
-        # layers whose matrices are still to be drawn: the model was not there yet
+        # layers whose matrices are still to be drawn, because their weights are on the meta device
         self._undrawn: set[str] = set()
 
     @property
     def lr(self) -> float:
-        """The step size, which may be set: a schedule of the network's serves both."""
+        """The step size; a learning-rate schedule of the network may set it, too."""
         return self._lr
 
     @lr.setter
@@ -81,7 +81,7 @@ class _LearnedProjection(Projection):
         before = None if compiling else int(self._state[0])
         super().step()
         if not compiling and int(self._state[0]) != before:
-            # the seed is that of the first rank now: draw the matrices that it has
+            # the seed is that of the first rank now: draw the matrices anew
             self._undrawn.update(layer.name for layer in self._layers)
         layers = self.learning()
         constant = [x.detach() for x in self._rows(layers, rows)]
@@ -95,7 +95,7 @@ class _LearnedProjection(Projection):
         layers = self.learning()
         matrices = [self._matrices_of(layer) for layer in layers]
         if self.mode == "unrolled" and torch.is_grad_enabled():
-            # one more step that is not kept, as a function of the weights
+            # one more step, not kept, as a function of the weights
             learning = self._rows(layers, rows)
             gradients = self._gradients(learning, matrices, create_graph=True)
             matrices = [m - self.lr * g for m, g in zip(matrices, gradients, strict=True)]
@@ -122,7 +122,7 @@ class _LearnedProjection(Projection):
         for layer in self._layers:
             given = state_dict.get(prefix + _buffer(layer))
             if layer.name in self._undrawn and isinstance(given, Tensor) and not given.is_meta:
-                # room for what is loaded
+                # a tensor to load into
                 own = self._buffers[_buffer(layer)]
                 assert own is not None
                 if own.shape == given.shape:
@@ -146,7 +146,7 @@ class _LearnedProjection(Projection):
             return torch.autograd.grad(total, leaves, create_graph=create_graph)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_LearnedProjection":
-        # matrices follow a model to another device, not to a lower precision
+        # matrices follow the model to another device, but not to a lower precision
         kept = dict(self._buffers)
         super()._apply(fn, recurse)
         for layer in self._layers:
@@ -183,9 +183,9 @@ class AngleProjection(_LearnedProjection):
     Args:
         num_projections: C.
         dim: k.
-        kind: what to keep, see `comhe_ext.angle_preserving_loss`; of angles the root of the sum
-            of squares is descended, so that one `lr` serves both.
-        lr: step size, in the authors' code that of the network; an attribute that may be set.
+        kind: what to keep, see `comhe_ext.angle_preserving_loss`; for angles the root of the sum
+            of squares is minimized, so that one `lr` suits both.
+        lr: step size, in the authors' code that of the network; it may be set later, too.
         iterations: steps of the matrices for one of the weights.
         weight_decay: of the matrices.
         mode: "alternating", the weights see constant matrices; "unrolled", they see the matrices
@@ -232,7 +232,7 @@ class AdversarialProjection(_LearnedProjection):
         (gradient,) = torch.autograd.grad(-compressive_energy(weight, P), P)
         P = P - lr * (gradient + weight_decay * P)    # `iterations` times
 
-    The energy they raise is that of full space, whatever that of the weights.
+    They raise the energy in full space, also where the weights lower that in half space.
 
     Args:
         num_projections, dim, lr, weight_decay, mode, seed: see `AngleProjection`.

@@ -129,13 +129,13 @@ def call_of(kind):
     return locals()[kind]
 
 
-# however busy the machine is
+# this must hold however busy the machine is
 ENDLESS = 1e7
 
 
 def contest(*kinds, rules, check=lambda result: None):
     jobs = {kind: Job(functools.partial(call_of, kind), "cpu", 1) for kind in kinds}
-    # what compiles is timed by its second call: the first one imports this module
+    # the second call is timed, because the first one imports this module
     entries = {kind: Entry(job, check, compiles=True) for kind, job in jobs.items()}
     return hold(entries, rules, lambda words: None)
 
@@ -203,7 +203,7 @@ def test_a_sweep_from_end_to_end(tmp_path, capsys):
     cases = compare.by_case(rows)
     assert [str(case.shape) for case in cases] == ["1x64x8", "3x50x8"]
     status = {row["method"]: row["status"] for row in cases[Case(Shape(3, 50, 8), "gradient")]}
-    assert len(rows) == 9  # set by set is another method where there are several
+    assert len(rows) == 9  # with several sets, one at a time is another method
     assert status.pop("comhe-triton") == "unavailable"
     assert set(status.values()) == {"ok"}
     for row in rows:
@@ -399,5 +399,5 @@ def test_a_step_of_a_model_with_and_without(tmp_path):
     for entrant in (("none", "none"), *ours, ("MHE", "naive"), ("RP-CoMHE", "naive")):
         assert rows[entrant]["status"] == "ok"
         assert float(rows[entrant]["wall_ms"]) > 0
-    for row in rows.values():  # a variant that is not there says so
+    for row in rows.values():  # a variant that does not exist is refused
         assert row["status"] == "ok" or row["note"]

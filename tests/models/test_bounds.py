@@ -60,7 +60,7 @@ def test_where_the_mean_does_not_exist():
     assert random_energy(5, 1, 0.0) == math.inf
     assert random_energy(1, 3, 2.0) == 0.0
     assert math.isfinite(random_energy(5, 3, 1.99, angular=True))
-    # of two directions on a line half of the pairs coincide
+    # on a line, half of the pairs of directions coincide
     finite = random_energy(5, 1, 2.0, min_distance=0.5)
     assert finite == pytest.approx((3 * 0.5**-2 + 0.25) / 2)
     assert math.isfinite(random_energy(5, 3, 40.0, min_distance=1e-3))
@@ -80,7 +80,7 @@ def test_known_optima_reach_the_bound(s, angular):
         energy = comhe_ext.hyperspherical_energy(rows, s, half_space=half_space, angular=angular)
         options = dict(half_space=half_space, angular=angular)
         lowest = lowest_energy(n, d, s, dead=0, **options)
-        if s == 0 and angular and not half_space:  # there the simplex is not the best
+        if s == 0 and angular and not half_space:  # there it is not the optimum
             assert lowest < float(energy) < lowest + 0.05
         else:
             assert float(energy) == pytest.approx(lowest, rel=1e-12, abs=1e-14)
@@ -89,7 +89,7 @@ def test_known_optima_reach_the_bound(s, angular):
 @pytest.mark.parametrize("angular", [False, True])
 @pytest.mark.parametrize("s", [1.0, 2.0, 3.5])
 def test_dead_rows_reach_the_bound_of_half_space(s, angular):
-    # as many as there are dimensions are orthogonal, the others dead: orthogonal to all
+    # d rows are orthogonal to each other; the others are dead, which is orthogonal to all
     rows = torch.zeros(7, 3, dtype=torch.float64)
     rows[[0, 2, 5]] = 4 * torch.eye(3, dtype=torch.float64)
     options = dict(half_space=True, angular=angular)
@@ -160,7 +160,7 @@ def test_random_energy_with_a_tangent_line(d):
         for m in (1e-3, 0.5, 1.9):
             expected = 5 / 12 + math.log(2 / m) / 2
             assert random_energy(9, 3, 2.0, min_distance=m) == pytest.approx(expected, rel=1e-12)
-    if d == 12:  # out of reach it changes nothing
+    if d == 12:  # a tangent line below all distances changes nothing
         for s in (0.0, 1.0, 2.5):
             assert random_energy(9, d, s, min_distance=1e-3) == pytest.approx(
                 random_energy(9, d, s), rel=1e-12

@@ -89,7 +89,7 @@ def test_a_dead_row_does_not_change_what_the_others_do():
     weight[3] = 0
     minimum_energy_(weight, half_space=False, steps=500)
     others = torch.cat([weight[:3], weight[4:]])
-    # 19 rows in 12 dimensions: every energy near the least is near the simplex bound of its own
+    # 19 rows in 12 dimensions have many minima, all of them near the simplex bound
     alone = minimum_energy_(torch.cat([random_rows(20, 12)[:3], random_rows(20, 12)[4:]]),
                             half_space=False, steps=500)  # fmt: skip
     assert excess(others) < excess(alone) + 0.02
@@ -135,7 +135,7 @@ def test_what_ends_it_leaves_everything_unchanged(error, monkeypatch):
         monkeypatch.setattr(owner, name, ending)
 
     with monkeypatch.context():
-        end_at(comhe_ext.init, "total_energy", 7)  # in the midst of the second layer's steps
+        end_at(comhe_ext.init, "total_energy", 7)  # during the steps of the second layer
         with pytest.raises(error):
             minimum_energy_model_(net, steps=5)
         assert unchanged()
@@ -232,7 +232,7 @@ def test_stops_on_a_plateau():
         calls.append(drawn.get_state())
         return weight
 
-    # at its optimum from the start: nothing is won, so two windows are enough
+    # at its optimum from the start: the energy does not fall, so two windows are enough
     optimum = nn.init.orthogonal_(torch.empty(50, 50), generator=generator())
     count(optimum.clone(), steps=300, patience=20)
     count(optimum.clone(), steps=40, patience=20, tolerance=0.0)

@@ -129,7 +129,7 @@ def test_lightning_steps_are_those_of_a_loop(tmp_path, precision):
     for one, other in zip(module.net.parameters(), expected_weights(2, clip=0.5), strict=True):
         assert relative_error(one, other) <= bound
 
-    # what a checkpoint brings back is the regularizer at its step
+    # a checkpoint restores the step of the regularizer
     path = tmp_path / "checkpoint.ckpt"
     whole.save_checkpoint(path)
     again = CoMHECallback(projection=RandomProjection(2, 8, seed=3))
@@ -261,7 +261,7 @@ def test_steps_of_the_trainer_of_transformers_are_those_of_a_loop(tmp_path, clip
         (12, 4, False, dict(num_train_epochs=1), 2),  # 6 batches of 2: 4 + 2
         (14, 3, False, dict(num_train_epochs=3), 9),  # 7: 3 + 3 + 1, three times
         (13, 5, False, dict(max_steps=5), 5),  # the last batch has one row, epochs end in between
-        (4, 8, False, dict(num_train_epochs=2), 2),  # fewer than a step gathers
+        (4, 8, False, dict(num_train_epochs=2), 2),  # fewer batches than one step gathers
         (6, 1, False, dict(max_steps=2), 2),
         (14, 3, True, dict(max_steps=5), 5),  # the batches left over belong to the next step
         (12, 4, False, dict(max_steps=4, eval_strategy="steps", eval_steps=1), 4),

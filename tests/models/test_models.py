@@ -41,7 +41,7 @@ def test_layers_of_resnet50():
     assert comhe.first_layer == "conv1"
     assert comhe.output_layer == "fc"
     rows = [layer.rows().shape for layer in comhe._layers]
-    # what is known of it: its sets of filters, and its 25.5 million parameters
+    # known facts: its sets of filters, and its 25.5 million parameters
     assert sum(shape[1] for shape in rows) == 27_560
     assert sum(shape[1] ** 2 for shape in rows) == 29_209_152
     assert sum(shape.numel() for shape in rows) == 25_502_912
@@ -112,7 +112,7 @@ def train_two_steps(model, x, comhe, forward=None, **autocast):
 @pytest.mark.parametrize("kind", ["resnet", "vit", "llama"])
 def test_trains(kind, autocast):
     model, x = small(kind)
-    # under the same matrices in both steps, so that a step is a step downhill
+    # both steps under the same matrices, so that a step lowers the energy
     comhe = CoMHE(model, RandomProjection(4, 16, every=2, seed=1))
     losses = train_two_steps(model, x, comhe, enabled=autocast)
     assert losses[1] < losses[0]

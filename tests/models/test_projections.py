@@ -268,7 +268,7 @@ def test_contiguous_groups_are_those_of_group_energy():
 
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "channels"])
 def test_no_group_has_a_single_coordinate(layout):
-    # there, neurons have nowhere to turn: an energy of a million, and no gradient
+    # in one dimension neurons cannot turn: an energy of a million, and no gradient
     layer = nn.Linear(7, 5).double()
     comhe = CoMHE(layer, GroupProjection(8, layout), output_layer=None)
     columns = [[0, 3, 6], [1, 4], [2, 5]] if layout == "strided" else [[0, 1, 2], [3, 4], [5, 6]]
@@ -458,7 +458,7 @@ def test_models_that_are_made_without_memory(kind, together):
     del poison
     ours = train(both["net"], both["comhe"], 3)
     assert torch.equal(ours, train(expected["net"], expected["comhe"], 3))
-    # and a state goes over, in either direction
+    # a state can be loaded in either direction
     with torch.device("meta"):
         again = make()
     again["comhe"].load_state_dict(both["comhe"].state_dict())

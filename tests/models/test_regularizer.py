@@ -332,7 +332,7 @@ def test_every_and_warm_up():
     plain = energies()
     every = energies(every=3)
     assert every[[0, 1, 3, 4]].tolist() == [0.0] * 4
-    # the draws go by the steps that count
+    # only steps that count make new draws
     torch.testing.assert_close(every[[2, 5]], 3 * plain[:2])
     ramp = torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
     torch.testing.assert_close(energies(warm_up=4), ramp * plain)
@@ -355,7 +355,7 @@ def test_weights_by_pattern():
         for weight, output_weight, factors in (
             ({"conv": 3.0, "g*": 0.5}, 2.0, dict(conv=3.0, grouped=0.5, hidden=1.0, out=2.0)),
             ({"conv": 3.0, "g*": 0.5}, None, dict(conv=3.0, grouped=0.5, hidden=1.0, out=10.0)),
-            # what names the output layer is not overridden by the default
+            # the default does not override a factor that names the output layer
             ({"out": 7.0}, None, dict(conv=1.0, grouped=1.0, hidden=1.0, out=7.0)),
             ({"o*": 0.0, "*": 2.0}, None, dict(conv=2.0, grouped=2.0, hidden=2.0, out=0.0)),
             ({"*": 2.0}, 3.0, dict(conv=2.0, grouped=2.0, hidden=2.0, out=3.0)),
@@ -377,7 +377,7 @@ def test_the_first_convolution_is_not_projected():
     assert projected() == ["2"]
     assert projected(first_layer=None) == ["0", "2"]
     assert projected(first_layer="2") == ["0"]
-    # a transformer's first Linear is as hidden as any
+    # the first Linear of a transformer is a hidden layer like the others
     assert CoMHE(net[2:]).first_layer is None
     # nor is a later convolution the first layer of the model
     assert CoMHE(nn.Sequential(nn.Linear(3, 4), *net)).first_layer is None
@@ -611,7 +611,7 @@ def test_heads_of_hugging_face_models():
     classifier = transformers.BertForSequenceClassification(config)
     assert CoMHE(classifier).output_layer == "classifier"
     assert CoMHE(Wrapper(classifier)).output_layer == "module.classifier"
-    # an encoder has no head, wherever it stands
+    # an encoder has no head, wherever it is in the model
     encoder = transformers.BertModel(config)
     assert CoMHE(encoder).output_layer is None
     assert CoMHE(Wrapper(encoder)).output_layer is None
@@ -854,7 +854,7 @@ def half_precision():
 
 @pytest.mark.parametrize("make", [plain, strided, sum_of_two, of_another_module, half_precision])
 def test_accumulated_gradients_are_those_of_backward_bit_for_bit(make):
-    if make is of_another_module:  # its graph serves one backward, as any
+    if make is of_another_module:  # its graph can be used for one backward, like any
         net, (base, weight) = make()
         comhe = CoMHE(net, None)
         comhe.accumulate_gradients()

@@ -87,7 +87,9 @@ def test_reading_is_what_the_next_forward_uses(make, training):
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     weight = weights.read(module, "weight")
-    module(torch.eye(12))  # of two hooks, the first one works with what the second left last time
+    module(
+        torch.eye(12)
+    )  # the first of two hooks works with what the second one left in the last forward
     used = module(torch.eye(12)).mT
     if "spectral" in make.__name__:  # but for its scale, which the power iteration changes
         torch.testing.assert_close(direction(weight), direction(used))
@@ -118,7 +120,7 @@ def test_value_and_gradient_in_every_mode(make):
     torch.manual_seed(3)
     net = nn.Sequential(make(nn.Linear(12, 9)), nn.ReLU(), make(nn.Linear(9, 7)))
     comhe = CoMHE(net, None, output_layer=None)
-    # the definition, on weights computed afresh, with the gradient to what they are made of
+    # the definition, on weights computed anew, with the gradient in their sources
     parts = [weights.read(module, "weight") for module in (net[0], net[2])]
     expected = sum(reference.hyperspherical_energy(w, half_space=True) for w in parts)
     sources = [p for p in net.parameters() if p.requires_grad]
@@ -138,7 +140,7 @@ def test_value_and_gradient_in_every_mode(make):
         if truth is None:
             assert parameter.grad is None
         else:
-            # where the energy does not depend on it, as on lengths, there is nothing but rounding
+            # the energy does not depend on some sources, as on lengths: only rounding is left
             assert relative_error(parameter.grad, truth, floor=size + 1e-3) <= 1e-5
 
 
@@ -184,7 +186,7 @@ def test_writing_is_read_again(make):
 def test_identity_is_that_of_what_a_weight_is_made_of():
     embedding = parametrizations.weight_norm(nn.Embedding(9, 12))
     net = nn.ModuleDict({"embed": embedding})
-    for i in range(20):  # a temporary weight's id comes again and again
+    for i in range(20):  # ids of temporary weights repeat
         net[f"linear{i}"] = nn.Linear(12, 9)
     for _ in range(20):
         found = [layer.name for layer in CoMHE(net, None, output_layer=None).layers]

@@ -50,7 +50,7 @@ def test_energy_and_gradients(n, d, count, k, options, backend, device):
     assert energy.dtype == torch.float32
     assert relative_error(energy, expected) <= 2e-6
     if k == 1 and not options.get("eps"):
-        # a point of a line has nowhere to go; which side of 0 it falls on is all that counts
+        # on a line, only the side of 0 matters on which a point lies
         for gradient in gradients(energy, actual):
             assert float(gradient.abs().max()) <= 1e-5 * float(energy.detach().abs())
         return
@@ -89,7 +89,7 @@ def test_second_order_in_both_arguments():
 
 
 def test_gradient_through_an_unrolled_step_of_the_projection(backend, device):
-    # adversarial projections: P climbs, W descends through the step of P
+    # adversarial projections: P raises the energy, W lowers it through the step of P
     weight, projection = inputs(device=device)
 
     def outer(w, p, energy):

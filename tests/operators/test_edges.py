@@ -116,14 +116,14 @@ def test_multiples_of_a_row_are_duplicates_of_it(factor, dtype, options, backend
         assert relative_error(energy, expected) <= 1e-6
         bound = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
         assert relative_error(gradient[[0, -1]], expected_gradient[[0, -1]]) <= bound
-        # the definition itself is not led astray by the rounding of norms either
+        # the rounding of norms does not mislead the definition either
         truth = exact_energy_and_gradient(weight, **options)
         assert relative_error(truth[1][[0, -1]], expected_gradient[[0, -1]]) <= 1e-12
 
 
 @pytest.mark.parametrize("factor", FACTORS)
 def test_multiples_in_float64(factor):
-    # rounded multiples too: a few last bits are no direction
+    # rounded multiples, too: differences of the last bits are not a direction
     for weight in (multiples(factor, 24, torch.float64), random_rows(9, 24, dtype=torch.float64)):
         weight[-1] = factor / 7.0 * weight[0]
         for options in ENERGIES[:6]:
@@ -146,7 +146,7 @@ def test_multiples_without_a_bound_are_infinite(backend, device):
 @pytest.mark.parametrize("eps", [1e-12, 1e-8, 1e-4, 1.0])
 @pytest.mark.parametrize("factor", [1.0, 3.0, 11.0])
 def test_multiples_are_apart_by_their_lengths_under_eps(factor, eps, backend, device):
-    # eps makes the shorter row shorter still, and both grow as far apart as they can
+    # normalized with eps, the shorter row stays the shorter one, and so they differ
     row = multiples(factor, 24, device=device)[0]
     weight = torch.stack([row, factor * row])
     for s in (0.0, 1.0, 2.0):
@@ -196,7 +196,7 @@ def test_near_duplicates_are_pushed_apart(angle, min_distance, backend, device):
 @pytest.mark.parametrize("angle", [1e-6, 1e-8, 1e-10, 1e-13, 1e-16, 1e-30])
 @pytest.mark.parametrize("min_distance", [0.0, 1e-3])
 def test_directions_that_differ_in_a_tiny_entry(angle, min_distance, backend, device):
-    # float32 tells them apart to the last bit; nothing but this entry says where to
+    # the rows differ in one tiny entry, which alone gives the direction
     weight = torch.zeros(2, 24, device=device)
     weight[:, 3] = 1.0
     weight[1, 5] = angle
@@ -254,7 +254,7 @@ def test_large_exponents_of_random_rows(backend, device):
 
 
 def test_min_distance_beyond_the_range_of_float64():
-    # f'(1e-9) is infinite; above that distance nothing may show it
+    # f'(1e-9) is infinite, which must not affect larger distances
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1e-8]], dtype=torch.float64)
     energy, gradient = energy_and_gradient(weight, "torch", s=40.0, min_distance=1e-9)
     assert float(energy) == math.inf
@@ -534,7 +534,7 @@ PROJECTION = torch.ones(2, 2, 3)
             dict(half_space=np.int64(1)),
         ),
         (TypeError, "`angular` must be a bool, got Tensor", (ROWS,), dict(angular=ROWS[0, 0] > 0)),
-        # of a tensor, or an array, no number is printed
+        # the numbers of a tensor or an array are not printed
         (ValueError, "'mean' or 'sum', got Tensor$", (ROWS,), dict(reduction=ROWS)),
         (ValueError, "or None, got Tensor$", (ROWS,), dict(backend=ROWS)),
     ],
@@ -667,7 +667,7 @@ def test_more_columns_than_the_compiled_kernel_takes():
     if backends.unavailable("cpu") is None:
         with pytest.raises(ValueError, match=message):
             comhe_ext.hyperspherical_energy(weight, backend="cpu")
-        # projected, the rows are short again
+        # projected rows have few columns again
         projection = torch.zeros(1, 2, 2**24 + 1)
         projection[0, 0, 0] = projection[0, 1, -1] = 1.0
         assert float(comhe_ext.compressive_energy(weight, projection, backend="cpu")) == 0.5

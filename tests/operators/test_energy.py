@@ -58,7 +58,7 @@ def check(
     assert energy.shape == expected.shape
     assert relative_error(energy, expected) <= energy_bound
     assert relative_error(alone, expected) <= energy_bound
-    # where symmetry makes the gradient 0, the energy says what is small
+    # where symmetry makes the gradient 0, its error is measured against the energy
     floor = 1e-6 * float(expected.abs().sum())
     assert relative_error(gradient, expected_gradient, floor) <= gradient_bound
 

@@ -163,7 +163,7 @@ def test_jacobian_of_batches(backend, device):
 
     expected = jacrev(energies)(batch)
     assert relative_error(jacfwd(energies)(batch), expected) <= 1e-5
-    # a set does not see the others
+    # sets are independent
     assert (jacfwd(energies)(batch)[0, 1:] == 0).all()
 
 
@@ -436,7 +436,7 @@ def test_a_second_derivative_stays_differentiable_in_its_tangents():
 
 
 def test_tangent_of_the_incoming_gradient_alone(backend, device):
-    # the graph is older than the level: only what comes in has a tangent
+    # the graph was made before the level: only the incoming gradient has a tangent
     weight = random_rows(30, 5, device=device).view(2, 15, 5).requires_grad_()
     energy = comhe_ext.hyperspherical_energy(weight, backend=backend)
     incoming, tangents = torch.rand(2, device=device), torch.rand(2, device=device)

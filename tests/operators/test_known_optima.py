@@ -65,7 +65,7 @@ def test_orthonormal_rows_in_half_space(backend, device):
 
 
 def test_spherical_designs_have_their_strength():
-    # what makes the tests above worth something: the sets are what they claim to be
+    # the tests above rely on it: the sets are what they claim to be
     for rows, cosines in CONFIGURATIONS.values():
         unit = torch.nn.functional.normalize(rows)
         found = torch.cat([unit[:1] @ unit[1:].T, unit[-1:] @ unit[:-1].T]).sort(1).values

@@ -178,7 +178,7 @@ def test_hessian_vector_product_with_dead_rows_and_duplicates(options, backend, 
 
 
 def test_penalty_on_the_gradient_beside_another_term(backend, device):
-    # a saved gradient that is only scaled would drop the Hessian here without a word
+    # a saved gradient that is only scaled would silently drop the Hessian here
     weight = random_rows(50, 8, device=device)
 
     def penalty(energy, w):
