@@ -1,6 +1,7 @@
 """Short ways to call what lies below the public functions: operators and backends."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -13,17 +14,14 @@ from comhe_ext.operators.sweep import SweepOptions
 def options_of(
     s: float = 2.0,
     *,
-    half_space: bool = False,
-    angular: bool = False,
-    min_distance: float = 1e-3,
     reduction: str = "mean",
     eps: float = 0.0,
     backend: str = "torch",
     factors: Sequence[float] = (),
+    **of_the_pair: Any,
 ) -> SweepOptions:
     """Make what the operators take from the keywords of the public functions."""
-    pair = Riesz(s, min_distance, half_space=half_space, angular=angular)
-    return SweepOptions(pair, reduction, eps, backend, factors)
+    return SweepOptions(Riesz(s, **of_the_pair), reduction, eps, backend, factors)
 
 
 def packed_energy(points: Tensor, sizes: Sequence[int], options: SweepOptions) -> Tensor:

@@ -72,7 +72,7 @@ class _Call(ctypes.Structure):
         ("pair", _Pair),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("rectangular", ctypes.c_int32),
+        ("cross", ctypes.c_int32),
         ("second_order", ctypes.c_int32),
     ]
 
@@ -284,7 +284,7 @@ def _sweep_columns(request: SweepRequest) -> SweepResult:
         energy=energy.data_ptr(),
         gradient=None if gradients[0] is None else gradients[0].data_ptr(),
         columns_gradient=None if gradients[1] is None else gradients[1].data_ptr(),
-        rectangular=True,
+        cross=True,
         sets=2,
         k=rows.shape[1],
         dtype=DTYPES[rows.dtype],

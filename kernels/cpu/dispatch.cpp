@@ -28,14 +28,14 @@ bool valid(const Call &call) {
         return false;
     if (!known(pair) || !(call.eps >= 0)) return false;
     if (call.sets && (!call.sizes || !call.scales || !(call.energy || call.second_order))) return false;
-    if (call.rectangular && (call.sets != 2 || call.second_order)) return false;
+    if (call.cross && (call.sets != 2 || call.second_order)) return false;
     int64_t rows = 0;
     for (int64_t s = 0; s < call.sets; s++) {
         if (call.sizes[s] < 0) return false;
         rows += call.sizes[s];
     }
     if (call.second_order && rows && !(call.tangents && call.known_gradient && call.product)) return false;
-    if (!call.rectangular) return call.points || !rows;
+    if (!call.cross) return call.points || !rows;
     return (call.points || !call.sizes[0]) && (call.columns || !call.sizes[1]) && (call.ids || !rows);
 }
 

@@ -31,11 +31,11 @@ struct Pair {
 
 struct Call {
     const void *points;     // [sum(sizes), k] raw rows, sets one after another
-    const void *columns;    // rectangular form: `points` against these, sizes = {rows, columns}
-    const int32_t *ids;     // rectangular form: of the rows, then of the columns; equals do not meet
+    const void *columns;    // cross form: `points` against these, sizes = {rows, columns}
+    const int32_t *ids;     // cross form: of the rows, then of the columns; equals do not meet
     const int64_t *sizes;   // [sets]
-    const double *scales;   // [sets]; rectangular form: [1]
-    float *energy;          // [sets]; rectangular form: [1]
+    const double *scales;   // [sets]; cross form: [1]
+    float *energy;          // [sets]; cross form: [1]
     float *gradient;        // of `points`, or null for the energy alone
     float *columns_gradient;
     // second order, instead of energy and gradient: the derivative of the gradient along the tangents
@@ -48,7 +48,7 @@ struct Call {
     Pair pair;
     int32_t dtype;
     int32_t threads;
-    int32_t rectangular;
+    int32_t cross;
     int32_t second_order;
 };
 

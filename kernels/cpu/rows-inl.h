@@ -107,7 +107,7 @@ INLINE double gather_force(const Sweep &sweep, Scratch &scratch, const Block &bl
 // what is left.
 void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
     const int k = sweep.k, kp = sweep.kp;
-    const bool half = sweep.call.pair.half_space, antipodes = half && !sweep.call.rectangular;
+    const bool half = sweep.call.pair.half_space, antipodes = half && !sweep.call.cross;
     const double factor = block.scale * sweep.functions.slope, both = half ? 2 : 1;
     block.energy *= both;
     for (int i = 0; i < block.n; i++) {

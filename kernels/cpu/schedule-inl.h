@@ -169,7 +169,7 @@ int cut(const Sweep &sweep, Set &set, Block *blocks) {
     set.row = set.col = blocks;
     set.rows = set.cols = set.rounds =
         cut(sweep, blocks, call.points, output(sweep), call.ids, set.first, set.n, scale);
-    if (!call.rectangular) return set.rows;
+    if (!call.cross) return set.rows;
     set.col = blocks + set.rows;
     set.cols = cut(sweep, set.col, call.columns, call.columns_gradient, call.ids + set.n, 0, set.m, scale);
     if (set.cols > set.rounds) set.rounds = set.cols;
@@ -216,7 +216,7 @@ __attribute__((noinline)) void work(Sweep &sweep, Scratch &scratch) {
 // The sets that have pairs, largest first; the others are answered at once.
 void list_sets(Sweep &sweep) {
     const Call &call = sweep.call;
-    if (call.rectangular) {
+    if (call.cross) {
         sweep.sets[sweep.set_count++] = {0, call.sizes[0], call.sizes[1], call.scales[0], 0};
         return;
     }
@@ -237,7 +237,7 @@ void list_sets(Sweep &sweep) {
 }
 
 double count_pairs(const Sweep &sweep, const Set &set) {
-    return double(set.n) * set.m / (sweep.call.rectangular ? 1 : 2);
+    return double(set.n) * set.m / (sweep.call.cross ? 1 : 2);
 }
 
 // Sets up all that the threads share, and lets them work.
@@ -321,7 +321,7 @@ __attribute__((noinline)) Status set_up_and_work(const Call &call) {
     size_t block_total = 0;
     for (const Set *set = sweep.sets; set < sweep.sets + sweep.set_count; set++) {
         all_pairs += count_pairs(sweep, *set);
-        block_total += block_count(sweep, set->n) + (call.rectangular ? block_count(sweep, set->m) : 0);
+        block_total += block_count(sweep, set->n) + (call.cross ? block_count(sweep, set->m) : 0);
     }
     // below about a millisecond of one core, waking the others costs more than it brings
     const bool small = all_pairs * (3 * call.k + 16) < 4e7;

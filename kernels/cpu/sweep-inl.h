@@ -27,7 +27,7 @@ static_assert(R % NR == 0 && R_TWICE % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS
 // [strip][capacity][width]: NR wide, the last ones VL or LEAST. Columns are padded with zeros to kp.
 struct Block {
     const char *raw;            // first row as the caller stores it
-    const int32_t *given_ids;   // rectangular form, else null
+    const int32_t *given_ids;   // cross form, else null
     int32_t *ids;               // a copy, with room for whole tiles
     int32_t first_id, last_id;  // smallest and largest of them
     float *gradient;            // where the result goes, or null; at second order the product
@@ -51,7 +51,7 @@ struct Block {
     double *axial_dot;
 };
 
-// Rows first <= i < first + n against themselves or, in the rectangular form, against m columns.
+// Rows first <= i < first + n against themselves or, in the cross form, against m columns.
 struct Set {
     long first, n, m;
     double scale;

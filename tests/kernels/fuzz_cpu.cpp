@@ -87,8 +87,8 @@ bool bounded(const float *p, size_t count) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     Bytes bytes = {data, size, 2166136261u};
     Call call = {};
-    const bool rectangular = bytes.next(4) == 0, wild = bytes.next(8) == 0, gradient = bytes.next(4);
-    call.sets = rectangular ? 2 : bytes.next(5);
+    const bool cross = bytes.next(4) == 0, wild = bytes.next(8) == 0, gradient = bytes.next(4);
+    call.sets = cross ? 2 : bytes.next(5);
     call.k = bytes.next(8) ? 1 + bytes.next(70) : 250 + bytes.next(60);
     call.dtype = bytes.next(3);
     call.threads = 1 + bytes.next(3);
@@ -109,24 +109,24 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         scales[s] = 1e-6;
         rows += sizes[s];
     }
-    const int64_t first = rectangular ? sizes[0] : rows, second = rows - first;
+    const int64_t first = cross ? sizes[0] : rows, second = rows - first;
     const size_t width = call.dtype == FLOAT32 ? 4 : 2;
     void *points = malloc(first * call.k * width + !first), *columns = nullptr;
     fill(bytes, points, first, call.k, call.dtype, wild);
     int32_t *ids = nullptr;
-    if (rectangular) {
+    if (cross) {
         columns = malloc(second * call.k * width + !second);
         fill(bytes, columns, second, call.k, call.dtype, wild);
         ids = (int32_t *)malloc(rows * sizeof(int32_t) + !rows);
         for (int64_t i = 0; i < rows; i++) ids[i] = i < first ? int32_t(i) : int32_t(i - bytes.next(300));
     }
     call.points = points;
-    call.rectangular = rectangular;
+    call.cross = cross;
     call.columns = columns;
     call.ids = ids;
     call.sizes = exact(sizes, call.sets);
-    call.scales = exact(scales, rectangular ? 1 : call.sets);
-    const size_t energies = rectangular ? 1 : call.sets;
+    call.scales = exact(scales, cross ? 1 : call.sets);
+    const size_t energies = cross ? 1 : call.sets;
     // an infinite energy has no useful gradient, and large powers of close pairs are infinite
     const bool finite = !wild && at > 0 && s < 4;
     float *tangents = (float *)malloc(first * call.k * sizeof(float) + !first);
@@ -134,12 +134,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     for (int isa = 0; isa <= comhe_best_isa(); isa++) {
         call.energy = poisoned(energies);
         call.gradient = gradient ? poisoned(first * call.k) : nullptr;
-        call.columns_gradient = gradient && rectangular ? poisoned(second * call.k) : nullptr;
+        call.columns_gradient = gradient && cross ? poisoned(second * call.k) : nullptr;
         require(comhe_sweep(&call, isa) == OK);
         written(call.energy, energies, finite);
         if (gradient) written(call.gradient, first * call.k, finite);
-        if (gradient && rectangular) written(call.columns_gradient, second * call.k, finite);
-        if (gradient && !rectangular) {
+        if (gradient && cross) written(call.columns_gradient, second * call.k, finite);
+        if (gradient && !cross) {
             Call twice = call;
             twice.second_order = 1;
             twice.tangents = tangents;
