@@ -21,6 +21,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+# F, F'/factor and the factor
+ClosedTile = tuple[Tensor, Tensor, float]
+
 
 class Tangent(NamedTuple):
     """The line that continues f below the distance `at`: value + slope (t - at)."""
@@ -74,10 +77,15 @@ class PairFunction:
         """The power of 1/t with which F'(c) grows towards t = 0; it magnifies errors of t."""
         return 0.0
 
-    def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float] | None:
-        """Compute F, F'/factor and the factor of a tile of r^2, in as few passes as torch allows.
+    def closed_tile(self, x: Tensor) -> ClosedTile | None:
+        """Compute F, F'/factor and the factor of a tile, in as few passes as torch allows.
 
-        None where there is no short form. Not valid on the tangent line. Overwrites `near`.
+        None where there is no short form. Not valid on the tangent line. Overwrites `x`.
+
+        Args:
+            x: r^2 = 2 - 2c; in half space the cosines c themselves. There F' is a difference that
+                almost cancels for small c, which is why it has to be computed from c, without
+                subtracting.
         """
         return None
 
@@ -233,31 +241,52 @@ class Riesz(PairFunction):
     def growth(self) -> float:
         return self.s + 2.0
 
-    def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float] | None:
-        if self.angular or (self.half_space and self.s not in (0.0, 1.0, 2.0)):
-            return None
+    def closed_tile(self, x: Tensor) -> ClosedTile | None:
         if self.half_space:
-            if self.s == 1:
-                left, right = near.rsqrt(), (4.0 - near).rsqrt_()
-                value = left + right
-                return value, left.pow_(3).sub_(right.pow_(3)), 1.0
-            product = (4.0 - near).mul_(near)  # r^2 (4 - r^2) = 4 (1 - c^2)
-            twice_cosine = near.neg_().add_(2.0)
-            if self.s == 0:
-                value = product.log().mul_(-0.5)
-                return value, twice_cosine.div_(product), 2.0
-            value = product.reciprocal_().mul_(4.0)
-            return value, twice_cosine.mul_(value).mul_(value), 1.0
+            return self._closed_ends(x)
+        if self.angular:
+            return None
         if self.s == 2:
-            value = near.reciprocal_()
+            value = x.reciprocal_()
             return value, value.square(), 2.0
         if self.s == 1:
-            value = near.rsqrt_()
+            value = x.rsqrt_()
             return value, value.pow(3), 1.0
         if self.s == 0:
-            return near.log().mul_(-0.5), near.reciprocal_(), 1.0
-        value = near.pow(-self.s / 2.0)
-        return value, value / near, self.s
+            return x.log().mul_(-0.5), x.reciprocal_(), 1.0
+        value = x.pow(-self.s / 2.0)
+        return value, value / x, self.s
+
+    def _closed_ends(self, c: Tensor) -> ClosedTile:
+        """Compute `closed_tile` in half space, without subtracting.
+
+        (1 - z)^-q - (1 + z)^-q = 2 (1 - z^2)^(-q/2) sinh(q artanh z), and with + the same of cosh.
+        """
+        factor = self.s or 1.0
+        if self.angular:
+            # t = pi/2 (1 - z), far t = pi/2 (1 + z)
+            sine = torch.addcmul(c.new_ones(()), c, c, value=-1.0).sqrt_()
+            z, unit, q = c.asin_().mul_(2.0 / math.pi), math.pi / 2.0, self.s + 1.0
+        else:
+            # r^2 = 2 (1 - c), far r^2 = 2 (1 + c)
+            sine, z, unit, q = None, c, 2.0, self.s / 2.0 + 1.0
+        product = torch.addcmul(z.new_ones(()), z, z, value=-1.0)
+        if not self.angular and self.s == 2:
+            value = product.reciprocal_()
+            return value, z.mul_(value).mul_(value), 2.0
+        if not self.angular and self.s == 0:
+            value = product.mul(4.0).log_().mul_(-0.5)
+            return value, z.div_(product), 1.0
+        a = z.atanh_()
+        if self.s == 0:
+            value = product.mul(unit * unit).log_().mul_(-1.0)
+        else:
+            power = self.s if self.angular else self.s / 2.0
+            value = (a * power).cosh_().mul_(product.pow(-power / 2.0)).mul_(2.0 * unit**-power)
+        slope = a.mul_(q).sinh_().mul_(product.pow_(-q / 2.0))
+        if sine is not None:
+            slope.div_(sine)
+        return value, slope, 2.0 * factor * unit**-q
 
 
 @dataclass(frozen=True)
@@ -290,12 +319,18 @@ class Gaussian(PairFunction):
         value = (-self.tau * x).exp()
         return value, -self.tau * value, self.tau**2 * value
 
-    def closed_tile(self, near: Tensor) -> tuple[Tensor, Tensor, float] | None:
+    def closed_tile(self, x: Tensor) -> ClosedTile | None:
         if self.angular:
             return None
         if self.half_space:
-            far = (4.0 - near).mul_(-self.tau).exp_()
-            value = near.mul_(-self.tau).exp_()
-            return value + far, value - far, 2.0 * self.tau
-        value = near.mul_(-self.tau).exp_()
+            # with m = |c|: exp(-2 tau (1 - m)) (1 +- exp(-4 tau m))
+            sign = x.sign()
+            larger = x.abs_().sub(1.0).mul_(2.0 * self.tau).exp_()
+            ratio = x.mul_(-4.0 * self.tau)
+            return (
+                ratio.exp().add_(1.0).mul_(larger),
+                ratio.expm1_().mul_(larger).mul_(sign),
+                (-2.0 * self.tau),
+            )
+        value = x.mul_(-self.tau).exp_()
         return value, value, 2.0 * self.tau

@@ -4,10 +4,10 @@
     S   = sum_{i<j} F(c_ij)                  (half space: 2 sum_{i<j} F(c_ij) + sum_i f(-|v_i|^2))
     dS/dp_i = (G_i - v_i <v_i, G_i>) / nu_i,  G_i = sum_j F'(c_ij) v_j
 
-One matrix product gives a tile of d2 = 2 - 2c, a few elementwise passes turn it into F and F', and
-two more products add F' v to the force G. Near pairs are left out of the tiles and computed again
-in float64. In few dimensions, where near pairs are common even among random rows, the tiles are
-float64 too.
+One matrix product gives a tile of d2 = 2 - 2c, in half space of c; a few elementwise passes turn it
+into F and F', and two more products add F' v to the force G. Near pairs are left out of the tiles
+and computed again in float64. In few dimensions, where near pairs are common even among random
+rows, the tiles are float64 too.
 """
 
 from collections.abc import Sequence
@@ -46,14 +46,17 @@ def sweep(request: SweepRequest) -> SweepResult:
     """
     points, sizes, scales = request.points, request.sizes, request.scales
     pair, eps = request.pair, request.eps
-    dtype = working_dtype(points)
+    dtype = _tile_dtype(points, pair)
     rows = normalize(points, eps, dtype)
-    # [-2v, 2] [v, 1]^T: the product itself gives 2 - 2c, which saves a pass over every tile
-    right = torch.nn.functional.pad(rows.v, (0, 1), value=1.0)
-    left = -2.0 * right
-    left[:, -1] = 2.0
-    v = right[:, :-1]
-    rows = rows._replace(v=v)
+    if pair.half_space:
+        left = right = v = rows.v
+    else:
+        # [-2v, 2] [v, 1]^T: the product itself gives 2 - 2c, which saves a pass over every tile
+        right = torch.nn.functional.pad(rows.v, (0, 1), value=1.0)
+        left = -2.0 * right
+        left[:, -1] = 2.0
+        v = right[:, :-1]
+        rows = rows._replace(v=v)
     energy = torch.zeros(len(sizes), dtype=torch.float64, device=points.device)
     # most of G lies along v_i and is projected away: hence float64 between tiles
     force = torch.zeros_like(v, dtype=torch.float64) if request.gradient else None
@@ -63,13 +66,14 @@ def sweep(request: SweepRequest) -> SweepResult:
     clean = pair.clean_above(bound)
 
     for tile in symmetric_tiles(sizes, block_of(points)):
-        d2 = torch.bmm(rows_of(left, tile), cols_of(right, tile).mT)
-        left_out, near = mask_out(d2, tile, pair, bound)
-        closed = pair.closed_tile(d2) if clean else None
+        x = torch.bmm(rows_of(left, tile), cols_of(right, tile).mT)
+        left_out, near = mask_out(x, tile, pair, bound)
+        closed = pair.closed_tile(x) if clean else None
         if closed is not None:
             value, slope, factor = closed
         else:
-            (value, slope, _), factor = pair.of_cosine(d2, 4.0 - d2), 1.0
+            d2, far = _both_squares(x, pair)
+            (value, slope, _), factor = pair.of_cosine(d2, far), 1.0
         if left_out is not None:
             value.masked_fill_(left_out, 0.0)
             slope.masked_fill_(left_out, 0.0)
@@ -131,7 +135,7 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor) -> Tensor:
     """
     points, sizes, scales = request.points, request.sizes, request.scales
     pair, eps = request.pair, request.eps
-    dtype = working_dtype(points)
+    dtype = _tile_dtype(points, pair)
     rows = normalize(points, eps, dtype)
     v, inv_nu, deficit = rows
     tangents = tangents.to(dtype)
@@ -144,12 +148,19 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor) -> Tensor:
     force_dot = torch.zeros_like(force)
     axial, axial_dot = torch.zeros_like(deficit), torch.zeros_like(deficit)
     bound = near_below(pair, dtype)
+    clean = pair.clean_above(bound)
 
     for tile in symmetric_tiles(sizes, block_of(points)):
-        d2 = torch.bmm(rows_of(v, tile), cols_of(v, tile).mT).mul_(-2.0).add_(2.0)
+        x = torch.bmm(rows_of(v, tile), cols_of(v, tile).mT)
+        if not pair.half_space:
+            x.mul_(-2.0).add_(2.0)
         c_dot = torch.bmm(rows_of(both, tile), cols_of(swapped, tile).mT)
-        left_out, near = mask_out(d2, tile, pair, bound)
-        _, slope, curve = pair.of_cosine(d2, 4.0 - d2)
+        left_out, near = mask_out(x, tile, pair, bound)
+        d2, far = _both_squares(x, pair)
+        _, slope, curve = pair.of_cosine(d2, far)
+        closed = pair.closed_tile(x) if clean and pair.half_space else None
+        if closed is not None:  # the other slope has lost digits, see `closed_tile`
+            slope = closed[1].mul_(closed[2])
         slope_dot = curve * c_dot
         if left_out is not None:
             slope.masked_fill_(left_out, 0.0)
@@ -192,6 +203,24 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor) -> Tensor:
     product = force_dot + v_dot * outward + v * outward_dot - gradient * tau * inv_nu
     product.mul_(inv_nu * _scale_of_row(sizes, scales, pair, inv_nu))
     return product.to(result_dtype(points))
+
+
+def _tile_dtype(points: Tensor, pair: PairFunction) -> torch.dtype:
+    """Choose the dtype of the tiles: float64 also where the slope of both ends would cancel."""
+    dtype = working_dtype(points)
+    if not pair.half_space or dtype == torch.float64:
+        return dtype
+    short = (
+        pair.clean_above(near_below(pair, dtype)) and pair.closed_tile(torch.zeros(())) is not None
+    )
+    return dtype if short else torch.float64
+
+
+def _both_squares(x: Tensor, pair: PairFunction) -> tuple[Tensor, Tensor]:
+    """Turn a tile into 2 - 2c and 2 + 2c."""
+    if pair.half_space:
+        return 2.0 - 2.0 * x, 2.0 + 2.0 * x
+    return x, 4.0 - x
 
 
 def _scale_of_row(

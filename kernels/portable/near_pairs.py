@@ -11,6 +11,7 @@ second part is large and lies along v_i; the gradient projects it away but for t
 Therefore only -side F' apart goes into the force, and side F' is summed apart, as `axial`.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -59,28 +60,32 @@ def near_below(pair: PairFunction, dtype: torch.dtype) -> float:
 
 
 def mask_out(
-    d2: Tensor, tile: Tile, pair: PairFunction, bound: float
+    x: Tensor, tile: Tile, pair: PairFunction, bound: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """Find the elements of a tile that do not count, and the near pairs to compute again.
 
-    `d2` becomes 2, which is harmless, in all of them, so what follows stays finite.
+    `x` is 2 - 2c, in half space c. It becomes that of c = 0, which is harmless, in all of them, so
+    what follows stays finite.
 
     Returns:
         Masks: elements that do not count (the diagonal and near pairs), and near pairs, each once.
         None where there are none.
     """
+    if pair.half_space:
+        harmless, low, high = 0.0, bound / 2.0 - 1.0, 1.0 - bound / 2.0
+    else:
+        harmless, low, high = 2.0, bound, 4.0 - bound if pair.two_ended else math.inf
     left_out = None
     if tile.diagonal:
-        d2.diagonal(dim1=1, dim2=2).fill_(2.0)
-        left_out = torch.eye(d2.shape[1], dtype=torch.bool, device=d2.device).expand_as(d2)
-    two_ended = pair.two_ended
-    lowest, highest = torch.aminmax(d2)
-    if not (bool(lowest < bound) or (two_ended and bool(highest > 4.0 - bound))):
+        x.diagonal(dim1=1, dim2=2).fill_(harmless)
+        left_out = torch.eye(x.shape[1], dtype=torch.bool, device=x.device).expand_as(x)
+    lowest, highest = torch.aminmax(x)
+    if not (bool(lowest < low) or bool(highest > high)):
         return left_out, None
-    near = d2 < bound
-    if two_ended:
-        near |= d2 > 4.0 - bound
-    d2.masked_fill_(near, 2.0)
+    near = x < low
+    if high < math.inf:
+        near |= x > high
+    x.masked_fill_(near, harmless)
     left_out = near if left_out is None else near | left_out
     return left_out, near.triu(1) if tile.diagonal else near
 

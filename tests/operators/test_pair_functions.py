@@ -56,6 +56,29 @@ def test_energy_and_gradient_are_those_of_the_definition(
 
 
 @every_function
+@pytest.mark.parametrize("k", [64, 1000])
+@pytest.mark.parametrize("n", [2, 50])
+@pytest.mark.parametrize("angular", [False, True])
+def test_the_ends_of_nearly_orthogonal_rows_do_not_cancel(
+    pair, definition, angular, n, k, backend, device
+):
+    space = {"half_space": True, "angular": angular}
+    pair = replace(pair, **space)
+    if not backends.load(backend).supports(pair):
+        return  # tested above
+    rows = random_rows(n, k, device=device)
+    if n == 2:
+        rows = torch.eye(2, k, device=device)
+        rows[1, 0] = 0.01
+    exact = rows.double().requires_grad_()
+    (truth,) = torch.autograd.grad(reference.pair_energy(exact, definition, **space), exact)
+    rows.requires_grad_()
+    energy = comhe_ext.pair_energy(rows, pair=pair, backend=backend)
+    (gradient,) = torch.autograd.grad(energy, rows)
+    assert relative_error(gradient, truth) <= 2e-6
+
+
+@every_function
 @every_space
 def test_derivatives_of_every_order_and_mode(pair, definition, space):
     pair = replace(pair, **space)
