@@ -16,6 +16,7 @@ from torch import Tensor
 from comhe_ext.kernels.portable import angle_loss
 from comhe_ext.operators.library import (
     LIBRARY,
+    apply,
     check_device,
     check_like,
     check_rows,
@@ -27,7 +28,6 @@ from comhe_ext.operators.library import (
     forward_mode,
     leave_trace,
     over_batch,
-    quick_to_bind,
     register_vmap,
 )
 
@@ -121,7 +121,6 @@ class _AngleDifference(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @quick_to_bind
     def forward(
         rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,4 +290,4 @@ def angle_difference(rows: Tensor, projected: Tensor, angle: bool) -> Tensor:
     if forward_mode():
         leave_trace()
         return _AngleDifferenceWithTangents.apply(rows, projected, angle, True)[0]
-    return _AngleDifference.apply(rows, projected, angle, differentiated(rows))[0]
+    return apply(_AngleDifference, rows, projected, angle, differentiated(rows))[0]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from comhe_ext.operators.library import (
+    apply,
     differentiable_jvp,
     differentiated,
     final,
@@ -22,7 +23,6 @@ from comhe_ext.operators.library import (
     leave_trace,
     over_batch,
     product,
-    quick_to_bind,
 )
 from comhe_ext.operators.sweep import SweepOptions, count_of, points_of
 
@@ -33,7 +33,6 @@ class _Energy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @quick_to_bind
     def forward(num_weights: int, arguments: Sequence[Any], *tensors: Any) -> tuple[Tensor, Tensor]:
         weights, matrices = tensors[:num_weights], tensors[num_weights:]
         energy, gradient = torch.ops.comhe_ext.sweep(weights, matrices, True, *arguments)
@@ -271,5 +270,5 @@ def energy(
         return _EnergyWithTangents.apply(points, _Sets(sizes, options.arguments))[0]
     tensors = [*weights, *matrices]
     if differentiated(*tensors):
-        return _Energy.apply(len(weights), options.arguments, *tensors)[0]
+        return apply(_Energy, len(weights), options.arguments, *tensors)[0]
     return torch.ops.comhe_ext.sweep(weights, matrices, False, *options.arguments)[0]

@@ -4,7 +4,6 @@ Whatever is registered here computes in full precision under autocast, runs on e
 opaque to torch.compile.
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -185,10 +184,15 @@ def differentiated(*tensors: Tensor | None) -> bool:
     return False
 
 
-def quick_to_bind(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the signature of a Function's forward, which torch reads anew at every call."""
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    return forward
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args), without the signature that torch reads and binds at every call.
+
+    That takes longer than all else that a short call does outside of its kernel.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    args = torch._functorch.utils.unwrap_dead_wrappers(args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def differentiable_jvp(jvp: Callable[..., Any]) -> Callable[..., Any]:
