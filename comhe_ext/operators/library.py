@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LIBRARY = torch.library.Library("comhe_ext", "DEF")
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+class Form(NamedTuple):
+    """All that the checks ask of a tensor: a key of caches where no size is symbolic."""
+
+    shape: Sequence[int]
+    dtype: torch.dtype
+    device: torch.device
+    layout: torch.layout
+
+
+def form_of(x: Tensor) -> Form:
+    return Form(x.shape, x.dtype, x.device, x.layout)
+
+
+def compute_dtype(*tensors: Tensor | Form | None) -> torch.dtype:
     """float32, or float64 if one of the tensors is."""
     doubles = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if doubles else torch.float32
@@ -70,7 +83,7 @@ def define(
 # shape functions too, so that a compiler's trace fails where the eager call fails.
 
 
-def check_rows(name: str, rows: Tensor, dims: Sequence[int]) -> None:
+def check_rows(name: str, rows: Tensor | Form, dims: Sequence[int]) -> None:
     """Refuse what is no dense floating-point tensor of so many dimensions."""
     if rows.dtype not in DTYPES:
         raise TypeError(f"`{name}` must be float16, bfloat16, float32 or float64, got {rows.dtype}")
@@ -95,7 +108,7 @@ def check_like(name: str, rows: Tensor, other: str, like: Tensor) -> None:
     check_device(name, rows, other, like)
 
 
-def check_device(name: str, tensor: Tensor, other: str, like: Tensor) -> None:
+def check_device(name: str, tensor: Tensor | Form, other: str, like: Tensor | Form) -> None:
     if tensor.device != like.device:
         raise ValueError(
             f"`{name}` must be on the device of `{other}`, got {tensor.device} and {like.device}"

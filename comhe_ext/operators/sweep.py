@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,11 +33,13 @@ from comhe_ext.kernels.pair_functions import PairFunction, pair_function
 from comhe_ext.kernels.sweep import Projected, SweepRequest
 from comhe_ext.operators.library import (
     LIBRARY,
+    Form,
     check_device,
     check_like,
     check_rows,
     compute_dtype,
     define,
+    form_of,
     in_front,
     over_batch,
     product,
@@ -45,7 +47,8 @@ from comhe_ext.operators.library import (
 )
 
 
-@dataclass(frozen=True)
+# equal only to itself: a key of caches that is hashed at every call
+@dataclass(frozen=True, eq=False)
 class SweepOptions:
     """All of an energy that is not a tensor.
 
@@ -63,7 +66,7 @@ class SweepOptions:
     backend: str = "torch"
     factors: Sequence[float] = ()
     # the same as the operators take it
-    arguments: tuple[Any, ...] = field(init=False, repr=False, compare=False)
+    arguments: tuple[Any, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         name, parameters = self.pair.name, self.pair.parameters
@@ -94,7 +97,7 @@ class SweepOptions:
         self, source: Tensor | Projected, sizes: Sequence[int], gradient: bool
     ) -> SweepRequest:
         """What a backend is asked."""
-        scales = _scales(tuple(sizes), self.pair, self.reduction, tuple(self.factors))
+        scales = _scales(tuple(sizes), self)
         return SweepRequest(source, sizes, scales, self.pair, self.eps, gradient)
 
 
@@ -116,15 +119,13 @@ def _options(
 
 
 @lru_cache(maxsize=1024)
-def _scales(
-    sizes: tuple[int, ...], pair: PairFunction, reduction: str, factors: tuple[float, ...]
-) -> tuple[float, ...]:
+def _scales(sizes: tuple[int, ...], options: SweepOptions) -> tuple[float, ...]:
     """From each set's sum over unordered pairs to its energy, factor included."""
-    by_size = {n: pair.scale(n, reduction) for n in set(sizes)}
+    by_size = {n: options.pair.scale(n, options.reduction) for n in set(sizes)}
     scales = tuple(by_size[n] for n in sizes)
-    if not factors:
+    if not options.factors:
         return scales
-    return tuple(scale * factor for scale, factor in zip(scales, factors, strict=True))
+    return tuple(scale * factor for scale, factor in zip(scales, options.factors, strict=True))
 
 
 # --- sets -----------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def pad(rows: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
 
 
-def _width(weights: Sequence[Tensor], matrices: Sequence[Tensor | None]) -> int:
+def _width(weights: Sequence[Tensor | Form], matrices: Sequence[Tensor | Form | None]) -> int:
     """k, the one number of rows of all matrices; without any, the columns of the weights."""
     for projection in matrices:
         if projection is not None:
@@ -151,11 +152,13 @@ def _width(weights: Sequence[Tensor], matrices: Sequence[Tensor | None]) -> int:
     return max(weight.shape[2] for weight in weights)
 
 
-def count_of(matrices: Tensor | None) -> int:
+def count_of(matrices: Tensor | Form | None) -> int:
     return 1 if matrices is None else matrices.shape[0]
 
 
-def _set_sizes(weights: Sequence[Tensor], matrices: Sequence[Tensor | None]) -> list[int]:
+def _set_sizes(
+    weights: Sequence[Tensor | Form], matrices: Sequence[Tensor | Form | None]
+) -> list[int]:
     """N of each set that weights and matrices make."""
     return [
         n
@@ -182,15 +185,15 @@ def _all_rows(weights: Sequence[Tensor], matrices: Sequence[Tensor | None]) -> I
 
 
 def _packed(
-    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], sizes: Sequence[int]
+    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], layout: "Layout"
 ) -> Tensor:
     """All rows, [T, k]; copied once at most, from where products left them."""
     if len(weights) == 1 and matrices[0] is None:
-        return weights[0].reshape(-1, weights[0].shape[2]).contiguous()
-    width, packed, first = _width(weights, matrices), None, 0
+        return weights[0].flatten(0, 1).contiguous()
+    width, packed, first = layout.width, None, 0
     for rows in _all_rows(weights, matrices):
         if packed is None:
-            packed = rows.new_empty(sum(sizes), width)
+            packed = rows.new_empty(sum(layout.sizes), width)
         last = first + rows.numel() // width
         packed[first:last].view(rows.shape).copy_(rows)
         first = last
@@ -203,7 +206,7 @@ def points_of(
 ) -> tuple[Tensor, list[int]]:
     """The same by torch's differentiable operators, and the size of each set."""
     if len(weights) == 1 and matrices[0] is None:
-        return weights[0], []
+        return weights[0] if weights[0].dim() == 3 else weights[0].unsqueeze(0), []
     width = _width(weights, matrices)
     parts = [rows.reshape(-1, width) for rows in _all_rows(weights, matrices)]
     return torch.cat(parts), _set_sizes(weights, matrices)
@@ -229,29 +232,25 @@ def _count_sets(name: str, points: Tensor, sizes: Sequence[int]) -> int:
 
 
 def _check_options(
-    arguments: Sequence[Any], sets: int, columns: int, *tensors: Tensor | None
-) -> SweepOptions:
-    """The options of an operator on so many sets of rows, made from these tensors."""
-    options = SweepOptions.of(arguments)
+    options: SweepOptions, sets: int, columns: int, *tensors: Tensor | Form | None
+) -> None:
+    """Refuse options that do not fit so many sets of rows, made from these tensors."""
     factors = options.factors
     if len(factors) > 0 and len(factors) != sets:
         raise ValueError(f"`factors` must be empty or one a set ({sets}), got {len(factors)}")
     if options.backend == "torch":
-        return options
+        return
     first = tensors[0]
     if options.backend == "cpu" and first is not None and first.device.type != "cpu":
         raise ValueError(f"backend 'cpu' needs tensors on cpu, got {first.device}")
     error = backends.misfit(options.backend, options.pair, compute_dtype(*tensors), columns)
     if error is not None:
         raise error
-    return options
 
 
-def _check_points(
-    points: Tensor, sizes: Sequence[int], arguments: Sequence[Any]
-) -> tuple[int, SweepOptions]:
+def _check_points(points: Tensor, sizes: Sequence[int], options: SweepOptions) -> None:
     sets = _count_sets("points", points, sizes)
-    return sets, _check_options(arguments, sets, points.shape[-1], points)
+    _check_options(options, sets, points.shape[-1], points)
 
 
 def _check_product(
@@ -261,7 +260,8 @@ def _check_product(
     sizes: Sequence[int],
     arguments: Sequence[Any],
 ) -> SweepOptions:
-    _, options = _check_points(points, sizes, arguments)
+    options = SweepOptions.of(arguments)
+    _check_points(points, sizes, options)
     check_like("tangents", tangents, "points", points)
     check_like("gradient", gradient, "points", points)
     dtype = compute_dtype(points)
@@ -270,10 +270,21 @@ def _check_product(
     return options
 
 
-def _check_weights(
-    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], arguments: Sequence[Any]
-) -> tuple[list[int], SweepOptions]:
-    """Sizes of the sets that weights and matrices make, and the options."""
+class Layout(NamedTuple):
+    """The sets that weights and matrices make."""
+
+    sizes: Sequence[int]
+    width: int
+    dtype: torch.dtype  # of what is computed
+    projected: bool
+
+
+def _lay_out(
+    weights: Sequence[Tensor | Form],
+    matrices: Sequence[Tensor | Form | None],
+    options: SweepOptions,
+) -> Layout:
+    """Check all that an operator is handed, and say what it is to compute."""
     if len(weights) == 0:
         raise ValueError("`weights` must hold at least one tensor, got none")
     if len(matrices) != len(weights):
@@ -300,8 +311,13 @@ def _check_weights(
                 f"`matrices` must be [C, {max(width, 1)}, {weight.shape[2]}] for a weight of "
                 f"shape {tuple(weight.shape)}, got shape {tuple(projection.shape)}"
             )
-    sizes = _set_sizes(weights, matrices)
-    return sizes, _check_options(arguments, len(sizes), width, *weights, *matrices)
+    sizes = tuple(_set_sizes(weights, matrices))
+    _check_options(options, len(sizes), width, *weights, *matrices)
+    projected = any(projection is not None for projection in matrices)
+    return Layout(sizes, width, compute_dtype(*weights, *matrices), projected)
+
+
+_lay_out_once = lru_cache(maxsize=512)(_lay_out)
 
 
 @define(
@@ -310,9 +326,11 @@ def _check_weights(
 def _sweep(
     weights: Sequence[Tensor], matrices: Sequence[Tensor | None], gradient: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    sizes, options = _check_weights(weights, matrices, arguments)
+    options = SweepOptions.of(arguments)
+    forms = [None if x is None else form_of(x) for x in (*weights, *matrices)]
+    layout = _lay_out_once(tuple(forms[: len(weights)]), tuple(forms[len(weights) :]), options)
     backend = backends.load(options.backend)
-    if backend.OFFERS.projection and any(projection is not None for projection in matrices):
+    if layout.projected and backend.OFFERS.projection:
         sets: list[Tensor] = []
         by_set: list[Tensor | None] = []
         for weight, projection in zip(weights, matrices, strict=True):
@@ -320,10 +338,9 @@ def _sweep(
             by_set += [None if projection is None else projection.float()] * weight.shape[0]
         source: Tensor | Projected = Projected(sets, by_set)
     else:
-        source = _packed(weights, matrices, sizes)
-    result = backend.sweep(options.request(source, sizes, gradient))
-    nothing = result.energy.new_empty(0)
-    return result.energy, nothing if result.gradient is None else result.gradient
+        source = _packed(weights, matrices, layout)
+    energy, rows_gradient, *_ = backend.sweep(options.request(source, layout.sizes, gradient))
+    return energy, energy.new_empty(0) if rows_gradient is None else rows_gradient
 
 
 @define(
@@ -373,9 +390,8 @@ def _dot_rows(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
 def _(
     weights: Sequence[Tensor], matrices: Sequence[Tensor | None], gradient: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    sizes, _ = _check_weights(weights, matrices, arguments)
-    dtype = compute_dtype(*weights, *matrices)
-    shape = (sum(sizes), _width(weights, matrices)) if gradient else (0,)
+    sizes, width, dtype, _ = _lay_out(weights, matrices, SweepOptions.of(arguments))
+    shape = (sum(sizes), width) if gradient else (0,)
     energy = weights[0].new_empty(len(sizes), dtype=dtype)
     return energy, weights[0].new_empty(shape, dtype=dtype)
 
