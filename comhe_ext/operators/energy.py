@@ -7,9 +7,9 @@ both modes, by a closed-form Hessian-vector product; a third derivative raises i
 silently wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,16 +117,26 @@ def _pull_back(
 ) -> list[Tensor | None]:
     """From the gradient in the projected rows [T, k] to those in the weights and the projections.
 
-    Two products a weight, of all its matrices at once: sum_c g_c P_c, and g_c^T W.
-
     Args:
-        gradient: in the order of `_all_rows`.
+        gradient: weight by weight, set by set, matrix by matrix.
         factors: what each set's part is to be multiplied with, [B], or None.
         weights, projections: what was projected.
         needed: whether each of them wants its gradient.
     """
-    grad_weights: list[Tensor | None] = []
-    grad_projections: list[Tensor | None] = []
+    # that of a sum or a mean is one number, spread over the sets without being copied
+    if factors is not None and factors.dim() == 1 and factors.stride(0) == 0 < factors.shape[0]:
+        factors = factors[0]
+    if factors is not None and factors.dim() == 0:
+        gradient, factors = gradient * factors, None
+    if len(weights) == 1 and projections[0] is None:
+        (weight,) = weights
+        gradient = gradient.view(weight.shape)
+        if factors is not None:
+            gradient = gradient * factors.view(-1, 1, 1)
+        return [gradient.to(weight.dtype), None]
+    grads: list[Tensor | None] = [None] * (2 * len(weights))
+    # those of one shape share a product, those of one number of matrices the copy before it
+    by_count: dict[int, dict[Any, list[_Projected]]] = {}
     row = first = 0
     for index, (weight, matrices) in enumerate(zip(weights, projections, strict=True)):
         sets, n, d = weight.shape
@@ -135,24 +145,57 @@ def _pull_back(
         if factors is not None:
             part = part * factors[first : first + sets * count].view(sets, count, 1, 1)
         row, first = row + sets * count * n, first + sets * count
-        grad_weight = grad_matrices = None
         if matrices is None:
-            grad_weight = part[:, 0, :, :d]
-        else:
-            by_row = part.transpose(1, 2).reshape(sets * n, count * gradient.shape[1])
-            if needed[index]:
-                grad_weight = product(by_row, matrices.to(part.dtype).flatten(0, 1))
-            if needed[len(weights) + index]:
-                grad_matrices = product(by_row.mT, weight.to(part.dtype).flatten(0, 1))
-        grad_weights.append(
-            grad_weight if grad_weight is None else grad_weight.view(weight.shape).to(weight.dtype)
-        )
-        grad_projections.append(
-            grad_matrices
-            if grad_matrices is None or matrices is None
-            else grad_matrices.view(matrices.shape).to(matrices.dtype)
-        )
-    return [*grad_weights, *grad_projections]
+            grads[index] = part[:, 0, :, :d].to(weight.dtype)
+            continue
+        wanted = needed[index], needed[len(weights) + index]
+        like = weight.shape, weight.dtype, matrices.dtype, wanted
+        groups = by_count.setdefault(count, {})
+        groups.setdefault(like, []).append(_Projected(index, part, weight, matrices))
+    for groups in by_count.values():
+        _pull_back_projected(groups.values(), needed, grads)
+    return grads
+
+
+class _Projected(NamedTuple):
+    """A weight, the matrices that project it, and the gradient in its projected rows."""
+
+    position: int  # among the weights
+    part: Tensor  # [V, C, N, k]
+    weight: Tensor
+    matrices: Tensor
+
+
+def _pull_back_projected(
+    groups: Collection[Sequence[_Projected]], needed: Sequence[bool], grads: list[Tensor | None]
+) -> None:
+    """Fill in the gradients of weights and matrices, of one number C, in groups of one shape.
+
+    sum_c g_c P_c and g_c^T W are one product each for all of a group, once the gradients g_c of a
+    row lie side by side. On a GPU a launch for each weight would take longer than the work.
+    """
+    parts = [one.part.transpose(1, 2) for group in groups for one in group]
+    by_row = torch.cat([rows for part in parts for rows in part])  # [sum V N, C, k]
+    begin, num_weights = 0, len(grads) // 2
+    for group in groups:
+        position, _, weight, matrices = group[0]
+        n, width = weight.shape[0] * weight.shape[1], by_row.shape[1] * by_row.shape[2]
+        rows = by_row[begin : begin + len(group) * n].view(len(group), n, width)
+        begin += len(group) * n
+        if needed[position]:
+            stacked = _stack([one.matrices.flatten(0, 1) for one in group])
+            to_weights = product(rows, stacked.to(rows.dtype)).to(weight.dtype)
+            for one, grad in zip(group, to_weights, strict=True):
+                grads[one.position] = grad.view(weight.shape)
+        if needed[num_weights + position]:
+            stacked = _stack([one.weight.flatten(0, 1) for one in group])
+            to_matrices = product(rows.mT, stacked.to(rows.dtype)).to(matrices.dtype)
+            for one, grad in zip(group, to_matrices, strict=True):
+                grads[num_weights + one.position] = grad.view(matrices.shape)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)) if len(parts) > 1 else parts[0].unsqueeze(0)
 
 
 @dataclass(frozen=True)
