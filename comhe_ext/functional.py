@@ -71,8 +71,7 @@ def hyperspherical_energy(
     check_weight(weight)
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
     options = settings.options((weight,))
-    energies = set_energies(weight if weight.dim() == 3 else weight.unsqueeze(0), options)
-    return energies.view(weight.shape[:-2])
+    return set_energies(weight, options)
 
 
 def pair_energy(
@@ -105,8 +104,7 @@ def pair_energy(
     """
     check_weight(rows, "rows")
     options = pair_settings(pair, reduction, eps, backend).options((rows,))
-    energies = set_energies(rows if rows.dim() == 3 else rows.unsqueeze(0), options)
-    return energies.view(rows.shape[:-2])
+    return set_energies(rows, options)
 
 
 def compressive_energy(

@@ -40,7 +40,7 @@ class Part:
 
 
 def set_energies(rows: Tensor, options: SweepOptions) -> Tensor:
-    """Energy of each set of `rows` [V, N, k], in one sweep -> [V]."""
+    """Energy of each set of `rows` [V, N, k] -> [V], or of the one set [N, k] -> []."""
     return energy([rows], [None], options)
 
 

@@ -27,6 +27,18 @@ from comhe_ext.operators.library import (
 from comhe_ext.operators.sweep import SweepOptions, count_of, points_of
 
 
+def _swept(
+    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], gradient: bool, arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """The operator, which takes [V, N, d], of a lone [N, d] too."""
+    if weights[0].dim() == 3:
+        return torch.ops.comhe_ext.sweep(weights, matrices, gradient, *arguments)
+    sets = [weights[0].unsqueeze(0)]
+    energy, gradient_rows = torch.ops.comhe_ext.sweep(sets, matrices, gradient, *arguments)
+    # no view for autograd: what a Function returns may be changed in place then
+    return torch.ops.aten._unsafe_view.default(energy, []), gradient_rows
+
+
 class _Energy(torch.autograd.Function):
     """Weights and matrices -> energy [B]; the gradient in the rows is kept for the backward."""
 
@@ -34,9 +46,7 @@ class _Energy(torch.autograd.Function):
 
     @staticmethod
     def forward(num_weights: int, arguments: Sequence[Any], *tensors: Any) -> tuple[Tensor, Tensor]:
-        weights, matrices = tensors[:num_weights], tensors[num_weights:]
-        energy, gradient = torch.ops.comhe_ext.sweep(weights, matrices, True, *arguments)
-        return energy, gradient
+        return _swept(tensors[:num_weights], tensors[num_weights:], True, arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -60,7 +70,7 @@ class _Energy(torch.autograd.Function):
             points, sizes = points_of(weights, matrices)
             sets = _Sets(sizes, ctx.arguments)
             gradient = _Gradient.apply(points, gradient.view(points.shape), sets)
-            gradient = torch.ops.comhe_ext.scale_rows(gradient, grad_energy, sizes)
+            gradient = torch.ops.comhe_ext.scale_rows(gradient, grad_energy.reshape(-1), sizes)
             gradient, factors = gradient.reshape(-1, gradient.shape[-1]), None
         needed = ctx.needs_input_grad[2:]
         return None, None, *_pull_back(gradient, factors, weights, matrices, needed)
@@ -304,14 +314,16 @@ def energy(
 ) -> Tensor:
     """Compute the energies [B] of the sets of rows of weights [V, N, d], projected by matrices.
 
-    In one sweep; differentiable twice in all tensors, in both modes; see the top of this file.
+    In one sweep; differentiable twice in all tensors, in both modes; see the top of this file. A
+    weight that is alone and not projected may be [N, d]: its energy is [].
     """
     if forward_mode():
         leave_trace()
         # torch's own products carry the tangents of weights and matrices to the rows
         points, sizes = points_of(weights, matrices)
-        return _EnergyWithTangents.apply(points, _Sets(sizes, options.arguments))[0]
+        energies: Tensor = _EnergyWithTangents.apply(points, _Sets(sizes, options.arguments))[0]
+        return energies if weights[0].dim() == 3 else energies.squeeze(0)
     tensors = [*weights, *matrices]
     if differentiated(*tensors):
         return apply(_Energy, len(weights), options.arguments, *tensors)[0]
-    return torch.ops.comhe_ext.sweep(weights, matrices, False, *options.arguments)[0]
+    return _swept(weights, matrices, False, options.arguments)[0]
