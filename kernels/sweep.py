@@ -9,13 +9,33 @@ A backend is a module with
     hessian_vector_product(request, tangents, gradient)   where it offers `second_order`
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from .pair_functions import PairFunction
+
+
+class Numbers(tuple[Any, ...]):
+    """A tuple that is hashed once: a thousand sizes are the key of several caches at each call."""
+
+    @classmethod
+    def of(cls, values: Iterable[Any]) -> "Numbers":
+        return values if isinstance(values, Numbers) else cls(values)
+
+    @cached_property
+    def largest(self) -> Any:
+        return max(self)
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class Projected(NamedTuple):

@@ -30,7 +30,7 @@ from comhe_ext import backends
 from comhe_ext.checks import check_backend, check_reduction
 from comhe_ext.kernels import packed_sets, portable
 from comhe_ext.kernels.pair_functions import PairFunction, pair_function
-from comhe_ext.kernels.sweep import Projected, SweepRequest
+from comhe_ext.kernels.sweep import Numbers, Projected, SweepRequest
 from comhe_ext.operators.library import (
     LIBRARY,
     Form,
@@ -97,7 +97,7 @@ class SweepOptions:
         self, source: Tensor | Projected, sizes: Sequence[int], gradient: bool
     ) -> SweepRequest:
         """What a backend is asked."""
-        scales = _scales(tuple(sizes), self)
+        scales = _scales(Numbers.of(sizes), self)
         return SweepRequest(source, sizes, scales, self.pair, self.eps, gradient)
 
 
@@ -119,13 +119,13 @@ def _options(
 
 
 @lru_cache(maxsize=1024)
-def _scales(sizes: tuple[int, ...], options: SweepOptions) -> tuple[float, ...]:
+def _scales(sizes: Numbers, options: SweepOptions) -> Numbers:
     """From each set's sum over unordered pairs to its energy, factor included."""
     by_size = {n: options.pair.scale(n, options.reduction) for n in set(sizes)}
-    scales = tuple(by_size[n] for n in sizes)
-    if not options.factors:
-        return scales
-    return tuple(scale * factor for scale, factor in zip(scales, options.factors, strict=True))
+    scales = [by_size[n] for n in sizes]
+    if options.factors:
+        scales = [scale * f for scale, f in zip(scales, options.factors, strict=True)]
+    return Numbers(scales)
 
 
 # --- sets -----------------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ def _lay_out(
                 f"`matrices` must be [C, {max(width, 1)}, {weight.shape[2]}] for a weight of "
                 f"shape {tuple(weight.shape)}, got shape {tuple(projection.shape)}"
             )
-    sizes = tuple(_set_sizes(weights, matrices))
+    sizes = Numbers(_set_sizes(weights, matrices))
     _check_options(options, len(sizes), width, *weights, *matrices)
     projected = any(projection is not None for projection in matrices)
     return Layout(sizes, width, compute_dtype(*weights, *matrices), projected)

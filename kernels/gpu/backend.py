@@ -12,13 +12,13 @@ so a CUDA graph captures a call whose shapes were seen before.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-from ..sweep import Projected, SweepRequest, SweepResult
+from ..sweep import Numbers, Projected, SweepRequest, SweepResult
 from .direct import direct
 from .finish import finish
 from .large_k import ROW_TILE, large_k
@@ -50,6 +50,7 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@lru_cache(maxsize=64)
 def target_of(device: torch.device) -> str:
     """Name of a device in the tile table: "sm_90", "gfx942", "interpreter"."""
     if device.type != "cuda":
@@ -85,8 +86,8 @@ def check(points: Tensor, name: str = "points") -> None:
 class Call:
     """What shapes and settings decide about one sweep."""
 
-    sizes: tuple[int, ...]
-    scales: tuple[float, ...]
+    sizes: Numbers
+    scales: Numbers
     pair: PairConstants
     k: int
     with_gradient: bool
@@ -125,7 +126,7 @@ class Call:
         if self.is_large:
             return Tiles(ROW_TILE, ROW_TILE, 4)
         target = target_of(self.device)
-        return tiles_for(target, self.k, max(self.sizes), self.pair.angular)
+        return tiles_for(target, self.k, self.sizes.largest, self.pair.angular)
 
     @cached_property
     def plan(self) -> Plan:
@@ -148,8 +149,8 @@ class Call:
 def make_call(request: SweepRequest, k: int, device: torch.device) -> Call:
     """A call for rows of k columns under the settings of now."""
     return Call(
-        tuple(request.sizes),
-        tuple(request.scales),
+        Numbers.of(request.sizes),
+        Numbers.of(request.scales),
         pair_constants(request.pair),
         k,
         request.gradient,

@@ -111,7 +111,7 @@ def splits_for(
     sizes: tuple[int, ...], block_m: int, k: int, row_bytes: int, with_force: bool
 ) -> int:
     """Work items a row tile: enough to fill the machine, within the bound on working memory."""
-    row_tiles = sum(-(-n // block_m) for n in sizes)
+    row_tiles = _count_row_tiles(sizes, block_m)
     rows = row_tiles * block_m
     # a row of unit rows and gradient, and of one slot: force, energy, nearest, axial
     fixed, slot = row_bytes + 4 * k, 4 * k + 12
@@ -121,6 +121,11 @@ def splits_for(
         int((MEMORY_FACTOR * 4 * k - fixed) // slot), SMALL_BYTES // max(rows * slot, 1), 1
     )
     return min(-(-ITEMS_WANTED // max(row_tiles, 1)), affordable)
+
+
+@lru_cache(maxsize=512)
+def _count_row_tiles(sizes: tuple[int, ...], block_m: int) -> int:
+    return sum(-(-n // block_m) for n in sizes)
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class Plan:
     first_packed_row: tuple[int, ...]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def make_plan(
     sizes: tuple[int, ...],
     block_m: int,
@@ -161,7 +166,7 @@ def make_plan(
         upper: only tiles on or above the diagonal, each unordered pair once.
         device: where the tables live.
     """
-    total_tiles = sum(-(-n // block_m) for n in sizes)
+    total_tiles = _count_row_tiles(sizes, block_m)
     packed_rows = total_tiles * block_m
     if packed_rows + block_m >= 2**31:
         raise ValueError(f"the sets hold {sum(sizes)} rows together; at most 2^31 are possible")
@@ -259,7 +264,7 @@ class Slots:
         self.axial = torch.empty(force_rows, dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def set_constants(
     sizes: tuple[int, ...], scales: tuple[float, ...], pair_offset: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
