@@ -1,6 +1,7 @@
 """Which backend computes a sweep here, and why not another."""
 
 import importlib
+import os
 import sys
 import threading
 import warnings
@@ -12,6 +13,9 @@ from comhe_ext.kernels.pair_functions import PairFunction
 from comhe_ext.kernels.sweep import Backend
 
 BACKENDS = ("triton", "cpu", "torch")
+# what operators are told where nobody asked for a backend: they choose in their body, which has
+# real tensors, and tracing never sees the choice
+AUTO = "auto"
 _MODULES = {
     "triton": "comhe_ext.kernels.gpu",
     "cpu": "comhe_ext.kernels.cpu.binding",
@@ -19,8 +23,7 @@ _MODULES = {
 }
 # torch calls ROCm devices "cuda" too
 _DEVICE_OF = {"triton": "cuda", "cpu": "cpu"}
-# not yet "triton" on "cuda": what has only been interpreted and compiled has to be asked for
-_DEFAULT_ON = {"cpu": "cpu"}
+_BEST_ON = {device: name for name, device in _DEVICE_OF.items()}
 
 _loaded: dict[str, Backend] = {}
 
@@ -58,10 +61,17 @@ def _tell_what_is_missing(name: str) -> None:
         )
 
 
-# constants to torch.compile: tracing must not follow the search for libraries and GPUs. This is
+# a constant to torch.compile: tracing must not follow the search for libraries and GPUs. This is
 # all that torch.compiler.assume_constant_result does, but that imports Dynamo and with it Triton
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_tell_what_is_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def asked_by_environment() -> str | None:
+    """The backend that COMHE_BACKEND names: for backend=None, where it takes the tensors."""
+    name = os.environ.get("COMHE_BACKEND")
+    if name and name not in BACKENDS:
+        raise ValueError(f"COMHE_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name or None
 
 
 def choose(
@@ -73,12 +83,17 @@ def choose(
 ) -> str:
     """The backend to use: the one asked for, which must work here, or the best that does."""
     if name is None:
-        best = _DEFAULT_ON.get(device.type, "torch")
-        if best == "torch" or misfit(best, pair, dtype, columns) is not None:
+        asked = asked_by_environment()
+        best = _BEST_ON.get(device.type, "torch")
+        if asked == "torch" or best == "torch" or misfit(best, pair, dtype, columns) is not None:
             return "torch"
-        if unavailable(best) is None:
+        reason = unavailable(best)
+        if reason is None:
             return best
-        _tell_what_is_missing(best)
+        if asked == best:
+            raise RuntimeError(f"COMHE_BACKEND={asked}, but {reason}")
+        if best == "cpu":
+            _tell_what_is_missing(best)
         return "torch"
     if name not in BACKENDS:
         raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {name!r}")

@@ -42,7 +42,7 @@ class Settings:
         return replace(self, pair=replace(self.pair, half_space=False))
 
     def options(self, tensors: Sequence[Tensor], columns: int | None = None) -> SweepOptions:
-        """Choose the backend for `tensors`, and make the options that the operators take.
+        """Make the options that the operators take; a backend asked for has to take `tensors`.
 
         Args:
             tensors: what the energy is computed from.
@@ -51,7 +51,9 @@ class Settings:
         first = tensors[0]
         columns = first.shape[-1] if columns is None else columns
         dtype = compute_dtype(*tensors)
-        backend = backends.choose(self.backend, self.pair, first.device, dtype, columns)
+        backend = backends.AUTO
+        if self.backend is not None:
+            backend = backends.choose(self.backend, self.pair, first.device, dtype, columns)
         if torch.compiler.is_compiling():
             return SweepOptions(self.pair, self.reduction, self.eps, backend)
         return _options(self, backend)

@@ -45,6 +45,7 @@ from comhe_ext.operators.library import (
     product,
     split_batch,
 )
+from comhe_ext.verdicts import trusted
 
 
 # equal only to itself: a key of caches that is hashed at every call
@@ -56,7 +57,7 @@ class SweepOptions:
         pair: the pair function.
         reduction: "mean" over the unordered pairs of a set, or "sum" over the ordered ones.
         eps: added to the squared norms.
-        backend: one that can take the rows, see `comhe_ext.backends`.
+        backend: one that can take the rows, or "auto" for the best, see `comhe_ext.backends`.
         factors: of the sets' energies, one a set; none: all 1.
     """
 
@@ -84,7 +85,8 @@ class SweepOptions:
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"`eps` must be finite and at least 0, got {self.eps}")
         check_reduction(self.reduction)
-        check_backend(self.backend)
+        if self.backend != backends.AUTO:
+            check_backend(self.backend)
         for factor in self.factors:
             if not -math.inf < factor < math.inf:
                 raise ValueError(f"`factors` must be finite, got {factor}")
@@ -238,7 +240,7 @@ def _check_options(
     factors = options.factors
     if len(factors) > 0 and len(factors) != sets:
         raise ValueError(f"`factors` must be empty or one a set ({sets}), got {len(factors)}")
-    if options.backend == "torch":
+    if options.backend in ("torch", backends.AUTO):
         return
     first = tensors[0]
     if options.backend == "cpu" and first is not None and first.device.type != "cpu":
@@ -329,18 +331,44 @@ def _sweep(
     options = SweepOptions.of(arguments)
     forms = [None if x is None else form_of(x) for x in (*weights, *matrices)]
     layout = _lay_out_once(tuple(forms[: len(weights)]), tuple(forms[len(weights) :]), options)
-    backend = backends.load(options.backend)
-    if layout.projected and backend.OFFERS.projection:
+    name = _backend_of(options, weights[0].device, layout.dtype, layout.width)
+    request = _request(name, weights, matrices, layout, options, gradient)
+    if name == "triton" and options.backend == backends.AUTO and not trusted(request):
+        name = "torch"
+        request = _request(name, weights, matrices, layout, options, gradient)
+    energy, rows_gradient, *_ = backends.load(name).sweep(request)
+    return energy, energy.new_empty(0) if rows_gradient is None else rows_gradient
+
+
+def _backend_of(
+    options: SweepOptions, device: torch.device, dtype: torch.dtype, columns: int
+) -> str:
+    """Name the backend asked for, or the best for these rows."""
+    if options.backend != backends.AUTO:
+        return options.backend
+    return backends.choose(None, options.pair, device, dtype, columns)
+
+
+def _request(
+    backend: str,
+    weights: Sequence[Tensor],
+    matrices: Sequence[Tensor | None],
+    layout: Layout,
+    options: SweepOptions,
+    gradient: bool,
+) -> SweepRequest:
+    """What a backend is asked: to project the rows, too, where it can."""
+    source: Tensor | Projected
+    if layout.projected and backends.load(backend).OFFERS.projection:
         sets: list[Tensor] = []
         by_set: list[Tensor | None] = []
         for weight, projection in zip(weights, matrices, strict=True):
             sets += weight.unbind()
             by_set += [None if projection is None else projection.float()] * weight.shape[0]
-        source: Tensor | Projected = Projected(sets, by_set)
+        source = Projected(sets, by_set)
     else:
         source = _packed(weights, matrices, layout)
-    energy, rows_gradient, *_ = backend.sweep(options.request(source, layout.sizes, gradient))
-    return energy, energy.new_empty(0) if rows_gradient is None else rows_gradient
+    return options.request(source, layout.sizes, gradient)
 
 
 @define(
@@ -357,7 +385,8 @@ def _hessian_vector_product(
         x.reshape(-1, x.shape[-1]).contiguous() for x in (points, tangents, gradient)
     )
     request = options.request(rows, sizes, True)
-    backend = backends.load(options.backend)
+    name = _backend_of(options, points.device, gradient.dtype, points.shape[-1])
+    backend = backends.load(name)
     # a gradient beyond its dtype says nothing any more: the portable tiles do without it
     if backend.OFFERS.second_order and bool(gradient.isfinite().all()):
         product = backend.hessian_vector_product(request, tangents.float(), gradient)

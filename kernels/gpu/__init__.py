@@ -1,10 +1,12 @@
 """The sweep in Triton, for CUDA and ROCm. Triton is imported at the first call, not before.
 
 The files read in the order of a call: plan, project_normalize, then direct, pairwise with
-near_pairs, or large_k, then finish; pair_function holds what they share, backend calls them.
+near_pairs, or large_k, then finish; pair_function holds what they share, backend calls them, and
+variant tells which code a call runs.
 """
 
 import importlib.util
+from functools import cache
 
 import torch
 
@@ -14,6 +16,7 @@ from ..sweep import Offers, SweepRequest, SweepResult
 OFFERS = Offers(projection=True)
 
 
+@cache
 def unavailable() -> str | None:
     """None where the kernels can run, else the reason and the remedy."""
     if importlib.util.find_spec("triton") is None:

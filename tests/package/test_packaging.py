@@ -55,6 +55,8 @@ def test_wheel_holds_the_package_alone(wheel):
     assert {name.partition("/")[0] for name in names} == {"comhe_ext", info}
     assert "comhe_ext/py.typed" in names
     assert f"{info}/licenses/LICENSE" in names
+    scripts = zipfile.ZipFile(wheel).read(f"{info}/entry_points.txt").decode()
+    assert "comhe-ext = comhe_ext.__main__:main" in scripts
     # every module of the checkout, kernels/ as comhe_ext/kernels/, and no other
     expected = {f"comhe_ext/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     own = [path.relative_to(ROOT) for path in (ROOT / "comhe_ext").rglob("*.py")]

@@ -1,0 +1,94 @@
+"""What decides which code a sweep compiles, so that it can be checked before it is relied on."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..pair_functions import PairFunction, Riesz
+from ..sweep import Projected, SweepRequest, SweepResult
+from . import backend
+from .plan import Tiles
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Sweeps that run the same code."""
+
+    k: int
+    dtype: torch.dtype
+    projected: bool
+    gradient: bool
+    # one of all that a kernel cannot tell apart but by the numbers it is handed
+    pair: PairFunction
+    # torch.get_float32_matmul_precision()
+    precision: str
+    tiles: Tiles
+
+    def __str__(self) -> str:
+        """Say it in words; the key under which a verdict is kept."""
+        t = self.tiles
+        return (
+            f"k={self.k}, {self.pair}, {'gradient' if self.gradient else 'energy'}"
+            f"{', projected' if self.projected else ''}, {str(self.dtype).removeprefix('torch.')}, "
+            f"{self.precision}, tiles {t.block_m}x{t.block_n}, {t.num_warps} warps, "
+            f"{t.num_stages} stages, {t.maxnreg or 'any'} registers"
+        )
+
+
+def variant_of(request: SweepRequest) -> Variant | None:
+    """The variant that a request runs; None where it runs no kernel."""
+    source = request.source
+    if isinstance(source, Projected):
+        weights, matrices = source
+        first, projected = weights[0], any(m is not None for m in matrices)
+        widths = [m.shape[1] for m in matrices if m is not None]
+        k = widths[0] if widths else max(w.shape[1] for w in weights)
+    else:
+        first, projected, k = source, False, source.shape[1]
+    if k == 0 or not any(request.sizes):
+        return None
+    call = backend.make_call(request, k, first.device)
+    pair = _representative(request.pair)
+    return Variant(k, first.dtype, projected, request.gradient, pair, call.precision, call.tiles)
+
+
+@lru_cache(maxsize=256)
+def _representative(pair: PairFunction) -> PairFunction:
+    """The pair function that stands for all that run the same code."""
+    if isinstance(pair, Riesz):
+        s = pair.s if pair.s in (0.0, 1.0, 2.0) else 1.5
+        return replace(pair, s=s, min_distance=Riesz.min_distance)
+    return pair
+
+
+def sweep_as(variant: Variant, request: SweepRequest) -> SweepResult:
+    """Sweep with the tiles of a variant, whatever the sizes would ask for."""
+    token = backend.FORCED_TILES.set(variant.tiles)
+    try:
+        return backend.sweep(request)
+    finally:
+        backend.FORCED_TILES.reset(token)
+
+
+def target_of(device: torch.device) -> str:
+    """Name of what the kernels are compiled for: "sm_90", "gfx942", "interpreter"."""
+    return backend.target_of(device)
+
+
+@lru_cache(maxsize=1)
+def sources() -> str:
+    """A hash of all that the kernels are made of."""
+    folder = Path(__file__).parent
+    content = hashlib.sha256()
+    for file in sorted([*folder.glob("*.py"), folder.parent / "pair_functions.py"]):
+        content.update(file.name.encode() + file.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def device_of(request: SweepRequest) -> torch.device:
+    source: Tensor | Projected = request.source
+    return source.weights[0].device if isinstance(source, Projected) else source.device
