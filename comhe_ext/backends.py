@@ -86,6 +86,7 @@ def choose(
         asked = asked_by_environment()
         best = _BEST_ON.get(device.type, "torch")
         if asked == "torch" or best == "torch" or misfit(best, pair, dtype, columns) is not None:
+            check_float64(device)
             return "torch"
         reason = unavailable(best)
         if reason is None:
@@ -98,6 +99,7 @@ def choose(
     if name not in BACKENDS:
         raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {name!r}")
     if name == "torch":
+        check_float64(device)
         return name
     if (reason := unavailable(name)) is not None:
         raise RuntimeError(reason)
@@ -109,6 +111,17 @@ def choose(
     if (error := misfit(name, pair, dtype, columns)) is not None:
         raise error
     return name
+
+
+def check_float64(device: torch.device) -> None:
+    """Refuse a device that lacks what the portable tiles compute close pairs in."""
+    if device.type == "mps" or (
+        device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64
+    ):
+        raise ValueError(
+            f"device {device} has no float64, in which close pairs are computed: move the tensors "
+            "to the CPU"
+        )
 
 
 def misfit(name: str, pair: PairFunction, dtype: torch.dtype, columns: int) -> Exception | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comhe_ext import backends
 from comhe_ext.kernels.portable import angle_loss
 from comhe_ext.operators.library import (
     LIBRARY,
@@ -41,6 +42,7 @@ def _check(rows: Tensor, projected: Tensor) -> None:
             f"and {tuple(rows.shape)}"
         )
     check_device("projected", projected, "rows", rows)
+    backends.check_float64(rows.device)
 
 
 def _check_tangents(

@@ -54,7 +54,12 @@ def define(
     composite: it is made of torch's own operators, which also give it shapes and derivatives.
     """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = [torch.Tag.pt2_compliant_tag]
+    if not composite:
+        # torch.compile leaves it out of its CUDA graphs: the portable tiles wait for the GPU, and
+        # Triton's kernels are checked at their first call
+        tags.append(torch.Tag.cudagraph_unsafe)
+    LIBRARY.define(schema, tags=tags)
 
     def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
         def full_precision(*args: Any) -> Any:

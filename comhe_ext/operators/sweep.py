@@ -336,6 +336,8 @@ def _sweep(
     if name == "triton" and options.backend == backends.AUTO and not trusted(request):
         name = "torch"
         request = _request(name, weights, matrices, layout, options, gradient)
+    if name == "torch":
+        _refuse_capture(weights[0].device)
     energy, rows_gradient, *_ = backends.load(name).sweep(request)
     return energy, energy.new_empty(0) if rows_gradient is None else rows_gradient
 
@@ -371,6 +373,15 @@ def _request(
     return options.request(source, layout.sizes, gradient)
 
 
+def _refuse_capture(device: torch.device) -> None:
+    """Say why a CUDA graph cannot hold what the portable tiles compute."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "backend 'torch' waits for the GPU, so no CUDA graph can capture it: leave this call "
+            "out of the capture, or use backend='triton' (float32, first derivatives)"
+        )
+
+
 @define(
     "hessian_vector_product(Tensor points, Tensor tangents, Tensor gradient, int[] sizes, "
     f"{_OPTIONS}) -> Tensor"
@@ -384,6 +395,7 @@ def _hessian_vector_product(
     rows, tangents, gradient = (
         x.reshape(-1, x.shape[-1]).contiguous() for x in (points, tangents, gradient)
     )
+    _refuse_capture(points.device)
     request = options.request(rows, sizes, True)
     name = _backend_of(options, points.device, gradient.dtype, points.shape[-1])
     backend = backends.load(name)
