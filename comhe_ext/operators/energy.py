@@ -39,6 +39,10 @@ def _swept(
     return torch.ops.aten._unsafe_view.default(energy, []), gradient_rows
 
 
+# where a copy costs more than a call: elsewhere weights of one shape share the products of backward
+ONE_BY_ONE_ON = ("cpu",)
+
+
 class _Energy(torch.autograd.Function):
     """Weights and matrices -> energy [B]; the gradient in the rows is kept for the backward."""
 
@@ -133,17 +137,16 @@ def _pull_back(
         weights, projections: what was projected.
         needed: whether each of them wants its gradient.
     """
-    # that of a sum or a mean is one number, spread over the sets without being copied
-    if factors is not None and factors.dim() == 1 and factors.stride(0) == 0 < factors.shape[0]:
-        factors = factors[0]
-    if factors is not None and factors.dim() == 0:
-        gradient, factors = gradient * factors, None
     if len(weights) == 1 and projections[0] is None:
         (weight,) = weights
         gradient = gradient.view(weight.shape)
         if factors is not None:
-            gradient = gradient * factors.view(-1, 1, 1)
+            gradient = gradient * (factors.view(-1, 1, 1) if factors.dim() else factors)
         return [gradient.to(weight.dtype), None]
+    together = gradient.device.type not in ONE_BY_ONE_ON
+    # that of a sum or a mean is one number, spread over the sets without being copied
+    if together and factors is not None and factors.stride(0) == 0 < factors.shape[0]:
+        gradient, factors = gradient * factors[0], None
     grads: list[Tensor | None] = [None] * (2 * len(weights))
     # those of one shape share a product, those of one number of matrices the copy before it
     by_count: dict[int, dict[Any, list[_Projected]]] = {}
@@ -157,6 +160,9 @@ def _pull_back(
         row, first = row + sets * count * n, first + sets * count
         if matrices is None:
             grads[index] = part[:, 0, :, :d].to(weight.dtype)
+            continue
+        if not together:
+            _pull_back_projected([[_Projected(index, part, weight, matrices)]], needed, grads)
             continue
         wanted = needed[index], needed[len(weights) + index]
         like = weight.shape, weight.dtype, matrices.dtype, wanted
@@ -182,7 +188,7 @@ def _pull_back_projected(
     """Fill in the gradients of weights and matrices, of one number C, in groups of one shape.
 
     sum_c g_c P_c and g_c^T W are one product each for all of a group, once the gradients g_c of a
-    row lie side by side. On a GPU a launch for each weight would take longer than the work.
+    row lie side by side. On a GPU launches for each weight would take longer than their work.
     """
     parts = [one.part.transpose(1, 2) for group in groups for one in group]
     by_row = torch.cat([rows for part in parts for rows in part])  # [sum V N, C, k]

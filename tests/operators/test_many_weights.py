@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import comhe_ext
 from comhe_ext.models import resnet50
+from comhe_ext.operators import energy as operator
 from comhe_ext.operators.energy import energy
 from comhe_ext.testing import options_of, random_rows, relative_error
 
@@ -44,6 +45,19 @@ def learned(weights, matrices):
     return [x for x in (*weights, *matrices) if x is not None and x.requires_grad]
 
 
+@pytest.fixture
+def together(monkeypatch):
+    """The way of a GPU, where weights share launches, on the tensors of a processor."""
+    monkeypatch.setattr(operator, "ONE_BY_ONE_ON", ())
+
+
+@pytest.fixture(params=["one by one", "together"])
+def either_way(request):
+    if request.param == "together":
+        request.getfixturevalue("together")
+
+
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("summed", [False, True])
 def test_gradients_are_those_of_each_weight_alone(backend, summed, create_graph):
@@ -66,6 +80,7 @@ def test_gradients_are_those_of_each_weight_alone(backend, summed, create_graph)
         assert relative_error(actual, expected) <= 3e-6
 
 
+@pytest.mark.usefixtures("either_way")
 def test_gradients_come_in_the_dtype_of_what_they_belong_to():
     weights, matrices = made(torch.bfloat16)
     energy(weights, matrices, options_of()).sum().backward()
@@ -94,6 +109,7 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("together")
 def test_a_step_of_a_resnet50_takes_few_launches():
     """Sixty small ones, in as many microseconds of a GPU, and each costs the host several."""
     model = resnet50()
