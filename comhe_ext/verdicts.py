@@ -48,6 +48,8 @@ class Verdict(NamedTuple):
 
     passed: bool
     detail: str
+    # whether it holds for later processes: what raises may have other reasons than the kernel
+    lasting: bool = True
 
 
 def trusted(request: SweepRequest) -> bool:
@@ -117,7 +119,8 @@ class Verdicts:
                         "of these shapes"
                     )
                 verdict = examine(variant, self.device)
-                self.keep(str(variant), verdict)
+                if verdict.lasting:
+                    self.keep(str(variant), verdict)
             self.found[variant] = verdict
             if not verdict.passed and not self.has_warned:
                 self.has_warned = True
@@ -153,7 +156,8 @@ def examine(variant: "Variant", device: torch.device) -> Verdict:
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel
     except Exception as error:
-        return Verdict(False, f"{type(error).__name__}: {str(error).strip()[:300]}")
+        detail = f"{type(error).__name__}: {str(error).strip()[:300]}"
+        return Verdict(False, detail, lasting=False)
     bits = [[x.view(torch.int32) for x in result] for result in results]
     if not all(torch.equal(a, b) for a, b in zip(*bits, strict=True)):
         return Verdict(False, "two runs differ")
@@ -294,7 +298,8 @@ class VerdictFile:
 
     def add(self, verdicts: dict[str, Verdict]) -> None:
         """Add to what is there, as a whole or not at all; where nothing can be written, do not."""
-        content = {"environment": self.environment, "verdicts": {**self.read(), **verdicts}}
+        kept = {name: verdict[:2] for name, verdict in {**self.read(), **verdicts}.items()}
+        content = {"environment": self.environment, "verdicts": kept}
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, written = tempfile.mkstemp(dir=self.path.parent, suffix=".tmp")

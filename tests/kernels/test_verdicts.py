@@ -234,11 +234,12 @@ def test_what_fails_is_replaced_with_one_warning(stub, restart, spoil, detail):
         run()
         run(n=50)
     examined = len(stub.examined)
-    # another process knows, and says it again
+    # another process knows, and says it again; of an exception it knows nothing
     restart()
     with pytest.warns(UserWarning, match="failed its check"):
         run()
-    assert len(stub.examined) == examined and stub.calls["sweep"] == 0
+    assert (len(stub.examined) > examined) == (spoil is crash)
+    assert stub.calls["sweep"] == 0
 
 
 def test_a_failure_is_one_of_its_variant_alone(stub):
@@ -446,6 +447,36 @@ def test_a_sample_leaves_the_random_numbers_alone(stub):
     before = torch.get_rng_state()
     run()
     assert stub.checks == 1 and torch.equal(torch.get_rng_state(), before)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("restart")
+def test_a_gpu_serves_what_it_has_checked():
+    weight = random_rows(300, 40, device="cuda")
+    expected, expected_gradient = exact_energy_and_gradient(weight, half_space=True)
+    weight.requires_grad_()
+
+    def call():
+        energy = comhe_ext.hyperspherical_energy(weight, half_space=True)
+        return energy, *torch.autograd.grad(energy, weight)
+
+    with pytest.raises(RuntimeError, match="before the capture"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            call()
+    torch.cuda.synchronize()
+    energy, gradient = call()
+    found = verdicts.Verdicts.of(weight.device)
+    assert found.serves and all(verdict.passed for verdict in found.found.values()), found.found
+    assert relative_error(energy, expected) <= 1e-6
+    assert relative_error(gradient, expected_gradient) <= 2e-6
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    graph.replay()
+    assert torch.equal(captured[0], energy) and torch.equal(captured[1], gradient)
 
 
 # --- the command ----------------------------------------------------------------------------------
