@@ -65,7 +65,7 @@ fuzz:
 
 # every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; ARGS=--small for a part
 compile-gpu: $(INSTALLED)
-	$(BIN)/python bench/compile_gpu.py $(ARGS)
+	$(BIN)/python -m bench.gpu.compile $(ARGS)
 
 # .venv stays: remove it by hand to install anew
 clean:

@@ -327,7 +327,7 @@ def projected(
 def bound_us(sizes: list[int], k: int, half_space: bool) -> float | None:
     """The time that instructions or products alone take on this GPU; None where it is not known.
 
-    Instructions a pair are those that `compile_gpu.py` counted.
+    Instructions a pair are those that `bench.gpu.compile` counted.
     """
     clock = clock_mhz()
     table = RESULTS / "compile_gpu.csv"

@@ -102,7 +102,7 @@ class Call:
     @property
     def fast(self) -> bool:
         """Whether NVIDIA's approximate special functions are there."""
-        return self.device.type == "cuda" and torch.version.hip is None
+        return target_of(self.device).startswith("sm_")
 
     @property
     def is_direct(self) -> bool:
@@ -280,7 +280,7 @@ def _project(weight: Tensor, projection: Tensor | None, k: int) -> Tensor:
 def projection_precision(device: torch.device) -> str:
     """Triton's name of the float32 product that torch's setting asks for."""
     exact = torch.get_float32_matmul_precision() == "highest"
-    if device.type == "cuda" and torch.version.hip is not None:
+    if target_of(device).startswith("gfx"):
         return "bf16x6" if exact else "bf16x3"
     return "tf32x3" if exact else "tf32"
 

@@ -25,11 +25,11 @@ pytest.importorskip("triton")
 
 
 def test_kernels_compile_without_spills_and_with_tensor_cores():
-    command = Path(__file__).parents[2] / "bench" / "compile_gpu.py"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, str(command), "--small", "--jobs", "2"],
+        [sys.executable, "-m", "bench.gpu.compile", "--small", "--jobs", "2"],
         env=environment,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )

@@ -1,0 +1,170 @@
+"""The launches that calls of the Triton backend make on a GPU that need not be there.
+
+The launchers run as they are, on tensors of the processor; in place of a launch its kernel is noted
+with all that the compiler has to know. So every variant is one that a call asks for.
+"""
+
+import itertools
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import jit
+
+from comhe_ext.kernels.gpu import backend, plan
+from comhe_ext.kernels.pair_functions import PairFunction, Riesz
+from comhe_ext.kernels.sweep import Projected, SweepRequest
+
+# by name, with what is in the name of its matrix instructions
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), "HMMA"),
+    "sm_90": (GPUTarget("cuda", 90, 32), "HGMMA"),
+    "sm_100": (GPUTarget("cuda", 100, 32), "UTCHMMA"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma"),
+}
+PAIRS: dict[str, PairFunction] = {
+    name + " half" * half + " angle" * angular: Riesz(s, half_space=half, angular=angular)
+    for name, s in (("s=0", 0.0), ("s=1", 1.0), ("s=2", 2.0), ("any s", 1.5))
+    for half, angular in itertools.product((False, True), repeat=2)
+}
+# weights of a projecting launch, as many as a ResNet-50 has
+NUM_WEIGHTS = 54
+
+
+@dataclass
+class Launch:
+    """A kernel, specialized as a launch asked for it."""
+
+    target: str
+    kernel: str
+    variant: str
+    source: ASTSource
+    options: Any
+    constants: dict[str, Any] = field(repr=False)
+    num_warps: int = 4
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.target, self.kernel, self.variant
+
+    def compile(self) -> triton.compiler.CompiledKernel:
+        options = self.options.__dict__
+        return triton.compile(self.source, target=TARGETS[self.target][0], options=options)
+
+
+def variant_of(kernel: str, pair: str, given: dict[str, Any], args: tuple[Any, ...]) -> str:
+    """What tells the variants of a kernel apart, in words."""
+    energy = "" if given.get("WITH_FORCE", True) else " energy"
+    if kernel == "pairwise_kernel":
+        force = given["FORCE_TERMS"] * given["WITH_FORCE"]
+        tile = f"{given['BLOCK_M']}x{given['BLOCK_N']}x{given['WIDTH']}"
+        return f"{pair} {tile} {given['COSINE_TERMS']}+{force}"
+    if kernel == "near_pairs_kernel":
+        columns = given["BLOCK_N"] * given["TILES_RATIO"]
+        return f"{pair} {columns}x{given['WIDTH']} {given['COSINE_TERMS']}{energy}"
+    if kernel == "direct_kernel":
+        return f"{pair} k={given['K']}{energy}"
+    if kernel == "coefficient_kernel":
+        return pair + (energy or f" {given['FORCE_HALVES']}")
+    if kernel == "near_block_kernel":
+        return pair + energy
+    if kernel == "finish_kernel":
+        return f"{pair} rows={given['BLOCK_M']}{energy}"
+    if kernel == "total_kernel":
+        return ""
+    form = " columns" * given["COLUMNS"] + " rest" * given["WITH_REST"]
+    if kernel == "normalize_kernel":
+        return f"{str(args[0].dtype)[6:]} rows={given['BLOCK_M']}{form}"
+    rows = f"{str(args[0][0].dtype)[6:]} rows={given['BLOCK_M']}"
+    return f"{rows} k={given['WIDTH']}{form} {given['PRECISION']}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A sweep over rows of k columns, as they are or projected."""
+
+    k: int
+    pair: str = "s=2"
+    gradient: bool = True
+    dtype: torch.dtype = torch.float32
+    precision: str = "highest"  # torch's setting of float32 products
+    projected: bool = False
+
+    def make(self) -> None:
+        source: Tensor | Projected = torch.ones(70, self.k, dtype=self.dtype)
+        sizes = [70]
+        if self.projected:
+            weights = [torch.ones(2, 48, dtype=self.dtype)] * NUM_WEIGHTS
+            source = Projected(weights, [torch.ones(1, self.k, 48)] * NUM_WEIGHTS)
+            sizes = [2] * NUM_WEIGHTS
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        try:
+            scales = [1.0] * len(sizes)
+            pair = PAIRS[self.pair]
+            backend.sweep(SweepRequest(source, sizes, scales, pair, gradient=self.gradient))
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def calls(pairs: Collection[str]) -> Iterator[Call]:
+    """Calls that take every branch of every kernel, of some pair functions beside s = 2.
+
+    The widest come first: of several launches with one name the first is compiled.
+    """
+    for pair, gradient in itertools.product(pairs, (True, False)):
+        # on tensor cores the fourth product of the cosine comes with few columns; on the others the
+        # first and the last width of each tile shape
+        for k in (128, 40, 32, 24, 16, 200, 8, 5, 4, 1):
+            yield Call(k, pair, gradient)
+    # neither the cheaper products nor the dtype differ in what depends on the pair function
+    for precision, gradient in (("high", True), ("medium", True), ("medium", False)):
+        for k in (128, 40, 32, 16):
+            yield Call(k, gradient=gradient, precision=precision)
+    yield from (Call(200, pair, precision="high") for pair in pairs)
+    for dtype, k in itertools.product((torch.float16, torch.bfloat16), (64, 16, 3)):
+        yield Call(k, dtype=dtype)
+    for dtype, precision in itertools.product((torch.float32, torch.bfloat16), ("highest", "high")):
+        for k in (128, 64, 32, 16, 8, 3):
+            yield Call(k, dtype=dtype, precision=precision, projected=True)
+
+
+def launches(target: str, pairs: Collection[str] = tuple(PAIRS)) -> list[Launch]:
+    """Every variant of every kernel that a GPU is asked to run for these pair functions."""
+    compiler = make_backend(TARGETS[target][0])
+    found: dict[tuple[str, str, str], Launch] = {}
+
+    def note(
+        kernel: jit.JITFunction[Any], *args: Any, grid: Any, warmup: bool, **given: Any
+    ) -> None:
+        variant = variant_of(kernel.__name__, call.pair, given, args)
+        if (target, kernel.__name__, variant) in found:
+            return
+        bind = jit.create_function_from_signature(kernel.signature, kernel.params, compiler)
+        bound, specialization, options = bind(*args, **given)
+        options, signature, constants, attributes = kernel._pack_args(
+            compiler, given, bound, specialization, options
+        )
+        source = ASTSource(kernel, signature, constants, attributes)
+        num_warps = given.get("num_warps", 4)
+        launch = Launch(target, kernel.__name__, variant, source, options, given, num_warps)
+        found[launch.key] = launch
+
+    with ExitStack() as stack:
+        for where, name, stand_in in (
+            (jit.JITFunction, "run", note),
+            (backend, "check", lambda *_: None),
+            (backend, "target_of", lambda _: target),
+        ):
+            stack.enter_context(patch.object(where, name, stand_in))
+        for large_set, call in itertools.product((plan.LARGE_SET, 1), calls(pairs)):
+            with patch.object(plan, "LARGE_SET", large_set):
+                call.make()
+    return list(found.values())

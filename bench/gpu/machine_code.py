@@ -1,0 +1,106 @@
+"""What a compiler made of a kernel: registers, spills, and the instructions of its hot loop."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+
+# address, opcode, operands
+Instruction = tuple[int, str, str]
+
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+
+
+@dataclass(frozen=True)
+class Code:
+    """Machine code. `matrix` is in the name of its matrix instructions."""
+
+    instructions: list[Instruction]
+    registers: int
+    spill: tuple[str, str]
+    matrix: str
+
+    @property
+    def matrix_found(self) -> str:
+        """The name of the matrix instructions that are there, wanted or not, or a dash."""
+        names = [op for _, op, _ in self.instructions if self.matrix in op or "HMMA" in op]
+        wanted = any(self.matrix in op for op in names)
+        return self.matrix if wanted else names[0].split(".")[0] if names else "-"
+
+    def spills(self, begin: int = 0, end: int = 1 << 62) -> int:
+        """Spill instructions from one address to another."""
+        return sum(
+            begin <= a <= end and op.startswith(self.spill) for a, op, _ in self.instructions
+        )
+
+    def hot_loop(self, with_matrix: bool) -> tuple[int, int] | None:
+        """First and last address of the innermost loop that does the work.
+
+        With matrix instructions it is the shortest that has them: the masked loop over the diagonal
+        has them too, and is longer. Without them a loop does the work if it is at least half as
+        long as the longest.
+        """
+        loops = []
+        for address, op, rest in self.instructions:
+            target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+            # a branch to itself is the trap at the end of every kernel
+            if target is not None and int(target[1], 16) < address:
+                loops.append((int(target[1], 16), address))
+        inner = [
+            a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
+        ]
+        if with_matrix:
+            inner = [
+                a
+                for a in inner
+                if any(self.matrix in op for i, op, _ in self.instructions if a[0] <= i <= a[1])
+            ]
+        else:
+            longest = max((end - begin for begin, end in inner), default=0)
+            inner = [a for a in inner if 2 * (a[1] - a[0]) >= longest]
+        return min(inner, key=lambda a: a[1] - a[0], default=None)
+
+
+def nvidia(kernel: triton.compiler.CompiledKernel, matrix: str) -> Code:
+    """The SASS of a cubin, by the disassembler that comes with Triton."""
+    binary = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        text, usage = (
+            subprocess.run(
+                [str(binary), cubin.name, what], capture_output=True, text=True, check=True
+            ).stdout
+            for what in ("-sass", "-res-usage")
+        )
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    code = [(int(address, 16), op, rest) for address, op, rest in _SASS.findall(text)]
+    return Code(code, int(registers[1]), ("LDL", "STL"), matrix)
+
+
+def amd(kernel: triton.compiler.CompiledKernel, matrix: str) -> Code:
+    """The assembly of a kernel, its lines numbered; a branch's operand is where it jumps to."""
+    text = kernel.asm["amdgcn"]
+    code: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        line = line.partition(";")[0].strip()
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(code)
+        elif instruction := re.match(
+            r"([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|scratch_\w+)(.*)", line
+        ):
+            code.append((len(code), instruction[1], instruction[2]))
+    code = [
+        (i, "BRA", hex(labels[rest.strip()]))
+        if op.startswith(("s_cbranch", "s_branch"))
+        else (i, op, rest)
+        for i, op, rest in code
+    ]
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    spill = ("scratch_load", "scratch_store")
+    return Code(code, int(registers[1]) if registers else 0, spill, matrix)
