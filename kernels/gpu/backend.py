@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..sweep import Numbers, Projected, SweepRequest, SweepResult
 from .direct import direct
-from .finish import finish
+from .finish import Units, finish
 from .large_k import ROW_TILE, large_k
 from .near_pairs import near_pairs
 from .pair_function import UNIT_SCALE, PairConstants, pair_constants
@@ -63,6 +63,11 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def has_fast_functions(device: torch.device) -> bool:
+    """Whether NVIDIA's approximate special functions are there."""
+    return target_of(device).startswith("sm_")
+
+
 def check(points: Tensor, name: str = "points") -> None:
     """Raise for what these kernels cannot take."""
     if points.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -98,11 +103,6 @@ class Call:
     with_gradient: bool
     device: torch.device
     precision: str
-
-    @property
-    def fast(self) -> bool:
-        """Whether NVIDIA's approximate special functions are there."""
-        return target_of(self.device).startswith("sm_")
 
     @property
     def is_direct(self) -> bool:
@@ -148,7 +148,7 @@ class Call:
 
     def unit_rows(self) -> UnitRows:
         """Room for the unit rows."""
-        return UnitRows(
+        return UnitRows.empty(
             self.plan.packed_rows, self.width, self.is_direct, self.with_rest, self.device
         )
 
@@ -158,7 +158,7 @@ def make_call(request: SweepRequest, k: int, device: torch.device) -> Call:
     return Call(
         Numbers.of(request.sizes),
         Numbers.of(request.scales),
-        pair_constants(request.pair),
+        pair_constants(request.pair, has_fast_functions(device)),
         k,
         request.gradient,
         device,
@@ -288,18 +288,18 @@ def projection_precision(device: torch.device) -> str:
 def _meet_pairs(call: Call, points: Tensor, rows: UnitRows) -> tuple[Tensor, Tensor | None]:
     """From unit rows to energies and the gradient in `points`."""
     pair, plan, tiles = call.pair, call.plan, call.tiles
-    with_gradient, fast = call.with_gradient, call.fast
+    with_gradient = call.with_gradient
     if call.is_direct:
-        slots = direct(rows, plan, tiles, pair, with_gradient, fast)
+        slots = direct(rows, plan, tiles, pair, with_gradient)
     elif call.is_large:
         slots = large_k(
-            points, rows, call.sizes, plan, tiles.block_m, pair, with_gradient, call.terms, fast
+            points, rows, call.sizes, plan, tiles.block_m, pair, with_gradient, call.terms
         )
     else:
-        slots = pairwise(rows, call.k, plan, tiles, pair, with_gradient, call.terms, fast)
+        slots = pairwise(rows, call.k, plan, tiles, pair, with_gradient, call.terms)
         # the repair knows no cheaper product
         cosine_terms = max(call.terms[0], 3)
-        near_pairs(points, rows, slots, plan, tiles, pair, with_gradient, cosine_terms, fast)
+        near_pairs(points, rows, slots, plan, tiles, pair, with_gradient, cosine_terms)
 
     # half space counts every pair twice; the square meets it twice, the upper triangle once
     twice = 2.0 if pair.half_space else 1.0
@@ -308,10 +308,14 @@ def _meet_pairs(call: Call, points: Tensor, rows: UnitRows) -> tuple[Tensor, Ten
     if not call.is_direct:
         energy_unit, force_unit = once * pair.energy_unit, twice * pair.force_unit
         scale, offset = UNIT_SCALE.value, twice * pair.energy_offset
-    in_slots = pair.range_unit
-    units = (energy_unit / in_slots, force_unit / scale / in_slots, force_unit / in_slots)
+    in_slots = pair.arguments.range_unit
+    units = Units(
+        energy=energy_unit / in_slots,
+        force=force_unit / scale / in_slots,
+        axial=force_unit / in_slots,
+        antipode_energy=2.0**pair.value_bits,
+        antipode_force=2.0**pair.range_bits,
+    )
     constants = set_constants(call.sizes, call.scales, offset, call.device)
     hold([plan.items, plan.row_tiles, plan.set_tiles, *constants])
-    return finish(
-        points, rows, slots, plan, tiles.block_m, pair, units, constants, with_gradient, fast
-    )
+    return finish(points, rows, slots, plan, tiles.block_m, pair, units, constants, with_gradient)

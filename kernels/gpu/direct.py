@@ -25,48 +25,38 @@ TILES_PER_SUM: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
-def load_columns(hi_ptr, lo_ptr, rows, packed_rows, K: tl.constexpr):
-    """Heads and tails of some unit rows, two tuples of K vectors."""
+def load_tile(rows, offs, packed_rows, K: tl.constexpr):
+    """Heads and tails of some unit rows, two tuples of K vectors, and their deficits."""
+    deficit = tl.load(rows.deficit + offs)
     heads = ()
     tails = ()
-    offs = rows
     for _column in tl.static_range(K):
-        heads = heads + (tl.load(hi_ptr + offs),)
-        tails = tails + (tl.load(lo_ptr + offs),)
+        heads = heads + (tl.load(rows.hi + offs),)
+        tails = tails + (tl.load(rows.lo + offs),)
         # no product of 32-bit numbers: K * packed_rows may need more
         offs += packed_rows
-    return heads, tails
+    return heads, tails, deficit
 
 
 @triton.jit
 def add_tile(
-    energy,
-    axial,
-    force,
-    heads,
-    tails,
-    deficit_m,
-    col_heads,
-    col_tails,
-    deficit_n,
+    sums,
+    row_tile,
+    columns,
     mask,
-    s,
-    value_bits,
-    factor,
-    min_distance,
-    value_at_min,
-    slope_at_min,
-    push_at_min,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
+    pair,
     WITH_FORCE: tl.constexpr,
-    FAST: tl.constexpr,
     MASKED: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Running sums of a row tile plus one column tile; all but `force` and `mask` as [M] or [N]."""
-    if HALF or ANGLE:
+    """Running sums of a row tile plus one column tile.
+
+    Tiles are heads, tails and deficits as [M] and [N]; the sums energy, axial and force [M, N].
+    """
+    energy, axial, force = sums
+    heads, tails, deficit_m = row_tile
+    col_heads, col_tails, deficit_n = columns
+    if pair.two_ended:
         c = heads[0][:, None] * col_heads[0][None, :]
         for column in tl.static_range(1, K):
             c += heads[column][:, None] * col_heads[column][None, :]
@@ -81,39 +71,25 @@ def add_tile(
         m2 += d * d
         difference = difference + (d,)
     m2 = tl.where(m2 <= COINCIDENT, 0.0, m2)
-    if HALF or ANGLE:
+    if pair.two_ended:
         r2 = tl.where(side > 0.0, m2, 4.0 - m2)
     else:
         r2 = m2
     q2 = 4.0 - m2
-    if HALF or ANGLE:
+    if pair.two_ended:
         q2 = tl.where(side > 0.0, q2, m2)
-    slope, value = exact_terms(
-        r2,
-        q2,
-        s,
-        value_bits,
-        factor,
-        min_distance,
-        value_at_min,
-        slope_at_min,
-        push_at_min,
-        KIND,
-        HALF,
-        ANGLE,
-        FAST,
-    )
+    coefficient, value = exact_terms(r2, q2, pair)
     if MASKED:
-        slope = tl.where(mask, slope, 0.0)
+        coefficient = tl.where(mask, coefficient, 0.0)
         value = tl.where(mask, value, 0.0)
     energy += value
     moved = force
     if WITH_FORCE:
-        slope = slope * side
-        axial += slope
+        coefficient = coefficient * side
+        axial += coefficient
         moved = ()
         for column in tl.static_range(K):
-            moved = moved + (force[column] - slope * difference[column],)
+            moved = moved + (force[column] - coefficient * difference[column],)
     return energy, axial, moved
 
 
@@ -129,8 +105,9 @@ def zero_sums(K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def add_sums(totals, energy, axial, force, WITH_FORCE: tl.constexpr, K: tl.constexpr):
+def add_sums(totals, sums, WITH_FORCE: tl.constexpr, K: tl.constexpr):
     """Totals of the rows, float64, plus running sums."""
+    energy, axial, force = sums
     total_energy, total_axial, total_force = totals
     total_energy += tl.sum(energy, axis=1).to(tl.float64)
     moved = total_force
@@ -144,27 +121,13 @@ def add_sums(totals, energy, axial, force, WITH_FORCE: tl.constexpr, K: tl.const
 
 @triton.jit
 def direct_kernel(
-    hi_ptr,
-    lo_ptr,
-    deficit_ptr,
+    rows,
     items_ptr,
-    force_ptr,
-    energy_ptr,
-    axial_ptr,
+    slots,
     packed_rows,
     value_unit,
-    s,
-    value_bits,
-    factor,
-    min_distance,
-    value_at_min,
-    slope_at_min,
-    push_at_min,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
+    pair,
     WITH_FORCE: tl.constexpr,
-    FAST: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -172,8 +135,7 @@ def direct_kernel(
     """Grid (items,). hi, lo [K, packed]. Per slot and row: force [K], energy, axial."""
     row0, tile_begin, tile_end, end_row, slot, _ = load_item(items_ptr, tl.program_id(0))
     offs_m = row0.to(tl.int64) + tl.arange(0, BLOCK_M)
-    heads, tails = load_columns(hi_ptr, lo_ptr, offs_m, packed_rows, K)
-    deficit_m = tl.load(deficit_ptr + offs_m)
+    row_tile = load_tile(rows, offs_m, packed_rows, K)
 
     no_force = ()
     for _column in tl.static_range(K):
@@ -181,117 +143,57 @@ def direct_kernel(
     nothing = tl.zeros((BLOCK_M,), dtype=tl.float64)
     totals = (nothing, nothing, no_force)
     # sums stay [BLOCK_M, BLOCK_N] in the loops: a reduction there would cost shuffles
-    energy, axial, force = zero_sums(K, BLOCK_M, BLOCK_N)
+    sums = zero_sums(K, BLOCK_M, BLOCK_N)
     split = split_tiles(row0, tile_begin, tile_end, end_row, BLOCK_M, BLOCK_N)
     num_clean, num_dirty = split[0], split[1]
     for step in tl.range(0, num_dirty):
         tile = column_tile(split, step, True)
         offs_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-        col_heads, col_tails = load_columns(hi_ptr, lo_ptr, offs_n, packed_rows, K)
-        deficit_n = tl.load(deficit_ptr + offs_n)
         mask = offs_n[None, :] < end_row
         if WITH_FORCE:
             mask = mask & (offs_n[None, :] != offs_m[:, None])
         else:
             mask = mask & (offs_n[None, :] > offs_m[:, None])
-        energy, axial, force = add_tile(
-            energy,
-            axial,
-            force,
-            heads,
-            tails,
-            deficit_m,
-            col_heads,
-            col_tails,
-            deficit_n,
-            mask,
-            s,
-            value_bits,
-            factor,
-            min_distance,
-            value_at_min,
-            slope_at_min,
-            push_at_min,
-            KIND,
-            HALF,
-            ANGLE,
-            WITH_FORCE,
-            FAST,
-            True,
-            K,
-        )
-    totals = add_sums(totals, energy, axial, force, WITH_FORCE, K)
+        columns = load_tile(rows, offs_n, packed_rows, K)
+        sums = add_tile(sums, row_tile, columns, mask, pair, WITH_FORCE, True, K)
+    totals = add_sums(totals, sums, WITH_FORCE, K)
     for begin in range(0, num_clean, TILES_PER_SUM):
-        energy, axial, force = zero_sums(K, BLOCK_M, BLOCK_N)
+        sums = zero_sums(K, BLOCK_M, BLOCK_N)
         for step in tl.range(begin, tl.minimum(begin + TILES_PER_SUM, num_clean)):
             tile = column_tile(split, step, False)
             offs_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-            col_heads, col_tails = load_columns(hi_ptr, lo_ptr, offs_n, packed_rows, K)
-            deficit_n = tl.load(deficit_ptr + offs_n)
-            energy, axial, force = add_tile(
-                energy,
-                axial,
-                force,
-                heads,
-                tails,
-                deficit_m,
-                col_heads,
-                col_tails,
-                deficit_n,
-                True,
-                s,
-                value_bits,
-                factor,
-                min_distance,
-                value_at_min,
-                slope_at_min,
-                push_at_min,
-                KIND,
-                HALF,
-                ANGLE,
-                WITH_FORCE,
-                FAST,
-                False,
-                K,
-            )
-        totals = add_sums(totals, energy, axial, force, WITH_FORCE, K)
+            columns = load_tile(rows, offs_n, packed_rows, K)
+            sums = add_tile(sums, row_tile, columns, True, pair, WITH_FORCE, False, K)
+        totals = add_sums(totals, sums, WITH_FORCE, K)
 
     total_energy, total_axial, total_force = totals
+    heads, _, deficit_m = row_tile
     out = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(energy_ptr + out, (total_energy * value_unit).to(tl.float32))
+    tl.store(slots.energy + out, (total_energy * value_unit).to(tl.float32))
     if WITH_FORCE:
         along = nothing
         for column in tl.static_range(K):
             along += total_force[column] * heads[column].to(tl.float64)
-        tl.store(axial_ptr + out, ((total_axial + along) * deficit_m).to(tl.float32))
+        tl.store(slots.axial + out, ((total_axial + along) * deficit_m).to(tl.float32))
         for column in tl.static_range(K):
             tangent = total_force[column] - along * heads[column].to(tl.float64)
-            tl.store(force_ptr + out * K + column, tangent.to(tl.float32))
+            tl.store(slots.force + out * K + column, tangent.to(tl.float32))
 
 
 def direct(
-    rows: UnitRows,
-    plan: Plan,
-    tiles: Tiles,
-    pair: PairConstants,
-    with_force: bool,
-    fast: bool,
+    rows: UnitRows, plan: Plan, tiles: Tiles, pair: PairConstants, with_force: bool
 ) -> Slots:
     """Energies, forces and axial sums of all work items, true ones in units of the range."""
     k, packed_rows = rows.hi.shape
-    slots = Slots(plan.num_items, tiles.block_m, k, with_force, rows.hi.device)
+    slots = Slots.empty(plan.num_items, tiles.block_m, k, with_force, rows.hi.device)
     direct_kernel[(plan.num_items,)](
-        rows.hi,
-        rows.lo,
-        rows.deficit,
+        rows,
         plan.items,
-        slots.force,
-        slots.energy,
-        slots.axial,
+        slots,
         packed_rows,
         pair.value_unit,
-        *pair.exact,
-        **pair.branches(with_force, fast),
+        pair.float32_arguments,
+        WITH_FORCE=with_force,
         K=k,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,

@@ -6,6 +6,8 @@
 One program a row tile for the gradient, one a set for its energy.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,37 +20,30 @@ from .project_normalize import UnitRows
 TOTAL_BLOCK = 256
 
 
+class Units(NamedTuple):
+    """What turns raw sums of pairs, and the exact terms of antipodal pairs, into true ones."""
+
+    energy: float
+    force: float
+    axial: float
+    antipode_energy: float
+    antipode_force: float
+
+
 @triton.jit
 def finish_kernel(
     points_ptr,
     tiles_ptr,
-    inv_nu_ptr,
-    deficit_ptr,
-    force_ptr,
-    energy_ptr,
-    axial_ptr,
+    rows,
+    slots,
     scale_ptr,
     gradient_ptr,
     tile_energy_ptr,
     k,
     slot_width,
-    s,
-    value_bits,
-    factor,
-    min_distance,
-    value_at_min,
-    slope_at_min,
-    push_at_min,
-    energy_unit,
-    force_unit,
-    axial_unit,
-    antipode_energy_unit,
-    antipode_force_unit,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
+    units,
+    pair,
     WITH_FORCE: tl.constexpr,
-    FAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -58,42 +53,29 @@ def finish_kernel(
     lane = tl.arange(0, BLOCK_M)
     mask_m = lane < valid
     first = slot0.to(tl.int64) * BLOCK_M + lane
-    deficit = tl.load(deficit_ptr + row0.to(tl.int64) + lane).to(tl.float64)
+    deficit = tl.load(rows.deficit + row0.to(tl.int64) + lane).to(tl.float64)
 
     energy = tl.zeros((BLOCK_M,), dtype=tl.float64)
     for slot in range(0, num_slots):
-        energy += tl.load(energy_ptr + first + slot * BLOCK_M).to(tl.float64)
-    energy = energy * energy_unit
+        energy += tl.load(slots.energy + first + slot * BLOCK_M).to(tl.float64)
+    energy = energy * units.energy
     antipodal_slope = tl.zeros((BLOCK_M,), dtype=tl.float64)
-    if HALF:
+    if pair.half_space:
         # c = -|v|^2: 4 - r^2 = 2 + 2c is twice the deficit
-        antipodal_slope, value = exact_side(
-            4.0 - 2.0 * deficit,
-            2.0 * deficit,
-            s,
-            value_bits,
-            factor,
-            min_distance,
-            value_at_min,
-            slope_at_min,
-            push_at_min,
-            KIND,
-            ANGLE,
-            FAST,
-        )
-        energy += value * antipode_energy_unit
+        antipodal_slope, value = exact_side(4.0 - 2.0 * deficit, 2.0 * deficit, pair)
+        energy += value * units.antipode_energy
     tl.store(tile_energy_ptr + tile, tl.sum(tl.where(mask_m, energy, 0.0), axis=0))
 
     if WITH_FORCE:
         scale = tl.load(scale_ptr + set_index)
-        inv_nu = tl.load(inv_nu_ptr + row0.to(tl.int64) + lane)
+        inv_nu = tl.load(rows.inv_nu + row0.to(tl.int64) + lane)
         sources = (source0.to(tl.int64) + lane) * k
         axial = tl.zeros((BLOCK_M,), dtype=tl.float64)
         for slot in range(0, num_slots):
-            axial += tl.load(axial_ptr + first + slot * BLOCK_M).to(tl.float64)
-        axial = axial * axial_unit
-        if HALF:
-            axial -= 2.0 * antipodal_slope * deficit * antipode_force_unit
+            axial += tl.load(slots.axial + first + slot * BLOCK_M).to(tl.float64)
+        axial = axial * units.axial
+        if pair.half_space:
+            axial -= 2.0 * antipodal_slope * deficit * units.antipode_force
 
         offs_k = tl.arange(0, BLOCK_K)
         along = tl.zeros((BLOCK_M,), dtype=tl.float64)
@@ -103,9 +85,9 @@ def finish_kernel(
             v = p.to(tl.float64) * inv_nu[:, None]
             for slot in range(0, num_slots):
                 offs = (first + slot * BLOCK_M)[:, None] * slot_width + (k0 + offs_k)[None, :]
-                g = tl.load(force_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+                g = tl.load(slots.force + offs, mask=mask, other=0.0).to(tl.float64)
                 along += tl.sum(g * v, axis=1)
-        outward = axial - along * force_unit
+        outward = axial - along * units.force
         for k0 in range(0, k, BLOCK_K):
             mask = mask_m[:, None] & (k0 + offs_k < k)[None, :]
             p = tl.load(points_ptr + sources[:, None] + (k0 + offs_k)[None, :], mask=mask, other=0)
@@ -113,8 +95,8 @@ def finish_kernel(
             force = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float64)
             for slot in range(0, num_slots):
                 offs = (first + slot * BLOCK_M)[:, None] * slot_width + (k0 + offs_k)[None, :]
-                force += tl.load(force_ptr + offs, mask=mask, other=0.0).to(tl.float64)
-            gradient = (force * force_unit + outward[:, None] * v) * (inv_nu * scale)[:, None]
+                force += tl.load(slots.force + offs, mask=mask, other=0.0).to(tl.float64)
+            gradient = (force * units.force + outward[:, None] * v) * (inv_nu * scale)[:, None]
             tl.store(
                 gradient_ptr + sources[:, None] + (k0 + offs_k)[None, :],
                 gradient.to(tl.float32),
@@ -145,20 +127,18 @@ def finish(
     plan: Plan,
     block_m: int,
     pair: PairConstants,
-    units: tuple[float, float, float],
+    units: Units,
     set_constants: tuple[Tensor, Tensor],
     with_force: bool,
-    fast: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Energy [B] and gradient [T, k] (or None), both float32.
 
     Args:
         points, rows, plan, block_m, pair: as for the sweep.
         slots: force, energy and axial of the work items.
-        units: what turns raw energy, force and axial into true ones.
+        units: of what the slots hold.
         set_constants: factor and offset of each set's energy, float64.
         with_force: whether there are forces.
-        fast: approximate special functions of NVIDIA GPUs.
     """
     k = points.shape[1]
     scale, offset = set_constants
@@ -170,21 +150,16 @@ def finish(
     finish_kernel[(plan.num_row_tiles,)](
         points,
         plan.row_tiles,
-        rows.inv_nu,
-        rows.deficit,
-        slots.force,
-        slots.energy,
-        slots.axial,
+        rows,
+        slots,
         scale,
         gradient,
         tile_energy,
         k,
         slots.force.shape[1],
-        *pair.exact64,
-        *units,
-        2.0**pair.value_bits,
-        2.0**pair.range_bits,
-        **pair.branches(with_force, fast),
+        units,
+        pair.arguments,
+        WITH_FORCE=with_force,
         BLOCK_M=block_m,
         BLOCK_K=min(2048 // block_m, triton.next_power_of_2(k)),
     )

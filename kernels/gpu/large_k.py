@@ -4,23 +4,21 @@
 
 Blocks are as tall as the memory bound allows, so the products run at the GEMM's speed and the
 elementwise kernel at the memory's; they are no deeper than what the tensor cores, which truncate,
-sum without harm. Operands are the same fp16 pairs as in `pairwise`. Close pairs are left out by the
+sum without harm. Operands are the same fp16 pairs as in `pairwise`. Near pairs are left out by the
 elementwise kernel and added by a second one, which returns at once for rows that have none.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .near_pairs import close_terms, finite, push_apart
-from .pair_function import (
-    COSINE_SCALE,
-    LOG,
-    PairConstants,
-    fast_terms,
-    log2,
-)
+from .near_pairs import add_near_force, far_terms, finite, is_near, near_terms, source_rows
+from .pair_function import COSINE_SCALE, PairConstants
+from .pairwise import largest_cosines
 from .plan import NEAR_BLOCK, Plan, Slots
 from .project_normalize import UnitRows
 
@@ -43,20 +41,12 @@ BLOCK_DEPTH = 512
 def coefficient_kernel(
     x_ptr,
     coefficient_ptr,
-    energy_ptr,
-    nearest_ptr,
+    slots,
     num_cols,
     valid_cols,
     diagonal,
-    s,
-    bits,
-    near_cosine,
-    range_unit,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
+    pair,
     WITH_FORCE: tl.constexpr,
-    FAST: tl.constexpr,
     FORCE_HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,25 +73,18 @@ def coefficient_kernel(
         else:
             mask = mask & (offs_n[None, :] > offs_m[:, None] + diagonal)
         x = tl.where(mask, tl.load(x_ptr + offs, mask=inside, other=0.0), 0.0)
-        closeness = x
-        if HALF or ANGLE:
-            closeness = tl.abs(x)
-        nearest = tl.maximum(nearest, tl.max(closeness, axis=1))
-        near = closeness > near_cosine * COSINE_SCALE
-        coefficient, terms = fast_terms(tl.where(near, 0.0, x), s, bits, KIND, HALF, ANGLE, FAST)
-        if KIND == LOG:
-            terms = log2(terms, FAST)
-        mask = mask & (near == 0)
-        energy += tl.sum(tl.where(mask, terms, 0.0), axis=1)
+        nearest = tl.maximum(nearest, largest_cosines(x, pair))
+        coefficient, terms = far_terms(x, mask, is_near(x, mask, pair), pair)
+        energy += tl.sum(terms, axis=1)
         if WITH_FORCE:
-            coefficient = tl.where(mask, coefficient, 0.0)
             hi = coefficient.to(tl.float16)
             tl.store(halves + offs_n[None, :], hi, mask=inside)
             if FORCE_HALVES == 2:
                 lo = (coefficient - hi.to(tl.float32)).to(tl.float16)
                 tl.store(halves + num_cols + offs_n[None, :], lo, mask=inside)
-    tl.store(energy_ptr + offs_m, tl.load(energy_ptr + offs_m) + energy * range_unit)
-    tl.store(nearest_ptr + offs_m, nearest)
+    before = tl.load(slots.energy + offs_m)
+    tl.store(slots.energy + offs_m, before + energy * pair.range_unit)
+    tl.store(slots.nearest + offs_m, nearest)
 
 
 @triton.jit(
@@ -110,12 +93,8 @@ def coefficient_kernel(
 def near_block_kernel(
     x_ptr,
     points_ptr,
-    inv_nu_ptr,
-    deficit_ptr,
-    force_ptr,
-    energy_ptr,
-    axial_ptr,
-    nearest_ptr,
+    rows,
+    slots,
     num_cols,
     valid_rows,
     valid_cols,
@@ -125,36 +104,19 @@ def near_block_kernel(
     shift,
     k,
     slot_width,
-    near_cosine,
-    s,
-    value_bits,
-    factor,
-    min_distance,
-    value_at_min,
-    slope_at_min,
-    push_at_min,
-    inv_energy_unit,
-    energy_offset,
-    inv_force_unit,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
+    pair,
     WITH_FORCE: tl.constexpr,
-    FAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid (row tiles of the block, column blocks of G). Adds the close pairs of the block."""
+    """Grid (row tiles of the block, column blocks of G). Adds the near pairs of the block."""
     lane = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_k = tl.program_id(1) * BLOCK_K
     mask_m = lane < valid_rows
-    nearest = tl.max(tl.load(nearest_ptr + lane, mask=mask_m, other=-3.0e38), axis=0)
-    if nearest > near_cosine * COSINE_SCALE:
-        offs_m = first_row + lane
-        sources_m = (offs_m - shift).to(tl.int64)
-        inv_m = tl.load(inv_nu_ptr + offs_m, mask=mask_m, other=0.0)
-        deficit_m = tl.load(deficit_ptr + offs_m, mask=mask_m, other=0.0)
+    nearest = tl.max(tl.load(slots.nearest + lane, mask=mask_m, other=-3.0e38), axis=0)
+    if nearest > pair.near_cosine * COSINE_SCALE:
+        m = source_rows(points_ptr, rows, first_row + lane, shift, mask_m)
         offs_k = tl.arange(0, BLOCK_K)
         force = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float64)
         energy = tl.zeros((BLOCK_M,), dtype=tl.float64)
@@ -169,75 +131,30 @@ def near_block_kernel(
                 mask = mask & (col[None, :] != lane[:, None] + diagonal)
             else:
                 mask = mask & (col[None, :] > lane[:, None] + diagonal)
-            if HALF or ANGLE:
-                near = mask & (tl.abs(x) > near_cosine * COSINE_SCALE)
-            else:
-                near = mask & (x > near_cosine * COSINE_SCALE)
+            near = is_near(x, mask, pair)
             if tl.max(tl.max(near.to(tl.int32), axis=1), axis=0) > 0:
-                offs_n = first_col + col
-                sources_n = (offs_n - shift).to(tl.int64)
-                inv_n = tl.load(inv_nu_ptr + offs_n, mask=mask_n, other=0.0)
-                deficit_n = tl.load(deficit_ptr + offs_n, mask=mask_n, other=0.0)
-                slope, push, value, side = close_terms(
-                    points_ptr,
-                    sources_m,
-                    mask_m,
-                    inv_m,
-                    deficit_m,
-                    sources_n,
-                    mask_n,
-                    inv_n,
-                    deficit_n,
-                    x,
-                    k,
-                    s,
-                    value_bits,
-                    factor,
-                    min_distance,
-                    value_at_min,
-                    slope_at_min,
-                    push_at_min,
-                    inv_energy_unit,
-                    energy_offset,
-                    inv_force_unit,
-                    KIND,
-                    HALF,
-                    ANGLE,
-                    FAST,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
+                n = source_rows(points_ptr, rows, first_col + col, shift, mask_n)
+                along_v, along_d, value, side = near_terms(m, n, x, k, pair)
                 energy += tl.sum(tl.where(near, value, 0.0), axis=1)
                 if WITH_FORCE:
-                    axial += tl.sum(tl.where(near, slope, 0.0), axis=1)
-                    force = push_apart(
-                        force,
-                        points_ptr,
-                        sources_m,
-                        mask_m,
-                        inv_m,
-                        sources_n,
-                        mask_n,
-                        inv_n,
-                        tl.where(near, push, 0.0),
-                        side,
-                        first_k + offs_k,
-                        first_k,
-                        tl.minimum(first_k + BLOCK_K, k),
-                        k,
+                    axial += tl.sum(tl.where(near, along_v, 0.0), axis=1)
+                    along_d = tl.where(near, along_d, 0.0)
+                    end_k = tl.minimum(first_k + BLOCK_K, k)
+                    force = add_near_force(
+                        force, m, n, along_d, side, first_k + offs_k, first_k, end_k, k
                     )
         if first_k == 0:
-            before = tl.load(energy_ptr + lane, mask=mask_m, other=0.0)
-            tl.store(energy_ptr + lane, (before + energy).to(tl.float32), mask=mask_m)
+            before = tl.load(slots.energy + lane, mask=mask_m, other=0.0)
+            tl.store(slots.energy + lane, (before + energy).to(tl.float32), mask=mask_m)
             if WITH_FORCE:
-                before = tl.load(axial_ptr + lane, mask=mask_m, other=0.0)
-                axial = before + axial * deficit_m
-                tl.store(axial_ptr + lane, finite(axial), mask=mask_m)
+                before = tl.load(slots.axial + lane, mask=mask_m, other=0.0)
+                axial = before + axial * m.deficit
+                tl.store(slots.axial + lane, finite(axial), mask=mask_m)
         if WITH_FORCE:
             mask_k = mask_m[:, None] & (first_k + offs_k < k)[None, :]
             offs = lane[:, None].to(tl.int64) * slot_width + first_k + offs_k[None, :]
-            before = tl.load(force_ptr + offs, mask=mask_k, other=0.0)
-            tl.store(force_ptr + offs, finite(before + force), mask=mask_k)
+            before = tl.load(slots.force + offs, mask=mask_k, other=0.0)
+            tl.store(slots.force + offs, finite(before + force), mask=mask_k)
 
 
 def splits(device: torch.device) -> bool:
@@ -272,6 +189,46 @@ def block_cosines(left: Tensor, right: Tensor) -> Tensor:
     return x
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block of the cosine matrix: packed rows against packed columns of one set, both padded."""
+
+    rows: slice
+    cols: slice
+    valid_rows: int
+    valid_cols: int
+    shift: int  # from a packed row to the caller's row
+
+    @property
+    def diagonal(self) -> int:
+        """Row i of the block is column i + diagonal of it."""
+        return self.rows.start - self.cols.start
+
+
+def blocks(
+    sizes: tuple[int, ...], plan: Plan, block_m: int, elements: int, upper: bool
+) -> Iterator[Block]:
+    """The blocks of all sets, of about so many elements; `upper`: without those below the diagonal.
+
+    The blocks that share their rows follow one another.
+    """
+    source = 0
+    for n, first in zip(sizes, plan.first_packed_row, strict=True):
+        padded = -(-n // block_m) * block_m
+        num_cols = min(BLOCK_COLS, padded)
+        num_rows = max(elements // max(num_cols * block_m, 1), 1) * block_m
+        for row in range(0, n, num_rows):
+            rows = slice(first + row, first + min(row + num_rows, padded))
+            for col in range(0, n, num_cols):
+                cols = slice(first + col, first + min(col + num_cols, padded))
+                if upper and cols.stop <= rows.start:
+                    continue
+                valid_rows = min(rows.stop, first + n) - rows.start
+                valid_cols = min(cols.stop, first + n) - cols.start
+                yield Block(rows, cols, valid_rows, valid_cols, first - source)
+        source += n
+
+
 def large_k(
     points: Tensor,
     rows: UnitRows,
@@ -281,32 +238,21 @@ def large_k(
     pair: PairConstants,
     with_force: bool,
     terms: tuple[int, int],
-    fast: bool,
 ) -> Slots:
     """Raw energies, forces and axial sums; one slot a row tile, so slots are packed rows."""
     width = rows.hi.shape[1]
-    slots = Slots(plan.num_row_tiles, block_m, width, with_force, points.device)
+    slots = Slots.empty(plan.num_row_tiles, block_m, width, with_force, points.device)
     for result in (slots.energy, slots.force, slots.axial):
         result.zero_()
     low, high = BLOCK_ELEMENTS
     elements = min(max(points.numel(), low), high)
-    source = 0
-    for n, first in zip(sizes, plan.first_packed_row, strict=True):
-        padded = -(-n // block_m) * block_m
-        cols = min(BLOCK_COLS, padded)
-        step = max(elements // max(cols * block_m, 1), 1) * block_m
-        for row in range(0, n, step):
-            i = slice(first + row, first + min(row + step, padded))
-            left = _halves(rows, i, terms[0], 1)
-            for col in range(0, n, cols):
-                j = slice(first + col, first + min(col + cols, padded))
-                if not with_force and j.stop <= i.start:
-                    continue
-                x = block_cosines(left, _halves(rows, j, terms[0], 0))
-                columns = _halves(rows, j, terms[1], 0) if with_force else None
-                valid = (min(i.stop, first + n) - i.start, min(j.stop, first + n) - j.start)
-                _add_block(points, rows, slots, x, columns, i, j, valid, first - source, pair, fast)
-        source += n
+    same_rows, left = None, rows.hi
+    for block in blocks(sizes, plan, block_m, elements, not with_force):
+        if block.rows != same_rows:
+            same_rows, left = block.rows, _halves(rows, block.rows, terms[0], 1)
+        x = block_cosines(left, _halves(rows, block.cols, terms[0], 0))
+        columns = _halves(rows, block.cols, terms[1], 0) if with_force else None
+        _add_block(points, rows, slots, block, x, columns, pair)
     return slots
 
 
@@ -319,72 +265,57 @@ def _add_block(
     points: Tensor,
     rows: UnitRows,
     slots: Slots,
+    block: Block,
     x: Tensor,
     columns: Tensor | None,
-    i: slice,
-    j: slice,
-    valid: tuple[int, int],
-    shift: int,
     pair: PairConstants,
-    fast: bool,
 ) -> None:
-    """Add what the columns j do to the rows i, both padded, of cosines x.
+    """Add what the columns of a block of cosines x do to its rows.
 
-    columns: the halves of the rows j, [H, cols, width], or None for energies alone.
-    valid: numbers of rows and columns that are real.
-    shift: from a packed row to the caller's row.
+    columns: the halves of its columns' unit rows, [H, cols, width], or None for energies alone.
     """
     k = points.shape[1]
     num_rows, num_cols = x.shape
     with_force = columns is not None
-    force, axial, coefficient = slots.force, slots.axial, x
+    slot_width = slots.force.shape[1]
+    coefficient, near_blocks = x, 1
+    # without forces their arrays are empty, and so is this part of them
+    slots = Slots(*(part[block.rows] for part in slots))
     if columns is not None:
-        force, axial = force[i], axial[i]
         coefficient = x.new_empty(num_rows, len(columns), num_cols, dtype=torch.float16)
-    # row i of the block is column i + diagonal of it
-    diagonal = i.start - j.start
+        near_blocks = triton.cdiv(k, NEAR_COLUMNS)
     coefficient_kernel[(triton.cdiv(num_rows, COEFFICIENT_ROWS),)](
         x,
         coefficient,
-        slots.energy[i],
-        slots.nearest[i],
+        slots,
         num_cols,
-        valid[1],
-        diagonal,
-        pair.s,
-        pair.coefficient_bits,
-        pair.near_cosine,
-        pair.range_unit,
-        **pair.branches(with_force, fast),
+        block.valid_cols,
+        block.diagonal,
+        pair.arguments,
+        WITH_FORCE=with_force,
         FORCE_HALVES=coefficient.shape[1] if with_force else 1,
         BLOCK_M=COEFFICIENT_ROWS,
         BLOCK_N=COEFFICIENT_COLS,
         num_warps=4,
     )
     if columns is not None:
-        force.add_(product(coefficient, columns), alpha=pair.range_unit)
-    near_blocks = triton.cdiv(k, NEAR_COLUMNS) if with_force else 1
+        slots.force.add_(product(coefficient, columns), alpha=pair.arguments.range_unit)
     near_block_kernel[(triton.cdiv(num_rows, NEAR_BLOCK), near_blocks)](
         x,
         points,
-        rows.inv_nu,
-        rows.deficit,
-        force,
-        slots.energy[i],
-        axial,
-        slots.nearest[i],
+        rows,
+        slots,
         num_cols,
-        *valid,
-        diagonal,
-        i.start,
-        j.start,
-        shift,
+        block.valid_rows,
+        block.valid_cols,
+        block.diagonal,
+        block.rows.start,
+        block.cols.start,
+        block.shift,
         k,
-        slots.force.shape[1],
-        pair.near_cosine,
-        *pair.exact64,
-        *pair.to_raw,
-        **pair.branches(with_force, fast),
+        slot_width,
+        pair.arguments,
+        WITH_FORCE=with_force,
         BLOCK_M=NEAR_BLOCK,
         BLOCK_N=NEAR_BLOCK,
         BLOCK_K=NEAR_COLUMNS,

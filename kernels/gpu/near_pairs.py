@@ -1,33 +1,27 @@
-"""Pairs too close for 2 - 2c: the work items that met one are done again exactly.
+"""Pairs too near for 2 - 2c: the work items that met one are done again exactly.
 
     D_ij = v_i - side v_j,  side = sign c_ij        m2 = |D_ij|^2 + deficit_i + deficit_j
     r^2 = m2 or 4 - m2                              F' v_j = side F' v_i - side F' D_ij
 
 D comes from the raw rows in float64. The part of the gradient along v_i, side F', is large and
 falls out in the tangent projection but for its deficit: it is summed apart ("axial", times that
-deficit), so nothing cancels. Between multiples of one row D is rounding: they push along v_i alone.
-The grid is that of `pairwise` in smaller row tiles; a program whose rows met no close pair
-returns at once, and one that met some pays for differences only in the tiles that hold them. What
-is done again is summed in float64.
+deficit), so nothing cancels. Between multiples of one row D is rounding: the force is axial alone.
+The grid is that of `pairwise` in smaller row tiles; a program whose rows met no near pair returns
+at once, and one that met some pays for differences only in the tiles that hold them. What is done
+again is summed in float64.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pair_function import (
-    COSINE_SCALE,
-    LARGEST,
-    LOG,
-    UNIT_SCALE,
-    PairConstants,
-    exact_terms,
-    fast_terms,
-    log2,
-)
+from .pair_function import COSINE_SCALE, LARGEST, UNIT_SCALE, PairConstants, exact_terms
 from .pairwise import add_force, cosines, load_rows
 from .plan import NEAR_BLOCK, Plan, Slots, Tiles, load_item
 from .project_normalize import UnitRows
+from .special_functions import log2
 
 # |D|^2 below which two rows may be multiples of one row: far above the rounding of their norms, and
 # so small that few others have to be looked at
@@ -37,34 +31,40 @@ MAYBE_MULTIPLES: tl.constexpr = tl.constexpr(1e-18)
 ROUNDING: tl.constexpr = tl.constexpr(2.0**-49)
 
 
+class SourceRows(NamedTuple):
+    """Some rows as the caller gave them: v = points[sources] inv_nu, for exact differences."""
+
+    points: Any
+    sources: Any
+    mask: Any
+    inv_nu: Any
+    deficit: Any
+
+
 @triton.jit
-def load_unit(points_ptr, sources, mask, inv_nu, column, k):
+def source_rows(points_ptr, rows, offs, shift, mask):
+    """The caller's rows of some packed rows."""
+    inv_nu = tl.load(rows.inv_nu + offs, mask=mask, other=0.0)
+    deficit = tl.load(rows.deficit + offs, mask=mask, other=0.0)
+    return SourceRows(points_ptr, (offs - shift).to(tl.int64), mask, inv_nu, deficit)
+
+
+@triton.jit
+def load_unit(source, column, k):
     """Entry `column` of some unit rows in float64."""
-    p = tl.load(points_ptr + sources * k + column, mask=mask, other=0.0)
-    return p.to(tl.float64) * inv_nu
+    p = tl.load(source.points + source.sources * k + column, mask=source.mask, other=0.0)
+    return p.to(tl.float64) * source.inv_nu
 
 
 @triton.jit
-def squared_difference(
-    points_ptr,
-    sources_m,
-    mask_m,
-    inv_m,
-    sources_n,
-    mask_n,
-    inv_n,
-    side,
-    k,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def squared_difference(m, n, side, k):
     """|v_i - side v_j|^2 of a tile, float64, and whether v_i and v_j are multiples of one row."""
-    d2 = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
-    along = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
-    square = tl.zeros((BLOCK_M,), dtype=tl.float64)
+    d2 = tl.zeros_like(side)
+    along = tl.zeros_like(side)
+    square = tl.zeros_like(m.inv_nu)
     for column in range(0, k):
-        a = load_unit(points_ptr, sources_m, mask_m, inv_m, column, k)
-        b = load_unit(points_ptr, sources_n, mask_n, inv_n, column, k)
+        a = load_unit(m, column, k)
+        b = load_unit(n, column, k)
         d = a[:, None] - side * b[None, :]
         d2 += d * d
         along += d * a[:, None]
@@ -72,11 +72,11 @@ def squared_difference(
     multiples = d2 < MAYBE_MULTIPLES
     if tl.max(tl.max(multiples.to(tl.int32), axis=1), axis=0) > 0:
         # the largest excess over rounding of what D has across v_i
-        excess = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float64)
+        excess = tl.zeros_like(side)
         along = along / square[:, None]
         for column in range(0, k):
-            a = load_unit(points_ptr, sources_m, mask_m, inv_m, column, k)
-            b = load_unit(points_ptr, sources_n, mask_n, inv_n, column, k)
+            a = load_unit(m, column, k)
+            b = load_unit(n, column, k)
             across = a[:, None] - side * b[None, :] - along * a[:, None]
             excess = tl.maximum(excess, tl.abs(across) - ROUNDING * tl.abs(a)[:, None])
         multiples = multiples & (excess <= 0.0)
@@ -84,64 +84,39 @@ def squared_difference(
 
 
 @triton.jit
-def close_terms(
-    points_ptr,
-    sources_m,
-    mask_m,
-    inv_m,
-    deficit_m,
-    sources_n,
-    mask_n,
-    inv_n,
-    deficit_n,
-    x,
-    k,
-    s,
-    value_bits,
-    factor,
-    min_distance,
-    value_at_min,
-    slope_at_min,
-    push_at_min,
-    inv_energy_unit,
-    energy_offset,
-    inv_force_unit,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
-    FAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Of a tile from differences, as the slots hold them: side F', F, and side. x gives the side.
+def near_terms(m, n, x, k, pair):
+    """Of the pairs of a tile from differences, as the slots hold them; x gives the side.
 
-    side F' comes twice: as it multiplies v_i, and as it multiplies D_ij. All float64.
+    side F', as it multiplies v_i; the same as it multiplies D_ij; F; and side. All float64.
     """
     side = tl.where(x < 0.0, -1.0, 1.0).to(tl.float64)
-    d2, multiples = squared_difference(
-        points_ptr, sources_m, mask_m, inv_m, sources_n, mask_n, inv_n, side, k, BLOCK_M, BLOCK_N
-    )
-    m2 = d2 + (deficit_m[:, None] + deficit_n[None, :])
+    d2, multiples = squared_difference(m, n, side, k)
+    m2 = d2 + (m.deficit[:, None] + n.deficit[None, :])
     r2 = tl.where(x < 0.0, 4.0 - m2, m2)
     q2 = tl.where(x < 0.0, m2, 4.0 - m2)
-    slope, value = exact_terms(
-        r2,
-        q2,
-        s,
-        value_bits,
-        factor,
-        min_distance,
-        value_at_min,
-        slope_at_min,
-        push_at_min,
-        KIND,
-        HALF,
-        ANGLE,
-        FAST,
-    )
-    slope = side * slope * inv_force_unit
-    push = tl.where(multiples, 0.0, slope)
-    return slope, push, (value - energy_offset) * inv_energy_unit, side
+    coefficient, value = exact_terms(r2, q2, pair)
+    coefficient = side * coefficient * pair.to_raw.per_force
+    value = (value - pair.to_raw.energy_offset) * pair.to_raw.per_energy
+    return coefficient, tl.where(multiples, 0.0, coefficient), value, side
+
+
+@triton.jit
+def is_near(x, mask, pair):
+    """Which pairs of a tile the tensor cores cannot resolve."""
+    if pair.two_ended:
+        return mask & (tl.abs(x) > pair.near_cosine * COSINE_SCALE)
+    else:
+        return mask & (x > pair.near_cosine * COSINE_SCALE)
+
+
+@triton.jit
+def far_terms(x, mask, near, pair):
+    """Raw F' and F of the pairs of a tile that are not near, NaN among them; 0 for the others."""
+    coefficient, terms = pair.tile(tl.where(near, 0.0, x), pair)
+    if pair.sum_of_logs:
+        terms = log2(terms, pair.fast)
+    far = mask & (near == 0)
+    return tl.where(far, coefficient, 0.0), tl.where(far, terms, 0.0)
 
 
 @triton.jit
@@ -152,63 +127,25 @@ def finite(x):
 
 
 @triton.jit
-def push_apart(
-    force,
-    points_ptr,
-    sources_m,
-    mask_m,
-    inv_m,
-    sources_n,
-    mask_n,
-    inv_n,
-    slope,
-    side,
-    offs_k,
-    begin,
-    end,
-    k,
-):
-    """force - sum_j slope_ij D_ij in the columns [begin, end) of `offs_k`, float64, raw."""
+def add_near_force(force, m, n, coefficient, side, offs_k, begin, end, k):
+    """force - sum_j coefficient_ij D_ij in the columns [begin, end) of `offs_k`, float64, raw."""
     for column in range(begin, end):
-        a = load_unit(points_ptr, sources_m, mask_m, inv_m, column, k)
-        b = load_unit(points_ptr, sources_n, mask_n, inv_n, column, k)
-        push = tl.sum(slope * (a[:, None] - side * b[None, :]), axis=1) * UNIT_SCALE
-        force -= tl.where(offs_k[None, :] == column, push[:, None], 0.0)
+        a = load_unit(m, column, k)
+        b = load_unit(n, column, k)
+        entry = tl.sum(coefficient * (a[:, None] - side * b[None, :]), axis=1) * UNIT_SCALE
+        force -= tl.where(offs_k[None, :] == column, entry[:, None], 0.0)
     return force
 
 
 @triton.jit
 def near_pairs_kernel(
     points_ptr,
-    hi_ptr,
-    lo_ptr,
-    rest_ptr,
-    inv_nu_ptr,
-    deficit_ptr,
+    rows,
     items_ptr,
-    force_ptr,
-    energy_ptr,
-    nearest_ptr,
-    axial_ptr,
+    slots,
     k,
-    bits,
-    near_cosine,
-    range_unit,
-    s,
-    value_bits,
-    factor,
-    min_distance,
-    value_at_min,
-    slope_at_min,
-    push_at_min,
-    inv_energy_unit,
-    energy_offset,
-    inv_force_unit,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
+    pair,
     WITH_FORCE: tl.constexpr,
-    FAST: tl.constexpr,
     COSINE_TERMS: tl.constexpr,
     WIDTH: tl.constexpr,
     ITEM_M: tl.constexpr,
@@ -220,16 +157,14 @@ def near_pairs_kernel(
     item_row0, tile_begin, tile_end, end_row, slot, shift = load_item(items_ptr, tl.program_id(0))
     lane = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     out = slot.to(tl.int64) * ITEM_M + lane
-    nearest = tl.max(tl.load(nearest_ptr + out), axis=0)
-    if nearest > near_cosine * COSINE_SCALE:
+    nearest = tl.max(tl.load(slots.nearest + out), axis=0)
+    if nearest > pair.near_cosine * COSINE_SCALE:
         offs_m = item_row0 + lane
         mask_m = offs_m < end_row
-        sources_m = (offs_m - shift).to(tl.int64)
         offs_k = tl.arange(0, WIDTH)
         row_offs = offs_m[:, None].to(tl.int64) * WIDTH + offs_k[None, :]
-        row_hi, row_lo, row_rest = load_rows(hi_ptr, lo_ptr, rest_ptr, row_offs, COSINE_TERMS)
-        inv_m = tl.load(inv_nu_ptr + offs_m)
-        deficit_m = tl.load(deficit_ptr + offs_m)
+        row_halves = load_rows(rows, row_offs, COSINE_TERMS)
+        m = source_rows(points_ptr, rows, offs_m, shift, mask_m)
         force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float64)
         energy = tl.zeros((BLOCK_M,), dtype=tl.float64)
         axial = tl.zeros((BLOCK_M,), dtype=tl.float64)
@@ -238,93 +173,38 @@ def near_pairs_kernel(
             offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
             mask_n = offs_n < end_row
             col_offs = offs_n[:, None].to(tl.int64) * WIDTH + offs_k[None, :]
-            col_hi = tl.load(hi_ptr + col_offs, mask=mask_n[:, None], other=0.0)
-            col_lo = tl.load(lo_ptr + col_offs, mask=mask_n[:, None], other=0.0)
+            col_hi = tl.load(rows.hi + col_offs, mask=mask_n[:, None], other=0.0)
+            col_lo = tl.load(rows.lo + col_offs, mask=mask_n[:, None], other=0.0)
+            columns = (col_hi, col_lo)
             if WITH_FORCE:
                 mask = mask_n[None, :] & (offs_n[None, :] != offs_m[:, None])
             else:
                 mask = mask_n[None, :] & (offs_n[None, :] > offs_m[:, None])
             mask = mask & mask_m[:, None]
-            x = cosines(row_hi, row_lo, row_rest, col_hi, col_lo, COSINE_TERMS)
-            x = tl.where(mask, x, 0.0)
-            if HALF or ANGLE:
-                near = mask & (tl.abs(x) > near_cosine * COSINE_SCALE)
-            else:
-                near = mask & (x > near_cosine * COSINE_SCALE)
-
-            # the pairs of the tile that are not near, NaN among them
-            coefficient, terms = fast_terms(
-                tl.where(near, 0.0, x), s, bits, KIND, HALF, ANGLE, FAST
-            )
-            if KIND == LOG:
-                terms = log2(terms, FAST)
-            far = mask & (near == 0)
-            energy += tl.sum(tl.where(far, terms, 0.0), axis=1).to(tl.float64) * range_unit
+            x = tl.where(mask, cosines(row_halves, columns, COSINE_TERMS), 0.0)
+            near = is_near(x, mask, pair)
+            coefficient, terms = far_terms(x, mask, near, pair)
+            energy += tl.sum(terms, axis=1).to(tl.float64) * pair.range_unit
             if WITH_FORCE:
-                coefficient = tl.where(far, coefficient, 0.0)
                 nothing = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-                force += (
-                    add_force(nothing, coefficient, col_hi, col_lo, 3).to(tl.float64) * range_unit
-                )
+                part = add_force(nothing, coefficient, columns, 3)
+                force += part.to(tl.float64) * pair.range_unit
 
             if tl.max(tl.max(near.to(tl.int32), axis=1), axis=0) > 0:
-                sources_n = (offs_n - shift).to(tl.int64)
-                inv_n = tl.load(inv_nu_ptr + offs_n, mask=mask_n, other=0.0)
-                deficit_n = tl.load(deficit_ptr + offs_n, mask=mask_n, other=0.0)
-                slope, push, value, side = close_terms(
-                    points_ptr,
-                    sources_m,
-                    mask_m,
-                    inv_m,
-                    deficit_m,
-                    sources_n,
-                    mask_n,
-                    inv_n,
-                    deficit_n,
-                    x,
-                    k,
-                    s,
-                    value_bits,
-                    factor,
-                    min_distance,
-                    value_at_min,
-                    slope_at_min,
-                    push_at_min,
-                    inv_energy_unit,
-                    energy_offset,
-                    inv_force_unit,
-                    KIND,
-                    HALF,
-                    ANGLE,
-                    FAST,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
+                n = source_rows(points_ptr, rows, offs_n, shift, mask_n)
+                along_v, along_d, value, side = near_terms(m, n, x, k, pair)
+                # chosen here, not there: the compiler then needs fewer registers
                 energy += tl.sum(tl.where(near, value, 0.0), axis=1)
                 if WITH_FORCE:
-                    axial += tl.sum(tl.where(near, slope, 0.0), axis=1)
-                    force = push_apart(
-                        force,
-                        points_ptr,
-                        sources_m,
-                        mask_m,
-                        inv_m,
-                        sources_n,
-                        mask_n,
-                        inv_n,
-                        tl.where(near, push, 0.0),
-                        side,
-                        offs_k,
-                        0,
-                        k,
-                        k,
-                    )
+                    axial += tl.sum(tl.where(near, along_v, 0.0), axis=1)
+                    along_d = tl.where(near, along_d, 0.0)
+                    force = add_near_force(force, m, n, along_d, side, offs_k, 0, k, k)
 
-        tl.store(energy_ptr + out, energy.to(tl.float32))
+        tl.store(slots.energy + out, energy.to(tl.float32))
         if WITH_FORCE:
-            slot_ptrs = force_ptr + out[:, None] * k + offs_k[None, :]
+            slot_ptrs = slots.force + out[:, None] * k + offs_k[None, :]
             tl.store(slot_ptrs, finite(force), mask=(offs_k < k)[None, :])
-            tl.store(axial_ptr + out, finite(axial * deficit_m))
+            tl.store(slots.axial + out, finite(axial * m.deficit))
 
 
 def near_pairs(
@@ -336,29 +216,16 @@ def near_pairs(
     pair: PairConstants,
     with_force: bool,
     cosine_terms: int,
-    fast: bool,
 ) -> None:
-    """Correct `slots` of `pairwise` in place wherever its rows met a close pair."""
-    near_kernel_grid = (plan.num_items, tiles.block_m // NEAR_BLOCK)
-    near_pairs_kernel[near_kernel_grid](
+    """Correct `slots` of `pairwise` in place wherever its rows met a near pair."""
+    near_pairs_kernel[(plan.num_items, tiles.block_m // NEAR_BLOCK)](
         points,
-        rows.hi,
-        rows.lo,
-        rows.rest,
-        rows.inv_nu,
-        rows.deficit,
+        rows,
         plan.items,
-        slots.force,
-        slots.energy,
-        slots.nearest,
-        slots.axial,
+        slots,
         points.shape[1],
-        pair.coefficient_bits,
-        pair.near_cosine,
-        pair.range_unit,
-        *pair.exact64,
-        *pair.to_raw,
-        **pair.branches(with_force, fast),
+        pair.arguments,
+        WITH_FORCE=with_force,
         COSINE_TERMS=cosine_terms,
         WIDTH=rows.hi.shape[1],
         ITEM_M=tiles.block_m,

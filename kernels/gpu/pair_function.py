@@ -1,32 +1,33 @@
 """The pair function on the GPU: what it is to a kernel, and the device functions that evaluate it.
 
-    f(t) = t^-s, or -log t for s = 0;  t = r (chord) or theta = 2 asin(r/2) (angle)
-    r^2 = 2 - 2c,  4 - r^2 = 2 + 2c,  F(c) = f(c), or f(c) + f(-c) in half space
+    f(t),  t = r (chord) or theta = 2 asin(r/2) (angle)
+    r^2 = 2 - 2c,  q^2 = 4 - r^2 = 2 + 2c,  F(c) = f(c), or f(c) + f(-c) in half space
     F'(c) is what multiplies v_j in the gradient of row i
 
-Two evaluations: `fast_terms` for the tensor-core tiles, where c is far from +-1, and `exact_terms`
-for pairs whose r^2 and 4 - r^2 both are known to full relative accuracy, in float32 or float64; it
-knows the tangent line below `min_distance` too. The fast one leaves constant factors out ("raw"
-terms, `PairConstants`).
+A kernel takes one `PairArguments`: device functions and the numbers they need. There are two
+evaluations: `pair.tile` for the tiles of the tensor cores, where c is far from +-1, and
+`exact_terms` for pairs whose r^2 and q^2 both are known to full relative accuracy, in float32 or
+float64; it knows the tangent line below `min_distance` too. The first leaves constant factors out
+("raw" terms, `PairConstants`).
 
-The forces of close pairs may be beyond float32 where the gradient, scaled by the number of pairs,
+A new pair function is one function here that makes a `Formula` of it, with the device functions it
+names, and a line in `FORMULAS`.
+
+The forces of near pairs may be beyond float32 where the gradient, scaled by the number of pairs,
 is not. For pair functions that reach so far all sums are held in units of 2^range_bits.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..pair_functions import PairFunction, Riesz
-
-# how a kernel is told the exponent; any s that is not 0, 1 or 2 is a runtime number
-LOG: tl.constexpr = tl.constexpr(0)
-ONE: tl.constexpr = tl.constexpr(1)
-TWO: tl.constexpr = tl.constexpr(2)
-POWER: tl.constexpr = tl.constexpr(3)
+from .special_functions import angle, log2, reciprocal, rsqrt
 
 # unit rows are held as fp16 pairs of 256 v: the low half of an entry of ordinary size stays normal
 UNIT_SCALE: tl.constexpr = tl.constexpr(256.0)
@@ -38,9 +39,9 @@ SMALLEST_CHORD = 2.0**-46
 COINCIDENT: tl.constexpr = tl.constexpr(2.0**-92)
 # log2 of the largest F' that float32 sums take as it is, and of the unit of larger ones
 PLAIN_BITS, RANGE_BITS = 100, 80
-# the largest push f' that `direct` adds up, in that unit: over SMALLEST_CHORD still a float32.
-# Longer ones end here; what is left of them in the gradient is infinite
-LARGEST_PUSH = 2.0**72
+# the largest f' that `direct` adds up, in that unit: over SMALLEST_CHORD still a float32. Larger
+# ones end here; what is left of them in the gradient is infinite
+LARGEST_DIRECT_SLOPE = 2.0**72
 # for float64 sums, and what of them goes into a slot
 LARGEST: tl.constexpr = tl.constexpr(2.0**127)
 
@@ -53,59 +54,72 @@ COEFFICIENT_MAX_BITS = 14
 COEFFICIENT_RANGE_BITS = 19
 
 
-@dataclass(frozen=True)
-class PairConstants:
-    """A pair function as kernel arguments.
+class Tangent(NamedTuple):
+    """The line that continues f below t = at, and the steepest -f' there is."""
 
-    The true value of a pair is `energy_unit` times the raw one plus `energy_offset`, its true F'
-    is `force_unit` times the raw one. For s = 0 the raw value is log2 of `fast_terms`' energy. Sums
-    over pairs, in the slots, are in units of 2^`range_bits`; so is what `exact_terms` makes of F',
-    and of F where it takes an exponential (2^`value_bits`).
+    at: float
+    value: float
+    slope: float
+    steepest: float
+
+
+class ToRaw(NamedTuple):
+    """From the units of `exact_terms` to those of the slots."""
+
+    per_energy: float
+    energy_offset: float
+    per_force: float
+
+
+class PairArguments(NamedTuple):
+    """A pair function as a kernel takes it.
+
+    The device functions and the flags are constants of the launch, the others are numbers:
+
+        tile(x, pair)           raw F' and F of a tile, x = COSINE_SCALE c
+        side(r^2 or t, pair)    of one side: raw F' and f of a chord, or raw -f' and f of an angle
+        exact(t, 1/t, pair)     -f' and f of exact distances, scaled as `PairConstants` says
+        sum_of_logs             `tile` and `side` give arguments of a log2 in place of F
+        numbers                 what these functions know of the pair function
     """
 
-    kind: int
+    tile: Any
+    side: Any
+    exact: Any
+    half_space: Any
+    angular: Any
+    two_ended: Any
+    sum_of_logs: Any
+    fast: Any
+    numbers: Any
+    near_cosine: float
+    range_unit: float
+    tangent: Tangent
+    to_raw: ToRaw
+
+
+@dataclass(frozen=True)
+class PairConstants:
+    """A pair function as the launchers take it: the arguments of kernels, and its units.
+
+    The true value of a pair is `energy_unit` times the raw one plus `energy_offset`, its true F'
+    is `force_unit` times the raw one. With `sum_of_logs` the raw value is log2 of what the tile
+    gives. Sums over pairs, in the slots, are in units of 2^`range_bits`; so is what `exact_terms`
+    makes of F', and of F where it takes an exponential (2^`value_bits`).
+    """
+
+    arguments: PairArguments
     half_space: bool
     angular: bool
-    s: float
-    coefficient_bits: float
     energy_unit: float
     energy_offset: float
     force_unit: float
     range_bits: float
     value_bits: float
-    near_cosine: float
-    min_distance: float
-    value_at_min: float
-    slope_at_min: float
-    push_at_min: float
-
-    def branches(self, with_force: bool, fast: bool) -> dict[str, object]:
-        """The constants of a launch that decide what its kernel computes."""
-        return {
-            "KIND": self.kind,
-            "HALF": self.half_space,
-            "ANGLE": self.angular,
-            "WITH_FORCE": with_force,
-            "FAST": fast,
-        }
 
     @property
-    def exact(self) -> tuple[float, float, float, float, float, float, float]:
-        """What `exact_terms` takes: s, the units, and the tangent line."""
-        push = min(self.push_at_min, LARGEST_PUSH)
-        return *self.exact64[:-1], push
-
-    @property
-    def exact64(self) -> tuple[float, float, float, float, float, float, float]:
-        """The same for float64."""
-        factor = (self.s or 1.0) * self.value_unit
-        tangent = self.min_distance, self.value_at_min, self.slope_at_min, self.push_at_min
-        return self.s, self.value_bits, factor, *tangent
-
-    @property
-    def range_unit(self) -> float:
-        """What turns sums of raw values into what the slots hold."""
-        return 2.0**-self.range_bits
+    def near_cosine(self) -> float:
+        return self.arguments.near_cosine
 
     @property
     def value_unit(self) -> float:
@@ -113,17 +127,257 @@ class PairConstants:
         return 2.0 ** (self.value_bits - self.range_bits)
 
     @property
-    def to_raw(self) -> tuple[float, float, float]:
-        """From `exact_terms` to the slots: per energy, offset of the energy, per force."""
-        return self.value_unit / self.energy_unit, self.energy_offset, 1.0 / self.force_unit
+    def float32_arguments(self) -> PairArguments:
+        """The arguments of a kernel that adds up exact pairs in float32."""
+        steepest = min(self.arguments.tangent.steepest, LARGEST_DIRECT_SLOPE)
+        tangent = self.arguments.tangent._replace(steepest=steepest)
+        return self.arguments._replace(tangent=tangent)
+
+
+class Formula(NamedTuple):
+    """A pair function as this file writes it; see `PairArguments` and `PairConstants`."""
+
+    side: Any
+    exact: Any
+    numbers: Any
+    near_chord: float
+    energy_unit: float = 1.0
+    energy_offset: float = 0.0
+    force_unit: float = 1.0
+    tile: Any = None  # a short form of a whole tile
+    sum_of_logs: bool = False
+    tangent: Tangent = Tangent(0.0, 0.0, 0.0, LARGEST.value)
+    range_bits: float = 0.0
+    value_bits: float = 0.0
 
 
 @lru_cache(maxsize=256)
-def pair_constants(pair: PairFunction) -> PairConstants:
-    """The kernel arguments of a pair function."""
-    assert isinstance(pair, Riesz)
-    s, m, half_space, angular = pair.s, pair.min_distance, pair.half_space, pair.angular
-    kind = {0.0: LOG, 1.0: ONE, 2.0: TWO}.get(s, POWER).value
+def pair_constants(pair: PairFunction, fast: bool = False) -> PairConstants:
+    """The kernel arguments of a pair function.
+
+    Args:
+        pair: one whose class `FORMULAS` knows.
+        fast: use the approximate special functions of NVIDIA GPUs.
+    """
+    formula = FORMULAS[type(pair)](pair)
+    tile = formula.tile
+    if tile is None:
+        tile = angle_tile if pair.angular else half_space_tile if pair.half_space else chord_tile
+    value_unit = 2.0 ** (formula.value_bits - formula.range_bits)
+    arguments = PairArguments(
+        tile=tile,
+        side=formula.side,
+        exact=formula.exact,
+        half_space=tl.constexpr(pair.half_space),
+        angular=tl.constexpr(pair.angular),
+        two_ended=tl.constexpr(pair.two_ended),
+        sum_of_logs=tl.constexpr(formula.sum_of_logs),
+        fast=tl.constexpr(fast),
+        numbers=formula.numbers,
+        near_cosine=1.0 - formula.near_chord**2 / 2.0,
+        range_unit=2.0**-formula.range_bits,
+        tangent=formula.tangent,
+        to_raw=ToRaw(
+            value_unit / formula.energy_unit, formula.energy_offset, 1.0 / formula.force_unit
+        ),
+    )
+    return PairConstants(
+        arguments=arguments,
+        half_space=pair.half_space,
+        angular=pair.angular,
+        energy_unit=formula.energy_unit,
+        energy_offset=formula.energy_offset,
+        force_unit=formula.force_unit,
+        range_bits=formula.range_bits,
+        value_bits=formula.value_bits,
+    )
+
+
+# --- any pair function ----------------------------------------------------------------------------
+
+
+@triton.jit
+def chord_tile(x, pair):
+    """Raw F' and F of a tile, of the chord."""
+    return pair.side(2.0 - x * (2.0 / COSINE_SCALE), pair)
+
+
+@triton.jit
+def half_space_tile(x, pair):
+    """Raw F' and F of a tile, of the chord in half space."""
+    coefficient, energy = pair.side(2.0 - x * (2.0 / COSINE_SCALE), pair)
+    mirrored, mirrored_energy = pair.side(2.0 + x * (2.0 / COSINE_SCALE), pair)
+    return coefficient - mirrored, energy + mirrored_energy
+
+
+@triton.jit
+def angle_tile(x, pair):
+    """Raw F' and F of a tile, of the angle."""
+    r2 = 2.0 - x * (2.0 / COSINE_SCALE)
+    q2 = 2.0 + x * (2.0 / COSINE_SCALE)
+    t = angle(r2, q2)
+    cosecant = 2.0 * rsqrt(r2 * q2, pair.fast)
+    slope, energy = pair.side(t, pair)
+    if pair.half_space:
+        mirrored, mirrored_energy = pair.side(3.141592653589793 - t, pair)
+        slope = slope - mirrored
+        if pair.sum_of_logs:
+            energy = energy * mirrored_energy
+        else:
+            energy = energy + mirrored_energy
+    return slope * cosecant, energy
+
+
+@triton.jit
+def exact_side(r2, q2, pair):
+    """F' and f of one side from exact r^2 and q^2 = 4 - r^2, in the units of `PairConstants`.
+
+    Below the tangent's end the tangent line; where two rows coincide F' is 0.
+    """
+    if pair.angular:
+        t = angle(r2, q2)
+        inverse = reciprocal(t, pair.fast)
+        sine2 = 0.25 * r2 * q2
+    else:
+        inverse = rsqrt(r2, pair.fast)
+        # r^2 / r, and 0 where that is 0 / 0
+        t = r2 * tl.minimum(inverse, 3.0e38)
+        sine2 = r2
+    slope, f = pair.exact(t, inverse, pair)
+    line = pair.tangent
+    f = tl.where(t < line.at, line.value + line.slope * (t - line.at), f)
+    # f' is steepest on the tangent line; NaN comes out of the difference of the rows
+    slope = tl.minimum(slope, line.steepest)
+    # dt/dc = -1/r or -1/sin theta
+    return tl.where(sine2 == 0.0, 0.0, slope * rsqrt(sine2, pair.fast)), f
+
+
+@triton.jit
+def exact_terms(r2, q2, pair):
+    """F' and F of pairs with exact r^2 and q^2 = 4 - r^2, in the units of `exact_side`."""
+    coefficient, value = exact_side(r2, q2, pair)
+    if pair.half_space:
+        mirrored, mirrored_value = exact_side(q2, r2, pair)
+        coefficient -= mirrored
+        value += mirrored_value
+    return coefficient, value
+
+
+# --- Riesz: t^-s, or -log t for s = 0 -------------------------------------------------------------
+
+
+class RieszNumbers(NamedTuple):
+    """s, the bits that raw terms and exact values are scaled by, and the factor of exact forces."""
+
+    s: float
+    coefficient_bits: float
+    value_bits: float
+    factor: float
+
+
+@triton.jit
+def log_chord(r2, pair):
+    y = rsqrt(r2, pair.fast)
+    return y * y, r2
+
+
+@triton.jit
+def one_chord(r2, pair):
+    y = rsqrt(r2, pair.fast)
+    return y * y * y, y
+
+
+@triton.jit
+def two_chord(r2, pair):
+    y = rsqrt(r2, pair.fast)
+    e = y * y
+    return e * e, e
+
+
+@triton.jit
+def power_chord(r2, pair):
+    n = pair.numbers
+    coefficient = tl.exp2(log2(r2, pair.fast) * (-0.5 * n.s - 1.0) + n.coefficient_bits)
+    return coefficient, coefficient * r2
+
+
+@triton.jit
+def log_angle(t, pair):
+    return reciprocal(t, pair.fast), t
+
+
+@triton.jit
+def one_angle(t, pair):
+    y = reciprocal(t, pair.fast)
+    return y * y, y
+
+
+@triton.jit
+def two_angle(t, pair):
+    y = reciprocal(t, pair.fast)
+    e = y * y
+    return e * y, e
+
+
+@triton.jit
+def power_angle(t, pair):
+    n = pair.numbers
+    slope = tl.exp2(log2(t, pair.fast) * (-n.s - 1.0) + n.coefficient_bits)
+    return slope, slope * t
+
+
+@triton.jit
+def log_half_space_tile(x, pair):
+    """Of 1 - c^2: f(c) + f(-c) = -log(1 - c^2)/2 - log 2, one special function for both sides."""
+    c = x * (1.0 / COSINE_SCALE)
+    w = 1.0 - c * c
+    y = rsqrt(w, pair.fast)
+    return c * (y * y), w
+
+
+@triton.jit
+def two_half_space_tile(x, pair):
+    """Of 1 - c^2: f(c) + f(-c) = 1/(1 - c^2), one special function for both sides."""
+    c = x * (1.0 / COSINE_SCALE)
+    w = 1.0 - c * c
+    y = rsqrt(w, pair.fast)
+    e = y * y
+    return c * (e * e), e
+
+
+@triton.jit
+def log_exact(t, inverse, pair):
+    return pair.numbers.factor * inverse, -0.6931471805599453 * log2(t, pair.fast)
+
+
+@triton.jit
+def one_exact(t, inverse, pair):
+    return pair.numbers.factor * inverse * inverse, inverse
+
+
+@triton.jit
+def two_exact(t, inverse, pair):
+    f = inverse * inverse
+    return pair.numbers.factor * f * inverse, f
+
+
+@triton.jit
+def power_exact(t, inverse, pair):
+    n = pair.numbers
+    f = tl.exp2(-n.s * log2(t, pair.fast) - n.value_bits)
+    return n.factor * f * inverse, f
+
+
+def riesz(pair: Riesz) -> Formula:
+    """t^-s; any s that is not 0, 1 or 2 is a number of the launch."""
+    s, m, angular = pair.s, pair.min_distance, pair.angular
+    chord, of_angle, exact, half_space_short = {
+        0.0: (log_chord, log_angle, log_exact, log_half_space_tile),
+        1.0: (one_chord, one_angle, one_exact, None),
+        2.0: (two_chord, two_angle, two_exact, two_half_space_tile),
+    }.get(s, (power_chord, power_angle, power_exact, None))
+    is_power = exact is power_exact
+    tile = half_space_short if pair.half_space and not angular else None
     shortest = 2.0 * math.sin(m / 2.0) if angular else m
     # where F' is 2^COEFFICIENT_RANGE_BITS times that of the typical pair; 1/sin is about 1/theta
     reduced = 2.0 ** (-COEFFICIENT_RANGE_BITS / (s + 2.0))
@@ -131,46 +385,44 @@ def pair_constants(pair: PairFunction) -> PairConstants:
     near_chord = max(NEAR_CHORD, steep, shortest)
     bits = 0.0
     energy_unit, energy_offset, force_unit = 1.0, 0.0, max(s, 1.0)
-    if kind == LOG.value:
+    if s == 0:
         energy_unit = -math.log(2.0) * (1.0 if angular else 0.5)
-        if half_space and not angular:
-            # the raw argument is 1 - c^2 = r^2 (4 - r^2) / 4
+        if tile is not None:
+            # the raw argument is 1 - c^2 = r^2 q^2 / 4
             energy_offset, force_unit = -math.log(2.0), 1.0
-    elif kind == TWO.value and half_space and not angular:
+    elif s == 2 and tile is not None:
         force_unit = 2.0
-    elif kind == POWER.value:
+    elif is_power:
         largest = -(s + 2.0) * math.log2(near_chord)
         if angular:
             theta = 2.0 * math.asin(min(near_chord / 2.0, 1.0))
             largest = -(s + 1.0) * math.log2(theta) - math.log2(max(math.sin(theta), 0.1))
         bits = math.floor(COEFFICIENT_MAX_BITS - largest)
         energy_unit, force_unit = 2.0**-bits, s * 2.0**-bits
-    # f'(m), which no push is longer than
-    push_bits = math.log2(s or 1.0) - (s + 1.0) * math.log2(m) if m > 0 else math.inf
-    far_reaching = push_bits - math.log2(SMALLEST_CHORD) > PLAIN_BITS
+    # -f'(m), the largest there is
+    slope_bits = math.log2(s or 1.0) - (s + 1.0) * math.log2(m) if m > 0 else math.inf
+    far_reaching = slope_bits - math.log2(SMALLEST_CHORD) > PLAIN_BITS
     range_bits = float(RANGE_BITS if far_reaching else 0)
-    value_bits = range_bits if kind == POWER.value else 0.0
-    push = min(_float32_power(push_bits - range_bits), LARGEST.value)
+    value_bits = range_bits if is_power else 0.0
     value = slope = 0.0
     if m > 0:
         value = -math.log(m) if s == 0 else _float32_power(-s * math.log2(m) - value_bits)
-        slope = -_float32_power(push_bits - value_bits)
-    return PairConstants(
-        kind=kind,
-        half_space=half_space,
-        angular=angular,
-        s=s,
-        coefficient_bits=bits,
+        slope = -_float32_power(slope_bits - value_bits)
+    steepest = min(_float32_power(slope_bits - range_bits), LARGEST.value)
+    factor = (s or 1.0) * 2.0 ** (value_bits - range_bits)
+    return Formula(
+        side=of_angle if angular else chord,
+        exact=exact,
+        numbers=RieszNumbers(s, bits, value_bits, factor),
+        near_chord=near_chord,
         energy_unit=energy_unit,
         energy_offset=energy_offset,
         force_unit=force_unit,
+        tile=tile,
+        sum_of_logs=s == 0,
+        tangent=Tangent(m, value, slope, steepest),
         range_bits=range_bits,
         value_bits=value_bits,
-        near_cosine=1.0 - near_chord**2 / 2.0,
-        min_distance=m,
-        value_at_min=value,
-        slope_at_min=slope,
-        push_at_min=push,
     )
 
 
@@ -179,213 +431,4 @@ def _float32_power(bits: float) -> float:
     return 2.0**bits if bits < 128.0 else math.inf
 
 
-@triton.jit
-def rsqrt(x, FAST: tl.constexpr):
-    """1/sqrt(x): one special-function instruction where FAST (NVIDIA), portable elsewhere."""
-    if x.dtype == tl.float64:
-        return 1.0 / tl.sqrt(x)
-    elif FAST:
-        return tl.inline_asm_elementwise(
-            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.rsqrt(x)
-
-
-@triton.jit
-def reciprocal(x, FAST: tl.constexpr):
-    """1/x, without the range reduction of a division where FAST."""
-    if x.dtype == tl.float64:
-        return 1.0 / x
-    elif FAST:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return 1.0 / x
-
-
-@triton.jit
-def log2(x, FAST: tl.constexpr):
-    """log2(x); the portable one is about 20 instructions of software."""
-    if x.dtype == tl.float64:
-        return tl.log2(x)
-    elif FAST:
-        return tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.log2(x)
-
-
-@triton.jit
-def angle(r2, q2):
-    """theta = 2 asin(r/2), from the smaller of r^2 and q^2 = 4 - r^2: accurate at 0 and at pi."""
-    z = 0.25 * tl.minimum(r2, q2)
-    # asin(sqrt z) / sqrt z on [0, 1/2], within 2.6e-9
-    p = 0.126604224 * z - 0.141247549
-    p = p * z + 0.111685588
-    p = p * z - 0.00881148499
-    p = p * z + 0.0362279992
-    p = p * z + 0.0440398399
-    p = p * z + 0.0750307444
-    p = p * z + 0.166666069
-    p = p * z + 1.0
-    half = tl.sqrt(z) * p
-    return tl.where(r2 <= q2, 2.0 * half, 3.141592653589793 - 2.0 * half)
-
-
-@triton.jit
-def fast_side(r2, s, bits, KIND: tl.constexpr, FAST: tl.constexpr):
-    """Raw F' and f of one chord."""
-    if KIND == ONE:
-        y = rsqrt(r2, FAST)
-        return y * y * y, y
-    elif KIND == TWO:
-        y = rsqrt(r2, FAST)
-        e = y * y
-        return e * e, e
-    elif KIND == LOG:
-        y = rsqrt(r2, FAST)
-        return y * y, r2
-    else:
-        coefficient = tl.exp2(log2(r2, FAST) * (-0.5 * s - 1.0) + bits)
-        return coefficient, coefficient * r2
-
-
-@triton.jit
-def fast_angle_side(t, s, bits, KIND: tl.constexpr, FAST: tl.constexpr):
-    """Raw -f'(t) and f(t) of one angle; F' is the former over sin t."""
-    if KIND == ONE:
-        y = reciprocal(t, FAST)
-        return y * y, y
-    elif KIND == TWO:
-        y = reciprocal(t, FAST)
-        e = y * y
-        return e * y, e
-    elif KIND == LOG:
-        return reciprocal(t, FAST), t
-    else:
-        push = tl.exp2(log2(t, FAST) * (-s - 1.0) + bits)
-        return push, push * t
-
-
-@triton.jit
-def fast_terms(
-    x,
-    s,
-    bits,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Raw F' and F of pairs with x = COSINE_SCALE * c; for LOG the argument of the log2."""
-    if ANGLE:
-        r2 = 2.0 - x * (2.0 / COSINE_SCALE)
-        q2 = 2.0 + x * (2.0 / COSINE_SCALE)
-        t = angle(r2, q2)
-        cosecant = 2.0 * rsqrt(r2 * q2, FAST)
-        push, energy = fast_angle_side(t, s, bits, KIND, FAST)
-        if HALF:
-            mirrored, mirrored_energy = fast_angle_side(3.141592653589793 - t, s, bits, KIND, FAST)
-            push = push - mirrored
-            if KIND == LOG:
-                energy = energy * mirrored_energy
-            else:
-                energy = energy + mirrored_energy
-        return push * cosecant, energy
-    elif HALF and (KIND == LOG or KIND == TWO):
-        # f(c) + f(-c) = 1/(1 - c^2), or -log(1 - c^2)/2 - log 2: one special function for both
-        c = x * (1.0 / COSINE_SCALE)
-        w = 1.0 - c * c
-        y = rsqrt(w, FAST)
-        e = y * y
-        if KIND == LOG:
-            return c * e, w
-        else:
-            return c * (e * e), e
-    elif HALF:
-        r2 = 2.0 - x * (2.0 / COSINE_SCALE)
-        q2 = 2.0 + x * (2.0 / COSINE_SCALE)
-        coefficient, energy = fast_side(r2, s, bits, KIND, FAST)
-        mirrored, mirrored_energy = fast_side(q2, s, bits, KIND, FAST)
-        return coefficient - mirrored, energy + mirrored_energy
-    else:
-        return fast_side(2.0 - x * (2.0 / COSINE_SCALE), s, bits, KIND, FAST)
-
-
-@triton.jit
-def exact_side(
-    r2,
-    q2,
-    s,
-    bits,
-    factor,
-    m,
-    value_at_m,
-    slope_at_m,
-    push_at_m,
-    KIND: tl.constexpr,
-    ANGLE: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """F' and f of one side from r^2 and q^2 = 4 - r^2, in the units of `PairConstants.exact`.
-
-    Below t = m the tangent line; where two rows coincide F' is 0.
-    """
-    if ANGLE:
-        t = angle(r2, q2)
-        inverse = reciprocal(t, FAST)
-        sine2 = 0.25 * r2 * q2
-    else:
-        inverse = rsqrt(r2, FAST)
-        # r^2 / r, and 0 where that is 0 / 0
-        t = r2 * tl.minimum(inverse, 3.0e38)
-        sine2 = r2
-    if KIND == LOG:
-        f = -0.6931471805599453 * log2(t, FAST)
-        push = factor * inverse
-    elif KIND == ONE:
-        f = inverse
-        push = factor * inverse * inverse
-    elif KIND == TWO:
-        f = inverse * inverse
-        push = factor * f * inverse
-    else:
-        f = tl.exp2(-s * log2(t, FAST) - bits)
-        push = factor * f * inverse
-    f = tl.where(t < m, value_at_m + slope_at_m * (t - m), f)
-    # f' is steepest on the tangent line; NaN comes out of the difference of the rows
-    push = tl.minimum(push, push_at_m)
-    # dt/dc = -1/r or -1/sin theta
-    return tl.where(sine2 == 0.0, 0.0, push * rsqrt(sine2, FAST)), f
-
-
-@triton.jit
-def exact_terms(
-    r2,
-    q2,
-    s,
-    bits,
-    factor,
-    m,
-    value_at_m,
-    slope_at_m,
-    push_at_m,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """F' and F of pairs with exact r^2 and q^2 = 4 - r^2, in the units of `exact_side`."""
-    slope, value = exact_side(
-        r2, q2, s, bits, factor, m, value_at_m, slope_at_m, push_at_m, KIND, ANGLE, FAST
-    )
-    if HALF:
-        mirrored, mirrored_value = exact_side(
-            q2, r2, s, bits, factor, m, value_at_m, slope_at_m, push_at_m, KIND, ANGLE, FAST
-        )
-        slope -= mirrored
-        value += mirrored_value
-    return slope, value
+FORMULAS: dict[type[PairFunction], Callable[[Any], Formula]] = {Riesz: riesz}

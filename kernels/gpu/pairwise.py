@@ -23,30 +23,43 @@ Source: Fasi, Higham, Mikaitis and Pranesh (2021), "Numerical behavior of NVIDIA
 import triton
 import triton.language as tl
 
-from .pair_function import LOG, PairConstants, fast_terms, log2
+from .pair_function import PairConstants
 from .plan import Plan, Slots, Tiles, column_tile, load_item, split_tiles
 from .project_normalize import UnitRows
+from .special_functions import log2
 
 # tiles summed before the running sums are added to the totals: bounds the error of long rows
 TILES_PER_SUM: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
-def load_rows(hi_ptr, lo_ptr, rest_ptr, offs, COSINE_TERMS: tl.constexpr):
+def load_rows(rows, offs, COSINE_TERMS: tl.constexpr):
     """The halves of some unit rows that `cosines` multiplies."""
-    hi = tl.load(hi_ptr + offs)
+    hi = tl.load(rows.hi + offs)
     lo = hi
     rest = hi
     if COSINE_TERMS >= 3:
-        lo = tl.load(lo_ptr + offs)
+        lo = tl.load(rows.lo + offs)
     if COSINE_TERMS == 4:
-        rest = tl.load(rest_ptr + offs)
+        rest = tl.load(rows.rest + offs)
     return hi, lo, rest
 
 
 @triton.jit
-def cosines(row_hi, row_lo, row_rest, col_hi, col_lo, COSINE_TERMS: tl.constexpr):
+def load_columns(rows, base, offs, WITH_LO: tl.constexpr):
+    """The halves hi and lo of the columns of a tile; only `base` needs 64 bits."""
+    hi = tl.load(rows.hi + base + offs)
+    lo = hi
+    if WITH_LO:
+        lo = tl.load(rows.lo + base + offs)
+    return hi, lo
+
+
+@triton.jit
+def cosines(row_halves, column_halves, COSINE_TERMS: tl.constexpr):
     """COSINE_SCALE * c of one tile, [BLOCK_M, BLOCK_N]."""
+    row_hi, row_lo, row_rest = row_halves
+    col_hi, col_lo = column_halves
     if COSINE_TERMS == 1:
         return tl.dot(row_hi, tl.trans(col_hi))
     else:
@@ -58,8 +71,9 @@ def cosines(row_hi, row_lo, row_rest, col_hi, col_lo, COSINE_TERMS: tl.constexpr
 
 
 @triton.jit
-def add_force(force, coefficient, col_hi, col_lo, FORCE_TERMS: tl.constexpr):
+def add_force(force, coefficient, column_halves, FORCE_TERMS: tl.constexpr):
     """force + coefficient @ columns."""
+    col_hi, col_lo = column_halves
     hi = coefficient.to(tl.float16)
     if FORCE_TERMS == 1:
         return tl.dot(hi, col_hi, force)
@@ -71,7 +85,7 @@ def add_force(force, coefficient, col_hi, col_lo, FORCE_TERMS: tl.constexpr):
 
 
 @triton.jit
-def log2_of_rows(arguments, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAST: tl.constexpr):
+def log2_of_rows(arguments, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Row sums of log2, one logarithm per product of eight.
 
     The column bits 0, 3 and 4 that are multiplied together lie in one thread in the accumulator
@@ -86,39 +100,30 @@ def log2_of_rows(arguments, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FAST: 
 
 
 @triton.jit
-def add_energy(
-    energy,
-    terms,
-    KIND: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """energy + row sums of a tile of raw energies."""
-    if KIND == LOG:
-        return energy + log2_of_rows(terms, BLOCK_M, BLOCK_N, FAST)
+def row_energies(terms, pair, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row sums of a tile of raw energies, or of what their logarithms are to be taken of."""
+    if pair.sum_of_logs:
+        return log2_of_rows(terms, pair.fast, BLOCK_M, BLOCK_N)
     else:
-        return energy + tl.sum(terms, axis=1)
+        return tl.sum(terms, axis=1)
+
+
+@triton.jit
+def largest_cosines(x, pair):
+    """Of each row of a tile the largest x, or |x| where c = -1 matters too."""
+    if pair.two_ended:
+        return tl.max(tl.abs(x), axis=1)
+    else:
+        return tl.max(x, axis=1)
 
 
 @triton.jit
 def pairwise_kernel(
-    hi_ptr,
-    lo_ptr,
-    rest_ptr,
+    rows,
     items_ptr,
-    force_ptr,
-    energy_ptr,
-    nearest_ptr,
-    axial_ptr,
-    s,
-    bits,
-    range_unit,
-    KIND: tl.constexpr,
-    HALF: tl.constexpr,
-    ANGLE: tl.constexpr,
+    slots,
+    pair,
     WITH_FORCE: tl.constexpr,
-    FAST: tl.constexpr,
     COSINE_TERMS: tl.constexpr,
     FORCE_TERMS: tl.constexpr,
     K: tl.constexpr,
@@ -136,9 +141,10 @@ def pairwise_kernel(
     offs_k = tl.arange(0, WIDTH)
     row_offs = offs_m[:, None].to(tl.int64) * WIDTH + offs_k[None, :]
     col_offs = offs_n[:, None] * WIDTH + offs_k[None, :]
-    row_hi, row_lo, row_rest = load_rows(hi_ptr, lo_ptr, rest_ptr, row_offs, COSINE_TERMS)
+    row_halves = load_rows(rows, row_offs, COSINE_TERMS)
     split = split_tiles(row0, tile_begin, tile_end, end_row, BLOCK_M, BLOCK_N)
     num_clean, num_dirty = split[0], split[1]
+    WITH_LO: tl.constexpr = (COSINE_TERMS >= 3) or (WITH_FORCE and FORCE_TERMS == 3)
 
     force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
     energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -146,34 +152,27 @@ def pairwise_kernel(
     for step in tl.range(0, num_dirty, num_stages=1):
         tile = column_tile(split, step, True)
         base = tile.to(tl.int64) * (BLOCK_N * WIDTH)
-        col_hi = tl.load(hi_ptr + base + col_offs)
-        col_lo = col_hi
-        if (COSINE_TERMS >= 3) or (WITH_FORCE and FORCE_TERMS == 3):
-            col_lo = tl.load(lo_ptr + base + col_offs)
+        columns = load_columns(rows, base, col_offs, WITH_LO)
         cols = tile * BLOCK_N + offs_n
         mask = cols[None, :] < end_row
         if WITH_FORCE:
             mask = mask & (cols[None, :] != offs_m[:, None])
         else:
             mask = mask & (cols[None, :] > offs_m[:, None])
-        x = cosines(row_hi, row_lo, row_rest, col_hi, col_lo, COSINE_TERMS)
-        x = tl.where(mask, x, 0.0)
-        if HALF or ANGLE:
-            nearest = tl.maximum(nearest, tl.max(tl.abs(x), axis=1))
-        else:
-            nearest = tl.maximum(nearest, tl.max(x, axis=1))
-        coefficient, terms = fast_terms(x, s, bits, KIND, HALF, ANGLE, FAST)
-        terms = tl.where(mask, terms, 1.0 if KIND == LOG else 0.0)
-        energy = add_energy(energy, terms, KIND, BLOCK_M, BLOCK_N, FAST)
+        x = tl.where(mask, cosines(row_halves, columns, COSINE_TERMS), 0.0)
+        nearest = tl.maximum(nearest, largest_cosines(x, pair))
+        coefficient, terms = pair.tile(x, pair)
+        terms = tl.where(mask, terms, 1.0 if pair.sum_of_logs else 0.0)
+        energy += row_energies(terms, pair, BLOCK_M, BLOCK_N)
         if WITH_FORCE:
             coefficient = tl.where(mask, coefficient, 0.0)
-            force = add_force(force, coefficient, col_hi, col_lo, FORCE_TERMS)
+            force = add_force(force, coefficient, columns, FORCE_TERMS)
 
     lane = tl.arange(0, BLOCK_M)
-    slot_ptr = force_ptr + slot.to(tl.int64) * (BLOCK_M * K)
+    slot_ptr = slots.force + slot.to(tl.int64) * (BLOCK_M * K)
     if WITH_FORCE:
         slot_ptrs = slot_ptr + lane[:, None] * K + offs_k[None, :]
-        tl.store(slot_ptrs, force * range_unit, mask=(offs_k < K)[None, :])
+        tl.store(slot_ptrs, force * pair.range_unit, mask=(offs_k < K)[None, :])
     total_energy = energy
     for begin in range(0, num_clean, TILES_PER_SUM):
         force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
@@ -183,33 +182,27 @@ def pairwise_kernel(
         ):
             tile = column_tile(split, step, False)
             base = tile.to(tl.int64) * (BLOCK_N * WIDTH)
-            col_hi = tl.load(hi_ptr + base + col_offs)
-            col_lo = col_hi
-            if (COSINE_TERMS >= 3) or (WITH_FORCE and FORCE_TERMS == 3):
-                col_lo = tl.load(lo_ptr + base + col_offs)
-            x = cosines(row_hi, row_lo, row_rest, col_hi, col_lo, COSINE_TERMS)
-            if HALF or ANGLE:
-                nearest = tl.maximum(nearest, tl.max(tl.abs(x), axis=1))
-            else:
-                nearest = tl.maximum(nearest, tl.max(x, axis=1))
-            coefficient, terms = fast_terms(x, s, bits, KIND, HALF, ANGLE, FAST)
-            energy = add_energy(energy, terms, KIND, BLOCK_M, BLOCK_N, FAST)
+            columns = load_columns(rows, base, col_offs, WITH_LO)
+            x = cosines(row_halves, columns, COSINE_TERMS)
+            nearest = tl.maximum(nearest, largest_cosines(x, pair))
+            coefficient, terms = pair.tile(x, pair)
+            energy += row_energies(terms, pair, BLOCK_M, BLOCK_N)
             if WITH_FORCE:
-                force = add_force(force, coefficient, col_hi, col_lo, FORCE_TERMS)
+                force = add_force(force, coefficient, columns, FORCE_TERMS)
         if WITH_FORCE:
             # the total waits in memory: in registers it would halve the programs on a processor.
             # the barrier is for layouts in which another thread stored what this one loads
             tl.debug_barrier()
             slot_ptrs = slot_ptr + lane[:, None] * K + offs_k[None, :]
             before = tl.load(slot_ptrs, mask=(offs_k < K)[None, :], other=0.0)
-            tl.store(slot_ptrs, before + force * range_unit, mask=(offs_k < K)[None, :])
+            tl.store(slot_ptrs, before + force * pair.range_unit, mask=(offs_k < K)[None, :])
         total_energy += energy
 
     out = slot.to(tl.int64) * BLOCK_M + lane
-    tl.store(energy_ptr + out, total_energy * range_unit)
-    tl.store(nearest_ptr + out, nearest)
+    tl.store(slots.energy + out, total_energy * pair.range_unit)
+    tl.store(slots.nearest + out, nearest)
     if WITH_FORCE:
-        tl.store(axial_ptr + out, tl.zeros((BLOCK_M,), dtype=tl.float32))
+        tl.store(slots.axial + out, tl.zeros((BLOCK_M,), dtype=tl.float32))
 
 
 def pairwise(
@@ -220,7 +213,6 @@ def pairwise(
     pair: PairConstants,
     with_force: bool,
     terms: tuple[int, int],
-    fast: bool,
 ) -> Slots:
     """Raw energies and forces of all work items.
 
@@ -233,23 +225,15 @@ def pairwise(
         with_force: the energies alone need only the upper triangle.
         terms: products of the fp16 halves kept for the cosine (1, 3, or 4 where the rows have
             their `rest`) and for the force (1 or 3).
-        fast: approximate special functions of NVIDIA GPUs.
     """
-    slots = Slots(plan.num_items, tiles.block_m, k, with_force, rows.hi.device)
+    slots = Slots.empty(plan.num_items, tiles.block_m, k, with_force, rows.hi.device)
     options = {} if tiles.maxnreg is None else {"maxnreg": tiles.maxnreg}
     pairwise_kernel[(plan.num_items,)](
-        rows.hi,
-        rows.lo,
-        rows.rest,
+        rows,
         plan.items,
-        slots.force,
-        slots.energy,
-        slots.nearest,
-        slots.axial,
-        pair.s,
-        pair.coefficient_bits,
-        pair.range_unit,
-        **pair.branches(with_force, fast),
+        slots,
+        pair.arguments,
+        WITH_FORCE=with_force,
         COSINE_TERMS=terms[0],
         FORCE_TERMS=terms[1],
         K=k,

@@ -9,7 +9,7 @@ so nothing needs an atomic operation and the order of every sum is fixed by the 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -248,20 +248,28 @@ def hold(tables: Iterable[Tensor]) -> None:
             table.record_stream(torch.cuda.current_stream())
 
 
-class Slots:
-    """What the work items leave behind, one slot of BLOCK_M rows each, in raw units."""
+class Slots(NamedTuple):
+    """What the work items leave behind, one slot of BLOCK_M rows each, in raw units.
 
-    def __init__(
-        self, num_slots: int, block_m: int, width: int, with_force: bool, device: torch.device
-    ) -> None:
+    energy [S]; nearest [S]: the largest cosine (either sign where c = -1 matters too), times
+    COSINE_SCALE; force [S, width]; axial [S]: deficit_i times the sum of side F' over near pairs,
+    what `finish` multiplies by v_i. Without forces, the last two are empty.
+    """
+
+    energy: Tensor
+    nearest: Tensor
+    force: Tensor
+    axial: Tensor
+
+    @classmethod
+    def empty(
+        cls, num_slots: int, block_m: int, width: int, with_force: bool, device: torch.device
+    ) -> "Slots":
+        """Room for so many slots."""
         rows = num_slots * block_m
         force_rows = rows if with_force else 0
-        self.energy = torch.empty(rows, dtype=torch.float32, device=device)
-        # largest cosine (either sign where c = -1 matters too), times COSINE_SCALE
-        self.nearest = torch.empty(rows, dtype=torch.float32, device=device)
-        self.force = torch.empty(force_rows, width, dtype=torch.float32, device=device)
-        # deficit_i times the sum of side F' over close pairs: what `finish` multiplies by v_i
-        self.axial = torch.empty(force_rows, dtype=torch.float32, device=device)
+        shapes = ((rows,), (rows,), (force_rows, width), (force_rows,))
+        return cls(*(torch.empty(s, dtype=torch.float32, device=device) for s in shapes))
 
 
 @lru_cache(maxsize=512)

@@ -12,6 +12,7 @@ differences of `direct`.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,26 +31,24 @@ SMALLEST_NORMAL: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
-def store_norms(square, inv_nu_ptr, deficit_ptr, rows, eps):
+def store_norms(rows, offs, square, eps):
     """1/nu and the deficit of rows with |p|^2 = square, float64; returns 1/nu."""
     nu2 = square + eps
     # NaN is not dead: it has to reach the result
     dead = nu2 < SMALLEST_NORMAL * SMALLEST_NORMAL
     nu2 = tl.where(dead, 1.0, nu2)
     inv_nu = tl.where(dead, 0.0, 1.0 / tl.sqrt(nu2))
-    tl.store(inv_nu_ptr + rows, inv_nu)
-    tl.store(deficit_ptr + rows, tl.where(dead, 1.0, eps / nu2).to(tl.float32))
+    tl.store(rows.inv_nu + offs, inv_nu)
+    tl.store(rows.deficit + offs, tl.where(dead, 1.0, eps / nu2).to(tl.float32))
     return inv_nu
 
 
 @triton.jit
 def store_unit_rows(
-    v,
-    hi_ptr,
-    lo_ptr,
-    rest_ptr,
     rows,
+    offs_m,
     offs_k,
+    v,
     packed_rows,
     WIDTH: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -60,28 +59,24 @@ def store_unit_rows(
     if COLUMNS:
         hi = v.to(tl.float32)
         lo = (v - hi.to(tl.float64)).to(tl.float32)
-        offs = rows[:, None] + offs_k[None, :].to(tl.int64) * packed_rows
+        offs = offs_m[:, None] + offs_k[None, :].to(tl.int64) * packed_rows
     else:
         u = v * UNIT_SCALE
         hi = u.to(tl.float32).to(tl.float16)
         lo = (u - hi.to(tl.float64)).to(tl.float32).to(tl.float16)
-        offs = rows[:, None] * WIDTH + offs_k[None, :]
+        offs = offs_m[:, None] * WIDTH + offs_k[None, :]
         if WITH_REST:
             rest = (u - hi.to(tl.float64) - lo.to(tl.float64)).to(tl.float32).to(tl.float16)
-            tl.store(rest_ptr + offs, rest, mask=mask)
-    tl.store(hi_ptr + offs, hi, mask=mask)
-    tl.store(lo_ptr + offs, lo, mask=mask)
+            tl.store(rows.rest + offs, rest, mask=mask)
+    tl.store(rows.hi + offs, hi, mask=mask)
+    tl.store(rows.lo + offs, lo, mask=mask)
 
 
 @triton.jit
 def normalize_kernel(
     points_ptr,
     tiles_ptr,
-    hi_ptr,
-    lo_ptr,
-    rest_ptr,
-    inv_nu_ptr,
-    deficit_ptr,
+    rows,
     k,
     packed_rows,
     eps,
@@ -98,7 +93,7 @@ def normalize_kernel(
     row0, source0, valid, _, _, _ = load_row_tile(tiles_ptr, tl.program_id(0))
     lane = tl.arange(0, BLOCK_M)
     mask_m = lane < valid
-    rows = row0.to(tl.int64) + lane
+    offs_m = row0.to(tl.int64) + lane
     sources = points_ptr + (source0.to(tl.int64) + lane) * k
     offs_k = tl.arange(0, BLOCK_K)
 
@@ -108,14 +103,12 @@ def normalize_kernel(
         p = tl.load(sources[:, None] + (k0 + offs_k)[None, :], mask=mask, other=0.0)
         p = p.to(tl.float64)
         square += tl.sum(p * p, axis=1)
-    inv_nu = store_norms(square, inv_nu_ptr, deficit_ptr, rows, eps)
+    inv_nu = store_norms(rows, offs_m, square, eps)
     for k0 in range(0, WIDTH, BLOCK_K):
         mask = mask_m[:, None] & (k0 + offs_k < k)[None, :]
         p = tl.load(sources[:, None] + (k0 + offs_k)[None, :], mask=mask, other=0.0)
         v = p.to(tl.float64) * inv_nu[:, None]
-        store_unit_rows(
-            v, hi_ptr, lo_ptr, rest_ptr, rows, k0 + offs_k, packed_rows, WIDTH, COLUMNS, WITH_REST
-        )
+        store_unit_rows(rows, offs_m, k0 + offs_k, v, packed_rows, WIDTH, COLUMNS, WITH_REST)
 
 
 @triton.jit
@@ -125,11 +118,7 @@ def project_normalize_kernel(
     sets_ptr,
     tiles_ptr,
     points_ptr,
-    hi_ptr,
-    lo_ptr,
-    rest_ptr,
-    inv_nu_ptr,
-    deficit_ptr,
+    rows,
     k,
     packed_rows,
     eps,
@@ -194,38 +183,45 @@ def project_normalize_kernel(
     mask = mask_m[:, None] & mask_k[None, :]
     tl.store(points_ptr + sources[:, None] + offs_k[None, :], acc, mask=mask)
     p = acc.to(tl.float64)
-    rows = row0.to(tl.int64) + lane
-    inv_nu = store_norms(tl.sum(p * p, axis=1), inv_nu_ptr, deficit_ptr, rows, eps)
+    offs_m = row0.to(tl.int64) + lane
+    inv_nu = store_norms(rows, offs_m, tl.sum(p * p, axis=1), eps)
     v = p * inv_nu[:, None]
-    store_unit_rows(
-        v, hi_ptr, lo_ptr, rest_ptr, rows, offs_k, packed_rows, WIDTH, COLUMNS, WITH_REST
-    )
+    store_unit_rows(rows, offs_m, offs_k, v, packed_rows, WIDTH, COLUMNS, WITH_REST)
 
 
-class UnitRows:
+class UnitRows(NamedTuple):
     """Packed unit rows: v as halves, 1/nu in float64, deficit = 1 - |v|^2 in float32.
 
-    Args:
-        num_rows: packed rows.
-        width: columns, those of the padding included.
-        columns: float32 halves [width, rows] instead of fp16 halves [rows, width].
-        with_rest: a third half.
-        device: where they live.
+    The halves are float16 [rows, width], or float32 [width, rows] ("columns"); rows that need no
+    third half have `lo` again for it.
     """
 
-    def __init__(
-        self, num_rows: int, width: int, columns: bool, with_rest: bool, device: torch.device
-    ) -> None:
+    hi: Tensor
+    lo: Tensor
+    rest: Tensor
+    inv_nu: Tensor
+    deficit: Tensor
+
+    @classmethod
+    def empty(
+        cls, num_rows: int, width: int, columns: bool, with_rest: bool, device: torch.device
+    ) -> "UnitRows":
+        """Room for so many rows of `width` columns, those of the padding included."""
         shape, dtype = (num_rows, width), torch.float16
         if columns:
             shape, dtype = (width, num_rows), torch.float32
-        self.hi = torch.empty(shape, dtype=dtype, device=device)
-        self.lo = torch.empty(shape, dtype=dtype, device=device)
-        # a kernel that needs no rest still takes a pointer
-        self.rest = torch.empty(shape, dtype=dtype, device=device) if with_rest else self.lo
-        self.inv_nu = torch.empty(num_rows, dtype=torch.float64, device=device)
-        self.deficit = torch.empty(num_rows, dtype=torch.float32, device=device)
-        self.layout = {"WIDTH": width, "COLUMNS": columns, "WITH_REST": with_rest}
+        hi, lo = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        rest = torch.empty(shape, dtype=dtype, device=device) if with_rest else lo
+        inv_nu = torch.empty(num_rows, dtype=torch.float64, device=device)
+        deficit = torch.empty(num_rows, dtype=torch.float32, device=device)
+        return cls(hi, lo, rest, inv_nu, deficit)
+
+    @property
+    def layout(self) -> dict[str, object]:
+        """The constants of a launch that fills them."""
+        columns = self.hi.dtype == torch.float32
+        width = self.hi.shape[0 if columns else 1]
+        return {"WIDTH": width, "COLUMNS": columns, "WITH_REST": self.rest is not self.lo}
 
 
 def normalize(points: Tensor, rows: UnitRows, plan: Plan, block_m: int, eps: float) -> None:
@@ -234,11 +230,7 @@ def normalize(points: Tensor, rows: UnitRows, plan: Plan, block_m: int, eps: flo
     normalize_kernel[(plan.num_row_tiles,)](
         points,
         plan.row_tiles,
-        rows.hi,
-        rows.lo,
-        rows.rest,
-        rows.inv_nu,
-        rows.deficit,
+        rows,
         k,
         plan.packed_rows,
         eps,
@@ -311,11 +303,7 @@ def project_normalize(
             table,
             plan.row_tiles[tile:],
             points,
-            rows.hi,
-            rows.lo,
-            rows.rest,
-            rows.inv_nu,
-            rows.deficit,
+            rows,
             k,
             plan.packed_rows,
             eps,

@@ -1,7 +1,8 @@
 """Every Triton kernel and every branch of it, run by Triton's interpreter against the definition.
 
-Collected only by `test_triton_interpreter.py`, in a process of its own: TRITON_INTERPRET=1 is read
-when the kernels are defined.
+Collected only for `test_triton_interpreter.py`, in a process of its own: TRITON_INTERPRET=1 is read
+when the kernels are defined. The checks of a section that goes through all branches assert that
+they were taken.
 """
 
 import itertools
@@ -40,34 +41,34 @@ from comhe_ext.testing import (
 )
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_empty"),
+    pytest.mark.usefixtures("poisoned_empty", "nothing_launched"),
     # the interpreter computes what a mask discards, in numpy, and numpy says so
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     # Triton 3.6's own, under numpy 2.3; from numpy 2.4 on its interpreter does not work
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning:triton"),
 ]
 
-LAUNCHES: Counter[str] = Counter()
-SEEN: set[tuple[object, ...]] = set()
+LAUNCHES: Counter[str] = Counter()  # of each kernel
+TAKEN: set[tuple[object, ...]] = set()  # branches of kernels, by the constants of their launches
 inside = False  # a kernel runs: what torch is asked for is the interpreter's business
-# the constants that open or close a branch
-BRANCHES = ("KIND", "HALF", "ANGLE", "WITH_FORCE")
-OTHER_BRANCHES = (
-    "COSINE_TERMS",
-    "FORCE_TERMS",
-    "FORCE_HALVES",
-    "COLUMNS",
-    "WITH_REST",
-    "K",
-    "WIDTH",
-)
+
+
+@pytest.fixture
+def nothing_launched():
+    LAUNCHES.clear()
+    TAKEN.clear()
+
+
+def pair_branch(pair):
+    """The branches that a pair function takes: its device functions and its flags."""
+    return pair.exact.__name__, bool(pair.half_space), bool(pair.angular)
 
 
 class Recorded:
-    """A kernel that counts its launches and notes the constants it was launched with."""
+    """A kernel that counts its launches and notes the branches that they take."""
 
     def __init__(self, module, name):
-        self.kernel, self.name = getattr(module, name), name
+        self.kernel, self.name = getattr(module, name), name.removesuffix("_kernel")
         setattr(module, name, self)
 
     def __getitem__(self, grid):
@@ -76,10 +77,10 @@ class Recorded:
         def run(*args, **constants):
             global inside
             LAUNCHES[self.name] += 1
-            SEEN.add((self.name, *(constants.get(c) for c in BRANCHES)))
-            for constant in OTHER_BRANCHES:
-                if constant in constants:
-                    SEEN.add((self.name, constant, constants[constant]))
+            for pair in args:
+                if isinstance(pair, pair_function.PairArguments):
+                    TAKEN.add((self.name, pair_branch(pair), constants["WITH_FORCE"]))
+            TAKEN.update((self.name, *constant) for constant in constants.items())
             inside = True
             try:
                 return launch(*args, **constants)
@@ -156,9 +157,17 @@ def check(points, pair, eps=0.0, sizes=None, energy_bound=1e-6, gradient_bound=2
 # --- every branch ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k", [3, 20, 129], ids=["direct", "pairwise", "large_k"])
+@pytest.mark.parametrize(
+    ("k", "kernels"),
+    [
+        (3, ("direct", "finish")),
+        (20, ("pairwise", "near_pairs", "finish")),
+        (129, ("coefficient", "near_block", "finish")),
+    ],
+    ids=["direct", "pairwise", "large_k"],
+)
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
-def test_every_pair_function(pair, k):
+def test_every_pair_function(pair, k, kernels):
     mirrored = pair.half_space or pair.angular
     n = 66 if k < 129 else 34
     close = paired_rows(n, k, 1e-2, pairs=1, seed=1)
@@ -168,6 +177,9 @@ def test_every_pair_function(pair, k):
     sizes = [1, n, 9]
     # short rows, so that eps shows in every digit
     check(0.1 * points, pair, 1e-4, sizes, gradient_bound=1e-5)
+    branch = pair_branch(pair_function.pair_constants(pair).arguments)
+    for kernel, with_force in itertools.product(kernels, (True, False)):
+        assert (kernel, branch, with_force) in TAKEN
 
 
 @pytest.mark.parametrize(
@@ -186,11 +198,19 @@ def test_sizes_around_the_tiles(n):
     check(random_rows(n, 2), riesz(1.0))
 
 
-# exactly 8, 16, 32, 64, 128 columns, and one more: the next path or the next width
-@pytest.mark.parametrize("k", [1, 2, 5, 6, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 200])
+# every width of `direct`; exactly 16, 32, 64, 128 columns, and one more: the next width or path
+@pytest.mark.parametrize("k", [*range(1, 10), 16, 17, 24, 25, 32, 33, 64, 65, 128, 129, 200])
 def test_every_width(k):
     pair = riesz(2.0, min_distance=0.1)
     check(random_rows(67, k), pair, 1e-3, gradient_bound=1e-5 if k < 3 else 2e-6)
+    is_direct, with_rest = k <= 8, 8 < k <= 24
+    assert {("normalize", "COLUMNS", is_direct), ("normalize", "WITH_REST", with_rest)} <= TAKEN
+    if is_direct:
+        assert ("direct", "K", k) in TAKEN
+    elif k <= 128:
+        width, terms = max(16, 1 << (k - 1).bit_length()), 4 if with_rest else 3
+        for kernel in ("pairwise", "near_pairs"):
+            assert {(kernel, "WIDTH", width), (kernel, "COSINE_TERMS", terms)} <= TAKEN
 
 
 SHAPES = sorted(
@@ -394,10 +414,10 @@ def test_range_of_the_fp16_split():
 
 @pytest.mark.parametrize("k", [20, 131], ids=["pairwise", "large_k"])
 @pytest.mark.parametrize(
-    ("precision", "energy_bound", "gradient_bound"),
-    [("high", 1e-6, 1e-3), ("medium", 1e-4, 2e-3)],
+    ("precision", "cosine_terms", "energy_bound", "gradient_bound"),
+    [("high", 3, 1e-6, 1e-3), ("medium", 1, 1e-4, 2e-3)],
 )
-def test_cheaper_products(precision, energy_bound, gradient_bound, k):
+def test_cheaper_products(precision, cosine_terms, energy_bound, gradient_bound, k):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -407,6 +427,11 @@ def test_cheaper_products(precision, energy_bound, gradient_bound, k):
         check(points, riesz(2.0), 0.0, None, energy_bound, gradient_bound)
     finally:
         torch.set_float32_matmul_precision(before)
+    if k == 20:
+        assert ("pairwise", "COSINE_TERMS", cosine_terms) in TAKEN
+        assert ("pairwise", "FORCE_TERMS", 1) in TAKEN
+    else:
+        assert ("coefficient", "FORCE_HALVES", 1) in TAKEN
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -503,7 +528,7 @@ def matrices(count, k, d, seed):
 
 
 # in eight dimensions the rows are far enough apart not to feel that p is rounded to float32
-@pytest.mark.parametrize("k", [8, 40, 130], ids=["direct", "pairwise", "large_k"])
+@pytest.mark.parametrize("k", [8, 20, 40, 130])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_projection_of_weights_of_any_width(dtype, k):
     """Rows of any stride and dtype, float32 matrices, and a weight too narrow to project."""
@@ -522,6 +547,8 @@ def test_projection_of_weights_of_any_width(dtype, k):
     energy, gradient = sweep_projected(gpu, weights, projections, scales, pair, 1e-4, True)
     if k < 130:
         assert 0 < sum(LAUNCHES.values()) <= 5
+        assert ("project_normalize", "COLUMNS", k <= 8) in TAKEN
+        assert ("project_normalize", "WITH_REST", 8 < k <= 24) in TAKEN
     expected, row_gradient, wanted = project_truth(weights, projections, k, scales, pair, 1e-4)
     assert energy.dtype == gradient.dtype == torch.float32
     assert relative_error(energy, expected) <= 1e-6
@@ -567,7 +594,7 @@ def test_more_weights_than_a_launch_takes(monkeypatch):
     LAUNCHES.clear()
     projections = [matrices(2, 15, 9 + i, i) if i % 3 else None for i in range(7)]
     energy, gradient = sweep_projected(gpu, weights, projections, scales, pair, 0.0, True)
-    assert LAUNCHES["project_normalize_kernel"] == 3
+    assert LAUNCHES["project_normalize"] == 3
     expected, row_gradient, _ = project_truth(weights, projections, 15, scales, pair, 0.0)
     assert relative_error(energy, expected) <= 1e-6
     assert relative_error(gradient, row_gradient) <= 2e-6
@@ -796,23 +823,3 @@ def test_memory_of_the_slots_is_bounded():
 def test_too_many_rows():
     with pytest.raises(ValueError, match="at most 2\\^31"):
         plan.make_plan((2**31,), 128, 64, 1, False, torch.device("cpu"))
-
-
-def test_nothing_was_left_out():
-    """Runs last: every constant branch of every kernel was taken above."""
-    wanted = {(f"{name}_kernel", *[None] * 4) for name in ("normalize", "total")}
-    wanted.add(("project_normalize_kernel", *[None] * 4))
-    sweeps = ("pairwise", "near_pairs", "direct", "coefficient", "near_block", "finish")
-    for pair in itertools.product(range(4), *[(False, True)] * 3):
-        wanted |= {(f"{name}_kernel", *pair) for name in sweeps}
-    for constant in ("COLUMNS", "WITH_REST"):
-        for name in ("normalize_kernel", "project_normalize_kernel"):
-            wanted |= {(name, constant, choice) for choice in (False, True)}
-    wanted |= {("direct_kernel", "K", k) for k in range(1, plan.MAX_DIRECT + 1)}
-    for width in (16, 32, 64, 128):
-        wanted |= {(f"{name}_kernel", "WIDTH", width) for name in ("pairwise", "near_pairs")}
-    wanted |= {("pairwise_kernel", "COSINE_TERMS", terms) for terms in (1, 3, 4)}
-    wanted |= {("near_pairs_kernel", "COSINE_TERMS", terms) for terms in (3, 4)}
-    wanted |= {("pairwise_kernel", "FORCE_TERMS", terms) for terms in (1, 3)}
-    wanted |= {("coefficient_kernel", "FORCE_HALVES", halves) for halves in (1, 2)}
-    assert not wanted - SEEN

@@ -1,0 +1,64 @@
+"""The special functions that pair functions are made of, on the GPU.
+
+Each takes float32 or float64. FAST: one instruction of NVIDIA's special-function units, right to
+about 22 bits; elsewhere, and in float64, the portable form.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rsqrt(x, FAST: tl.constexpr):
+    """1/sqrt(x): one special-function instruction where FAST (NVIDIA), portable elsewhere."""
+    if x.dtype == tl.float64:
+        return 1.0 / tl.sqrt(x)
+    elif FAST:
+        return tl.inline_asm_elementwise(
+            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.rsqrt(x)
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    """1/x, without the range reduction of a division where FAST."""
+    if x.dtype == tl.float64:
+        return 1.0 / x
+    elif FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    """log2(x); the portable one is about 20 instructions of software."""
+    if x.dtype == tl.float64:
+        return tl.log2(x)
+    elif FAST:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def angle(r2, q2):
+    """theta = 2 asin(r/2), from the smaller of r^2 and q^2 = 4 - r^2: accurate at 0 and at pi."""
+    z = 0.25 * tl.minimum(r2, q2)
+    # asin(sqrt z) / sqrt z on [0, 1/2], within 2.6e-9
+    p = 0.126604224 * z - 0.141247549
+    p = p * z + 0.111685588
+    p = p * z - 0.00881148499
+    p = p * z + 0.0362279992
+    p = p * z + 0.0440398399
+    p = p * z + 0.0750307444
+    p = p * z + 0.166666069
+    p = p * z + 1.0
+    half = tl.sqrt(z) * p
+    return tl.where(r2 <= q2, 2.0 * half, 3.141592653589793 - 2.0 * half)
