@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("TRITON_INTERPRET=1 replaces the compiler: unset it")
@@ -31,8 +30,9 @@ import triton
 
 from bench.gpu import machine_code
 from bench.gpu.launches import PAIRS, TARGETS, Launch, launches
+from bench.store import RESULTS
 
-RESULTS = Path(__file__).parents[1] / "results" / "compile_gpu.csv"
+TABLE = RESULTS / "compile_gpu.csv"
 # kernels with one loop over pairs that has to be fast, and those that multiply on tensor cores
 HOT = ("pairwise_kernel", "direct_kernel", "coefficient_kernel", "project_normalize_kernel")
 COUNTED = HOT[:3]
@@ -166,14 +166,14 @@ def save(rows: list[dict[str, str]], every: list[Launch]) -> None:
         return row["target"], row["kernel"], row["variant"]
 
     known = {}
-    if RESULTS.exists():
-        with RESULTS.open() as file:
+    if TABLE.exists():
+        with TABLE.open() as file:
             known = {key(row): row for row in csv.DictReader(file)}
     known |= {key(row): row for row in rows}
     current = dict.fromkeys(launch.key for launch in every)
     others = [name for name in known if name[0] not in {name[0] for name in current}]
     order = sorted([*current, *others], key=lambda name: list(TARGETS).index(name[0]))
-    with RESULTS.open("w", newline="") as file:
+    with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(known[name] for name in order if name in known)

@@ -26,12 +26,12 @@ def test_kernels_in_the_interpreter(which):
 
 
 def test_the_gpu_suite_runs_dry_and_goes_on_where_it_stopped(tmp_path):
-    suite = Path(__file__).parents[2] / "bench" / "gpu_suite.py"
     for _ in range(2):
         result = subprocess.run(
-            [sys.executable, str(suite), "--dry-run", "--results", str(tmp_path)]
+            [sys.executable, "-m", "bench.gpu.suite", "--results", str(tmp_path)]
             + ["--minutes", "1e6"],
             env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
         )
