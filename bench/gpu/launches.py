@@ -7,7 +7,7 @@ with all that the compiler has to know. So every variant is one that a call asks
 import itertools
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
 from comhe_ext.kernels.gpu import backend, plan
-from comhe_ext.kernels.pair_functions import PairFunction, Riesz
+from comhe_ext.kernels.pair_functions import Gaussian, PairFunction, Riesz
 from comhe_ext.kernels.sweep import Projected, SweepRequest
 
 # by name, with what is in the name of its matrix instructions
@@ -30,8 +30,14 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma"),
 }
 PAIRS: dict[str, PairFunction] = {
-    name + " half" * half + " angle" * angular: Riesz(s, half_space=half, angular=angular)
-    for name, s in (("s=0", 0.0), ("s=1", 1.0), ("s=2", 2.0), ("any s", 1.5))
+    name + " half" * half + " angle" * angular: replace(pair, half_space=half, angular=angular)
+    for name, pair in (
+        ("s=0", Riesz(0.0)),
+        ("s=1", Riesz(1.0)),
+        ("s=2", Riesz(2.0)),
+        ("any s", Riesz(1.5)),
+        ("gaussian", Gaussian()),
+    )
     for half, angular in itertools.product((False, True), repeat=2)
 }
 # weights of a projecting launch, as many as a ResNet-50 has

@@ -1,8 +1,8 @@
 """The sweep in Triton, for CUDA and ROCm. Triton is imported at the first call, not before.
 
 The files read in the order of a call: plan, project_normalize, then direct, pairwise with
-near_pairs, or large_k, then finish; pair_function holds what they share, backend calls them, and
-variant tells which code a call runs.
+near_pairs, or large_k, then finish; pair_function, pair_terms and special_functions hold what they
+share, backend calls them, and variant tells which code a call runs.
 """
 
 import importlib.util
@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from ..pair_functions import PairFunction, Riesz
+from ..pair_functions import PairFunction
 from ..sweep import Offers, SweepRequest, SweepResult
 
 OFFERS = Offers(projection=True)
@@ -34,7 +34,9 @@ def unavailable() -> str | None:
 
 def supports(pair: PairFunction) -> bool:
     """Whether the kernels know a pair function."""
-    return isinstance(pair, Riesz)
+    from .pair_function import FORMULAS
+
+    return type(pair) in FORMULAS
 
 
 def sweep(request: SweepRequest) -> SweepResult:

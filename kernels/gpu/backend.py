@@ -24,7 +24,8 @@ from .direct import direct
 from .finish import Units, finish
 from .large_k import ROW_TILE, large_k
 from .near_pairs import near_pairs
-from .pair_function import UNIT_SCALE, PairConstants, pair_constants
+from .pair_function import pair_constants
+from .pair_terms import UNIT_SCALE, PairConstants
 from .pairwise import pairwise
 from .plan import (
     MAX_DIRECT,

@@ -16,7 +16,7 @@ that counts only by the deficit, like `axial`, to which it is added.
 import triton
 import triton.language as tl
 
-from .pair_function import COINCIDENT, PairConstants, exact_terms
+from .pair_terms import COINCIDENT, PairConstants, exact_terms
 from .plan import Plan, Slots, Tiles, column_tile, load_item, split_tiles
 from .project_normalize import UnitRows
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pair_function import PairConstants, exact_side
+from .pair_terms import PairConstants, exact_side
 from .plan import Plan, Slots, load_row_tile
 from .project_normalize import UnitRows
 

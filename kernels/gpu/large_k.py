@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .near_pairs import add_near_force, far_terms, finite, is_near, near_terms, source_rows
-from .pair_function import COSINE_SCALE, PairConstants
+from .pair_terms import COSINE_SCALE, PairConstants
 from .pairwise import largest_cosines
 from .plan import NEAR_BLOCK, Plan, Slots
 from .project_normalize import UnitRows

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pair_function import COSINE_SCALE, LARGEST, UNIT_SCALE, PairConstants, exact_terms
+from .pair_terms import COSINE_SCALE, LARGEST, UNIT_SCALE, PairConstants, exact_terms
 from .pairwise import add_force, cosines, load_rows
 from .plan import NEAR_BLOCK, Plan, Slots, Tiles, load_item
 from .project_normalize import UnitRows

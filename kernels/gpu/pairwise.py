@@ -23,7 +23,7 @@ Source: Fasi, Higham, Mikaitis and Pranesh (2021), "Numerical behavior of NVIDIA
 import triton
 import triton.language as tl
 
-from .pair_function import PairConstants
+from .pair_terms import PairConstants
 from .plan import Plan, Slots, Tiles, column_tile, load_item, split_tiles
 from .project_normalize import UnitRows
 from .special_functions import log2

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pair_function import UNIT_SCALE
+from .pair_terms import UNIT_SCALE
 from .plan import Plan, load_row_tile, upload
 
 # columns of the weights that one step of the projection takes

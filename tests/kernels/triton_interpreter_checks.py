@@ -24,10 +24,12 @@ from comhe_ext.kernels.gpu import (
     large_k,
     near_pairs,
     pair_function,
+    pair_terms,
     pairwise,
     plan,
     project_normalize,
 )
+from comhe_ext.kernels.pair_functions import Gaussian, Riesz
 from comhe_ext.operators.energy import energy as projected_energy
 from comhe_ext.testing import (
     options_of,
@@ -78,7 +80,7 @@ class Recorded:
             global inside
             LAUNCHES[self.name] += 1
             for pair in args:
-                if isinstance(pair, pair_function.PairArguments):
+                if isinstance(pair, pair_terms.PairArguments):
                     TAKEN.add((self.name, pair_branch(pair), constants["WITH_FORCE"]))
             TAKEN.update((self.name, *constant) for constant in constants.items())
             inside = True
@@ -104,12 +106,24 @@ KERNELS = (
 for where, kernel in KERNELS:
     Recorded(where, kernel)
 
-PAIRS = [
+RIESZ = [
     riesz(s, half_space, angular)
     for s, half_space, angular in itertools.product(
         (0.0, 1.0, 2.0, 1.5), (False, True), (False, True)
     )
 ]
+GAUSSIANS = [
+    Gaussian(tau, half_space=half_space, angular=angular)
+    for tau, half_space, angular in itertools.product((2.0,), (False, True), (False, True))
+]
+PAIRS = RIESZ + GAUSSIANS
+
+
+def function_of(pair):
+    """The pair function of a distance, once more."""
+    if isinstance(pair, Gaussian):
+        return lambda t: (-pair.tau * t.square()).exp()
+    return lambda t: reference._pair_function(t, pair.s, pair.min_distance)
 
 
 def truth(points, sizes, scales, pair, eps):
@@ -118,14 +132,13 @@ def truth(points, sizes, scales, pair, eps):
     energies = [
         scale
         / 2
-        * reference.hyperspherical_energy(
+        * reference.pair_energy(
             rows,
-            pair.s,
+            function_of(pair),
             half_space=pair.half_space,
             angular=pair.angular,
             reduction="sum",
             eps=eps,
-            min_distance=pair.min_distance,
         )
         for rows, scale in zip(points.split(sizes), scales, strict=True)
     ]
@@ -184,7 +197,10 @@ def test_every_pair_function(pair, k, kernels):
 
 @pytest.mark.parametrize(
     ("pair", "k"),
-    [*itertools.product(PAIRS, (4, 12)), *((p, 130) for p in PAIRS if p.s == 2.0)],
+    [
+        *itertools.product(PAIRS, (4, 12)),
+        *((p, 130) for p in [*GAUSSIANS, *RIESZ] if p in GAUSSIANS or p.s == 2.0),
+    ],
     ids=str,
 )
 def test_random_rows(pair, k):
@@ -293,8 +309,8 @@ def test_tangent_line(min_distance, k):
 @pytest.mark.parametrize(
     ("pair", "k"),
     [
-        *itertools.product([p for p in PAIRS if p.s != 1.0], (2, 16)),
-        *itertools.product([p for p in PAIRS if p.s == 2.0], (132,)),
+        *itertools.product([p for p in RIESZ if p.s != 1.0], (2, 16)),
+        *itertools.product([p for p in RIESZ if p.s == 2.0], (132,)),
     ],
     ids=str,
 )
@@ -315,7 +331,7 @@ def test_coincident_and_antipodal_rows(pair, sign, k):
 @pytest.mark.parametrize(
     ("pair", "k", "eps"),
     [
-        *itertools.product([p for p in PAIRS if p.s in (0.0, 2.0)], (5, 20), (0.0, 1e-6)),
+        *itertools.product([p for p in RIESZ if p.s in (0.0, 2.0)], (5, 20), (0.0, 1e-6)),
         *itertools.product([riesz(2.0, True), riesz(6.0)], (20, 131), (0.0, 1e-10)),
     ],
     ids=str,
@@ -387,6 +403,22 @@ def test_large_exponents(s, half_space):
     check(points, riesz(s, half_space), 0.0, None, energy_bound, bound)
 
 
+@pytest.mark.parametrize(
+    ("tau", "k", "eps"),
+    [(0.5, 4, 0.0), (0.5, 20, 1e-4), (8.0, 131, 0.0), (100.0, 4, 1e-4), (100.0, 20, 0.0)],
+)
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("angular", [False, True])
+def test_gaussians_wide_and_narrow(tau, k, eps, half_space, angular):
+    """Near, coincident and antipodal pairs beside typical ones, at any width."""
+    pair = Gaussian(tau, half_space=half_space, angular=angular)
+    # an error of a squared distance, that of float32, is multiplied by tau
+    bound = max(1.0, tau / 2.0)
+    points = paired_rows(40, k, 1e-3, pairs=2)
+    points[5], points[6] = points[7], -points[8]
+    check(points, pair, eps, None, bound * 1e-6, bound * 2e-6)
+
+
 def test_range_of_the_fp16_split():
     """Coefficients: below the largest fp16 at the near chord, resolved to 2^-19 at r = sqrt 2.
 
@@ -394,19 +426,23 @@ def test_range_of_the_fp16_split():
     changes a cosine by less than float32 rounds it.
     """
     largest, smallest = 65504.0, 2.0**-24
-    for s, half_space, angular in itertools.product(
-        (0.0, 1e-3, 0.5, 1.0, 1.7, 2.0, 3.0, 4.0, 8.0, 10.0, 16.0, 50.0),
-        (False, True),
-        (False, True),
-    ):
-        constants = pair_function.pair_constants(riesz(s, half_space, angular))
-        near = 2.0 - 2.0 * constants.near_cosine
-        x = torch.tensor([near, 2.0], dtype=torch.float64)
-        _, slope, _ = riesz(s, False, angular, 0.0).one_sided(x, 4.0 - x)
+    kinds = [riesz(s) for s in (0.0, 1e-3, 0.5, 1.0, 1.7, 2.0, 3.0, 4.0, 8.0, 10.0, 16.0, 50.0)]
+    kinds += [Gaussian(tau) for tau in (1e-3, 0.1, 1.0, 3.0, 6.0, 7.0, 20.0, 27.0)]
+    for kind, half_space, angular in itertools.product(kinds, (False, True), (False, True)):
+        constants = pair_function.pair_constants(
+            replace(kind, half_space=half_space, angular=angular)
+        )
+        near = max(2.0 - 2.0 * constants.near_cosine, 0.0)
+        x = torch.tensor([near, 2.0, 4.0 - near], dtype=torch.float64)
+        pure = replace(kind, angular=angular)
+        if isinstance(pure, Riesz):
+            pure = replace(pure, min_distance=0.0)
+        _, slope, _ = pure.one_sided(x, 4.0 - x)
         raw = slope / constants.force_unit
         assert raw[0] < largest
+        assert raw[2] < largest or not angular
         assert smallest / 2 / raw[1] <= 1.001 * 2.0**-19
-    scale = pair_function.UNIT_SCALE.value
+    scale = pair_terms.UNIT_SCALE.value
     assert scale * 1.001 < largest
     # an error of half the smallest subnormal in each of k = 128 entries, against an entry of 1
     assert math.sqrt(128) * smallest / 2 / scale < 2.0**-25
@@ -542,7 +578,8 @@ def test_projection_of_weights_of_any_width(dtype, k):
         None,
         matrices(2, k, 5, 5),
     ]
-    scales, pair = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], riesz(2.0, k != 8)
+    scales = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    pair = Gaussian(half_space=True) if k == 20 else riesz(2.0, k != 8)
     LAUNCHES.clear()
     energy, gradient = sweep_projected(gpu, weights, projections, scales, pair, 1e-4, True)
     if k < 130:
@@ -734,10 +771,9 @@ def gradient_of_first_rows(points, count, pair):
     for i in range(count):
         near = (torch.nn.functional.normalize(rows[i], dim=0) - v).square().sum(1)
         near = torch.cat([near[:i], near[i + 1 :]])
-        value = reference._pair_function(near.sqrt(), pair.s, pair.min_distance).sum()
+        value = function_of(pair)(near.sqrt()).sum()
         if pair.half_space:
-            far = (4.0 - near).sqrt()
-            value = 2 * (value + reference._pair_function(far, pair.s, pair.min_distance).sum())
+            value = 2 * (value + function_of(pair)((4.0 - near).sqrt()).sum())
         parts.append(value)
     (gradient,) = torch.autograd.grad(torch.stack(parts).sum(), rows)
     return gradient
