@@ -1,12 +1,12 @@
-"""The sweep on a GPU: project and normalize, then one of three ways to meet all pairs, then finish.
+"""The sweep on a GPU: project and normalize, one of three kernels for the pairs, then finish.
 
     k <= 8      direct      differences on the CUDA cores
     k <= 128    pairwise    tensor cores, near_pairs for what they cannot resolve
     k > 128     large_k     blocks of the cosine matrix through GEMMs
 
-All sets go through the same launches. Shapes alone decide tables and launch shapes: nothing is
-tuned at run time, and but for the upload of tables when shapes are new nothing waits for the GPU,
-so a CUDA graph captures a call whose shapes were seen before.
+All sets go through the same launches. Tables and launch shapes follow from the sizes alone:
+nothing is tuned at run time, and nothing waits for the GPU but the upload of tables when sizes are
+new. So a CUDA graph captures a call whose sizes were seen before.
 """
 
 from collections.abc import Iterator
@@ -206,7 +206,7 @@ def _sweep_points(request: SweepRequest, points: Tensor) -> SweepResult:
     with on_device(call.device):
         rows = call.unit_rows()
         normalize(points, rows, call.plan, call.tiles.block_m, request.eps)
-        return SweepResult(*_meet_pairs(call, points, rows))
+        return SweepResult(*_sweep_pairs(call, points, rows))
 
 
 def _sweep_projected(request: SweepRequest, source: Projected) -> SweepResult:
@@ -245,7 +245,7 @@ def _sweep_projected(request: SweepRequest, source: Projected) -> SweepResult:
             projection_precision(device),
         )
         hold([sets])
-        return SweepResult(*_meet_pairs(call, points, rows))
+        return SweepResult(*_sweep_pairs(call, points, rows))
 
 
 def _check_projected(weight: Tensor, projection: Tensor | None, first: Tensor, k: int) -> None:
@@ -286,7 +286,7 @@ def projection_precision(device: torch.device) -> str:
     return "tf32x3" if exact else "tf32"
 
 
-def _meet_pairs(call: Call, points: Tensor, rows: UnitRows) -> tuple[Tensor, Tensor | None]:
+def _sweep_pairs(call: Call, points: Tensor, rows: UnitRows) -> tuple[Tensor, Tensor | None]:
     """From unit rows to energies and the gradient in `points`."""
     pair, plan, tiles = call.pair, call.plan, call.tiles
     with_gradient = call.with_gradient
@@ -298,7 +298,7 @@ def _meet_pairs(call: Call, points: Tensor, rows: UnitRows) -> tuple[Tensor, Ten
         )
     else:
         slots = pairwise(rows, call.k, plan, tiles, pair, with_gradient, call.terms)
-        # the repair knows no cheaper product
+        # the near-pair kernel has no cheaper product
         cosine_terms = max(call.terms[0], 3)
         near_pairs(points, rows, slots, plan, tiles, pair, with_gradient, cosine_terms)
 

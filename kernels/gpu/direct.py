@@ -3,14 +3,14 @@
     D_ij = v_i - side v_j,  side = sign c_ij (1 where only c = 1 is ill-conditioned)
     G_i += -side F' D_ij,  axial_i += side F' deficit_i
 
-In few dimensions many pairs are close, and a difference of k <= 8 columns costs less than a product
-padded to 16. Unit rows are pairs of float32, v = head + tail, so a difference of close rows keeps
-its digits: head_i - head_j is exact there, and the tails supply the rest. What 48 bits do not tell
-apart coincides. Units are true ones, but for the range (`PairConstants`).
+In few dimensions many pairs are near, and a difference of k <= 8 columns costs less than a product
+padded to 16. Unit rows are pairs of float32, v = head + tail, so a difference of near rows keeps
+its digits: head_i - head_j is exact there, and the tails supply the rest. Rows that 48 bits do not
+tell apart count as coincident. Units are true ones, but for the range (`PairConstants`).
 
-The sum of F' D points along v_i, sqrt(N) times longer than what the tangent projection leaves of
-it. So float32 sums are short, their totals float64, and a slot holds G without its part along v_i:
-that counts only by the deficit, like `axial`, to which it is added.
+The sum of F' D is nearly parallel to v_i, and sqrt(N) times longer than the part across v_i, which
+is the gradient. So float32 sums are kept short and totaled in float64, and a slot holds only the
+part across. The part along v_i acts through the deficit alone, as `axial` does, and is added to it.
 """
 
 import triton

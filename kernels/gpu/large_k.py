@@ -3,9 +3,9 @@
     S = V_rows V_cols^T   (GEMM)    F(S), F'(S)   (one kernel)    G += F' V_cols   (GEMM)
 
 Blocks are as tall as the memory bound allows, so the products run at the GEMM's speed and the
-elementwise kernel at the memory's; they are no deeper than what the tensor cores, which truncate,
-sum without harm. Operands are the same fp16 pairs as in `pairwise`. Near pairs are left out by the
-elementwise kernel and added by a second one, which returns at once for rows that have none.
+elementwise kernel at the memory's. Their depth is limited, because tensor cores truncate: a longer
+sum would lose digits. Operands are the same fp16 pairs as in `pairwise`. Near pairs are left out by
+the elementwise kernel and added by a second one, which returns at once for rows that have none.
 """
 
 from collections.abc import Iterator

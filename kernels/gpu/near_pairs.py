@@ -3,12 +3,12 @@
     D_ij = v_i - side v_j,  side = sign c_ij        m2 = |D_ij|^2 + deficit_i + deficit_j
     r^2 = m2 or 4 - m2                              F' v_j = side F' v_i - side F' D_ij
 
-D comes from the raw rows in float64. The part of the gradient along v_i, side F', is large and
-falls out in the tangent projection but for its deficit: it is summed apart ("axial", times that
-deficit), so nothing cancels. Between multiples of one row D is rounding: the force is axial alone.
-The grid is that of `pairwise` in smaller row tiles; a program whose rows met no near pair returns
-at once, and one that met some pays for differences only in the tiles that hold them. What is done
-again is summed in float64.
+D comes from the caller's rows in float64. The part of the force along v_i, side F', is large, and
+the tangent projection leaves of it only the share of the deficit: it is summed separately
+("axial", times the deficit), so nothing cancels. Between multiples of one row D is rounding, and
+their force is axial alone. The grid is that of `pairwise` in smaller row tiles. A program whose
+rows met no near pair returns at once; another computes differences only in the tiles that hold such
+pairs, and sums in float64.
 """
 
 from typing import Any, NamedTuple
@@ -85,9 +85,9 @@ def squared_difference(m, n, side, k):
 
 @triton.jit
 def near_terms(m, n, x, k, pair):
-    """Of the pairs of a tile from differences, as the slots hold them; x gives the side.
+    """side F' that multiplies v_i, the same for D_ij, F, and side, from the differences of a tile.
 
-    side F', as it multiplies v_i; the same as it multiplies D_ij; F; and side. All float64.
+    All float64, in the units of the slots. The sign of x gives the side.
     """
     side = tl.where(x < 0.0, -1.0, 1.0).to(tl.float64)
     d2, multiples = squared_difference(m, n, side, k)

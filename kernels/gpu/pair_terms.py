@@ -39,7 +39,7 @@ LARGEST_DIRECT_SLOPE = 2.0**72
 LARGEST: tl.constexpr = tl.constexpr(2.0**127)
 
 # chord below which 2 - 2c (absolute error 2e-7) is not trusted and the near-pair kernel takes over:
-# there F' of s = 2 is off by 1e-5, and random rows meet so closely only in some ten dimensions
+# there F' of s = 2 is off by 1e-5, and random rows come so near only in ten dimensions or so
 NEAR_CHORD = 2.0**-2
 # fp16 range kept for coefficients: they are at most 2^14 at the near chord, and the typical pair
 # (r = sqrt 2) is at most 2^19 times smaller, so that its low half still resolves 2^-19 of it

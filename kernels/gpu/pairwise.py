@@ -7,14 +7,14 @@ the pair function between them in registers; no [N, N] array, no atomics. Operan
 hi + lo, and a product keeps the three terms hi hi + hi lo + lo hi: float32 accuracy at half of what
 tf32 in three terms costs, safe because |v| <= 1 and F' is bounded away from the near pairs.
 
-Tensor cores truncate: each of their steps of 16 products rounds the running sum towards zero, and
-G is long beside what the tangent projection leaves of it (sqrt(N / k) times in half space). So
-small terms come first, the product of a tile starts from zero, and the tiles are added by the
-float32 units, which round to nearest. Where N / k is largest the row has a third half, `rest`: an
-error of v_i itself is the same in all its cosines and adds up like G does.
+Tensor cores truncate: each step of 16 products rounds the running sum towards zero, and G is much
+longer than the part across v_i that the gradient keeps (sqrt(N / k) times in half space). So small
+terms come first, the product of a tile starts from zero, and the tiles are added by the float32
+units, which round to nearest. Where N / k is largest the row is held in three parts, hi + lo +
+rest: an error of v_i is the same in all its cosines and adds up as G does.
 
-Tiles without the diagonal and without padding ("clean") run in a loop of their own that knows no
-masks. The largest cosine of each row goes out with the result: a row that met a close pair is done
+Tiles without the diagonal and without padding ("clean") run in a loop of their own that needs no
+masks. The largest cosine of each row is stored with the result: rows that met a near pair are done
 again by `near_pairs`, which is cheaper than a branch in this loop.
 
 Source: Fasi, Higham, Mikaitis and Pranesh (2021), "Numerical behavior of NVIDIA tensor cores".

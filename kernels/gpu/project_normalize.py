@@ -4,7 +4,7 @@
     nu_i = sqrt(|p_i|^2 + eps),  v_i = p_i / nu_i,  deficit_i = 1 - |v_i|^2 = eps / nu_i^2
 
 The norms are summed in float64: its range needs no scaling by the largest entry, and 1/nu is then
-exact enough for the differences of close rows. Unit rows go out packed by set (see `plan`), padding
+exact enough for the differences of near rows. Unit rows go out packed by set (see `plan`), padding
 zero, as pairs hi + lo: of fp16 numbers that hold 256 v for the tensor cores (and in few dimensions
 a third one, `rest`), or of float32 numbers that hold v, a column after the other, for the
 differences of `direct`.

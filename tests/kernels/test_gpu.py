@@ -61,7 +61,7 @@ def test_accuracy_on_random_rows(n, k, half_space):
 @pytest.mark.parametrize("s", [0.0, 1.0, 2.0, 2.5])
 @pytest.mark.parametrize("half_space", [False, True])
 @pytest.mark.parametrize("angular", [False, True])
-def test_close_pairs(s, half_space, angular, k):
+def test_near_pairs(s, half_space, angular, k):
     for angle in (1e-2, 1e-3, 1e-4):
         options = dict(s=s, half_space=half_space, angular=angular, min_distance=0.0)
         weight = paired_rows(700, k, angle, antipodal=half_space, device="cuda")

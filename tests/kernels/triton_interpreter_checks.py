@@ -183,10 +183,10 @@ def check(points, pair, eps=0.0, sizes=None, energy_bound=1e-6, gradient_bound=2
 def test_every_pair_function(pair, k, kernels):
     mirrored = pair.half_space or pair.angular
     n = 66 if k < 129 else 34
-    close = paired_rows(n, k, 1e-2, pairs=1, seed=1)
+    near = paired_rows(n, k, 1e-2, pairs=1, seed=1)
     if mirrored:
-        close[1] = -2.0 * paired_rows(n, k, 2e-2, pairs=1, seed=1)[n - 1]
-    points = torch.cat([random_rows(1, k), close, random_rows(9, k, seed=3)])
+        near[1] = -2.0 * paired_rows(n, k, 2e-2, pairs=1, seed=1)[n - 1]
+    points = torch.cat([random_rows(1, k), near, random_rows(9, k, seed=3)])
     sizes = [1, n, 9]
     # short rows, so that eps shows in every digit
     check(0.1 * points, pair, 1e-4, sizes, gradient_bound=1e-5)
@@ -256,7 +256,7 @@ def test_long_rows_are_summed_in_parts(monkeypatch):
 
 
 def test_blocks_of_the_cosine_matrix(monkeypatch):
-    """More than one block in rows and in columns, with close pairs across them."""
+    """More than one block in rows and in columns, with near pairs across them."""
     monkeypatch.setattr(large_k, "BLOCK_ELEMENTS", (1, 64 * 128))
     monkeypatch.setattr(large_k, "BLOCK_COLS", 128)
     points = paired_rows(150, 129, 1e-3, pairs=3)
@@ -287,7 +287,7 @@ def test_blocks_of_the_cosine_matrix(monkeypatch):
     ],
     ids=str,
 )
-def test_close_pairs(pair, eps, angle, k):
+def test_near_pairs(pair, eps, angle, k):
     check(paired_rows(36, k, angle, pairs=1), pair, eps, gradient_bound=1e-5)
     if pair.half_space or pair.angular:
         points = paired_rows(36, k, angle, pairs=1, antipodal=True)
