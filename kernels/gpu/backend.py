@@ -25,7 +25,7 @@ from .finish import Units, finish
 from .large_k import ROW_TILE, large_k
 from .near_pairs import near_pairs
 from .pair_function import pair_constants
-from .pair_terms import UNIT_SCALE, PairConstants
+from .pair_terms import SMALL_SET, UNIT_SCALE, PairConstants
 from .pairwise import pairwise
 from .plan import (
     MAX_DIRECT,
@@ -159,7 +159,12 @@ def make_call(request: SweepRequest, k: int, device: torch.device) -> Call:
     return Call(
         Numbers.of(request.sizes),
         Numbers.of(request.scales),
-        pair_constants(request.pair, has_fast_functions(device)),
+        pair_constants(
+            request.pair,
+            has_fast_functions(device),
+            small_sets=max(request.sizes, default=0) <= SMALL_SET,
+            many_columns=k > MAX_WIDTH,
+        ),
         k,
         request.gradient,
         device,

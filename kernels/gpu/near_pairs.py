@@ -17,11 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pair_terms import COSINE_SCALE, LARGEST, UNIT_SCALE, PairConstants, exact_terms
+from .pair_terms import COSINE_SCALE, LARGEST, UNIT_SCALE, PairConstants, exact_terms, masked_terms
 from .pairwise import add_force, cosines, load_rows
 from .plan import NEAR_BLOCK, Plan, Slots, Tiles, load_item
 from .project_normalize import UnitRows
-from .special_functions import log2
 
 # |D|^2 below which two rows may be multiples of one row: far above the rounding of their norms, and
 # so small that few others have to be looked at
@@ -112,11 +111,7 @@ def is_near(x, mask, pair):
 @triton.jit
 def far_terms(x, mask, near, pair):
     """Raw F' and F of the pairs of a tile that are not near, NaN among them; 0 for the others."""
-    coefficient, terms = pair.tile(tl.where(near, 0.0, x), pair)
-    if pair.sum_of_logs:
-        terms = log2(terms, pair.fast)
-    far = mask & (near == 0)
-    return tl.where(far, coefficient, 0.0), tl.where(far, terms, 0.0)
+    return masked_terms(tl.where(near, 0.0, x), mask & (near == 0), pair)
 
 
 @triton.jit

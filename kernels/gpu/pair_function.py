@@ -24,8 +24,10 @@ from .pair_terms import (
     NEAR_CHORD,
     PLAIN_BITS,
     RANGE_BITS,
+    SMALL_SET_NEAR_CHORD,
     SMALLEST_CHORD,
     Formula,
+    OddRatio,
     PairArguments,
     PairConstants,
     Tangent,
@@ -33,6 +35,7 @@ from .pair_terms import (
     angle_tile,
     chord_tile,
     half_space_tile,
+    odd_half_space_tile,
 )
 from .special_functions import log2, reciprocal, rsqrt
 
@@ -187,6 +190,8 @@ def riesz(pair: Riesz) -> Formula:
         side=of_angle if angular else chord,
         exact=exact,
         numbers=RieszNumbers(s, bits, value_bits, factor),
+        # F' is ((1 - c) 2)^-(s/2 + 1)
+        odd=odd_ratio(s / 2.0 + 1.0, 0.0),
         near_chord=near_chord,
         energy_unit=energy_unit,
         energy_offset=energy_offset,
@@ -197,6 +202,17 @@ def riesz(pair: Riesz) -> Formula:
         range_bits=range_bits,
         value_bits=value_bits,
     )
+
+
+def odd_ratio(power: float, rate: float) -> OddRatio:
+    """Of h = (1 - c)^-power exp(rate c), x = COSINE_SCALE c: tanh(power artanh c + rate c)."""
+    u1, u3, u5 = power + rate, power / 3.0, power / 5.0
+    # tanh u = u - u^3 / 3 + 2 u^5 / 15 - ..., of u = u1 c + u3 c^3 + u5 c^5 + ...
+    a1, a3 = u1, u3 - u1**3 / 3.0
+    a5 = u5 - u1**2 * u3 + 2.0 * u1**5 / 15.0
+    # there the next term is 2e-7 of the first, and the sides differ by an eighth of their sum
+    scale = COSINE_SCALE.value
+    return OddRatio(0.125 / u1 * scale, a1 / scale, a3 / scale**3, a5 / scale**5)
 
 
 def _float32_power(bits: float) -> float:
@@ -253,6 +269,9 @@ def gaussian(pair: Gaussian) -> Formula:
         side=gaussian_angle if pair.angular else gaussian_chord,
         exact=gaussian_exact,
         numbers=GaussianNumbers(tau * log2e, 2.0 * tau, bits),
+        # F' is exp(2 tau c) but for a factor
+        odd=odd_ratio(0.0, 2.0 * tau),
+        odd_in_tiles=tau < 1.0,
         near_chord=near_chord,
         energy_unit=2.0**-bits,
         force_unit=2.0 * tau * 2.0**-bits,
@@ -263,17 +282,26 @@ FORMULAS: dict[type[PairFunction], Callable[[Any], Formula]] = {Riesz: riesz, Ga
 
 
 @lru_cache(maxsize=256)
-def pair_constants(pair: PairFunction, fast: bool = False) -> PairConstants:
+def pair_constants(
+    pair: PairFunction, fast: bool = False, small_sets: bool = False, many_columns: bool = False
+) -> PairConstants:
     """The kernel arguments of a pair function.
 
     Args:
         pair: one whose class `FORMULAS` knows.
         fast: use the approximate special functions of NVIDIA GPUs.
+        small_sets: all sets have at most `SMALL_SET` rows.
+        many_columns: so many that most cosines are small.
     """
     formula = FORMULAS[type(pair)](pair)
+    near_chord = formula.near_chord
+    if small_sets and near_chord > 0:
+        near_chord = max(near_chord, SMALL_SET_NEAR_CHORD)
     tile = formula.tile
     if tile is None:
-        tile = angle_tile if pair.angular else half_space_tile if pair.half_space else chord_tile
+        with_odd = many_columns or formula.odd_in_tiles
+        half_space = odd_half_space_tile if with_odd else half_space_tile
+        tile = angle_tile if pair.angular else half_space if pair.half_space else chord_tile
     value_unit = 2.0 ** (formula.value_bits - formula.range_bits)
     arguments = PairArguments(
         tile=tile,
@@ -285,8 +313,9 @@ def pair_constants(pair: PairFunction, fast: bool = False) -> PairConstants:
         sum_of_logs=tl.constexpr(formula.sum_of_logs),
         fast=tl.constexpr(fast),
         numbers=formula.numbers,
+        odd=formula.odd,
         # beyond any rounding of c = 1 where nothing is near
-        near_cosine=1.0 - formula.near_chord**2 / 2.0 if formula.near_chord > 0 else 2.0,
+        near_cosine=1.0 - near_chord**2 / 2.0 if near_chord > 0 else 2.0,
         range_unit=2.0**-formula.range_bits,
         tangent=formula.tangent,
         to_raw=ToRaw(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .special_functions import angle, reciprocal, rsqrt
+from .special_functions import angle, log2, reciprocal, rsqrt
 
 # unit rows are held as fp16 pairs of 256 v: the low half of an entry of ordinary size stays normal
 UNIT_SCALE: tl.constexpr = tl.constexpr(256.0)
@@ -41,6 +41,9 @@ LARGEST: tl.constexpr = tl.constexpr(2.0**127)
 # chord below which 2 - 2c (absolute error 2e-7) is not trusted and the near-pair kernel takes over:
 # there F' of s = 2 is off by 1e-5, and random rows come so near only in ten dimensions or so
 NEAR_CHORD = 2.0**-2
+# the same where all sets are small, so that the error of one pair shows in the energy of its set
+SMALL_SET = 256
+SMALL_SET_NEAR_CHORD = 2.0**-1
 # fp16 range kept for coefficients: they are at most 2^14 at the near chord, and the typical pair
 # (r = sqrt 2) is at most 2^19 times smaller, so that its low half still resolves 2^-19 of it
 COEFFICIENT_MAX_BITS = 14
@@ -64,6 +67,15 @@ class ToRaw(NamedTuple):
     per_force: float
 
 
+class OddRatio(NamedTuple):
+    """(h(x) - h(-x)) / (h(x) + h(-x)) of a side h, where |x| < below: x (a1 + a3 x^2 + a5 x^4)."""
+
+    below: float
+    a1: float
+    a3: float
+    a5: float
+
+
 class PairArguments(NamedTuple):
     """A pair function as a kernel takes it.
 
@@ -74,6 +86,7 @@ class PairArguments(NamedTuple):
         exact(t, 1/t, pair)     -f' and f of exact distances, scaled as `PairConstants` says
         sum_of_logs             `tile` and `side` give arguments of a log2 in place of F
         numbers                 what these functions know of the pair function
+        odd                     of its F' of the chord, for `odd_half_space_tile`
     """
 
     tile: Any
@@ -85,6 +98,7 @@ class PairArguments(NamedTuple):
     sum_of_logs: Any
     fast: Any
     numbers: Any
+    odd: OddRatio
     near_cosine: float
     range_unit: float
     tangent: Tangent
@@ -138,6 +152,8 @@ class Formula(NamedTuple):
     energy_offset: float = 0.0
     force_unit: float = 1.0
     tile: Any = None  # a short form of a whole tile
+    odd: OddRatio = OddRatio(*[0.0] * 4)
+    odd_in_tiles: bool = False  # the sides differ little at any c, so use `odd` at any k
     sum_of_logs: bool = False
     tangent: Tangent = Tangent(0.0, 0.0, 0.0, LARGEST.value)
     range_bits: float = 0.0
@@ -159,6 +175,23 @@ def half_space_tile(x, pair):
 
 
 @triton.jit
+def odd_half_space_tile(x, pair):
+    """The same, without the digits that the difference of the sides loses where c is small.
+
+    It costs some seven instructions a pair, so it serves where most cosines are small: in many
+    dimensions.
+    """
+    coefficient, energy = pair.side(2.0 - x * (2.0 / COSINE_SCALE), pair)
+    mirrored, mirrored_energy = pair.side(2.0 + x * (2.0 / COSINE_SCALE), pair)
+    odd = pair.odd
+    z = x * x
+    ratio = x * (odd.a1 + z * (odd.a3 + z * odd.a5))
+    small = tl.abs(x) < odd.below
+    difference = tl.where(small, (coefficient + mirrored) * ratio, coefficient - mirrored)
+    return difference, energy + mirrored_energy
+
+
+@triton.jit
 def angle_tile(x, pair):
     """Raw F' and F of a tile, of the angle."""
     r2 = 2.0 - x * (2.0 / COSINE_SCALE)
@@ -174,6 +207,15 @@ def angle_tile(x, pair):
         else:
             energy = energy + mirrored_energy
     return slope * cosecant, energy
+
+
+@triton.jit
+def masked_terms(x, mask, pair):
+    """Raw F' and F, logarithms taken, of the pairs that `mask` chooses; 0 for the others."""
+    coefficient, terms = pair.tile(x, pair)
+    if pair.sum_of_logs:
+        terms = log2(terms, pair.fast)
+    return tl.where(mask, coefficient, 0.0), tl.where(mask, terms, 0.0)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ Source: Fasi, Higham, Mikaitis and Pranesh (2021), "Numerical behavior of NVIDIA
 import triton
 import triton.language as tl
 
-from .pair_terms import PairConstants
+from .pair_terms import PairConstants, masked_terms
 from .plan import Plan, Slots, Tiles, column_tile, load_item, split_tiles
 from .project_normalize import UnitRows
 from .special_functions import log2
@@ -161,11 +161,9 @@ def pairwise_kernel(
             mask = mask & (cols[None, :] > offs_m[:, None])
         x = tl.where(mask, cosines(row_halves, columns, COSINE_TERMS), 0.0)
         nearest = tl.maximum(nearest, largest_cosines(x, pair))
-        coefficient, terms = pair.tile(x, pair)
-        terms = tl.where(mask, terms, 1.0 if pair.sum_of_logs else 0.0)
-        energy += row_energies(terms, pair, BLOCK_M, BLOCK_N)
+        coefficient, terms = masked_terms(x, mask, pair)
+        energy += tl.sum(terms, axis=1)
         if WITH_FORCE:
-            coefficient = tl.where(mask, coefficient, 0.0)
             force = add_force(force, coefficient, columns, FORCE_TERMS)
 
     lane = tl.arange(0, BLOCK_M)

@@ -419,6 +419,27 @@ def test_gaussians_wide_and_narrow(tau, k, eps, half_space, angular):
     check(points, pair, eps, None, bound * 1e-6, bound * 2e-6)
 
 
+@pytest.mark.parametrize(
+    ("pair", "k"),
+    [
+        *((riesz(s, True), 1000) for s in (0.2, 1.0, 1.5)),
+        *((Gaussian(tau, half_space=True), k) for tau in (0.05, 0.5) for k in (30, 1000)),
+    ],
+    ids=str,
+)
+def test_sides_that_nearly_cancel(pair, k):
+    """In many dimensions, or for a wide Gaussian, F'(c) of the two sides is almost the same."""
+    check(random_rows(33, k), pair, 0.0, None, 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("k", [9, 17, 40])
+def test_one_pair_of_a_small_set(k):
+    """The error of a pair just beyond what is always near, with hardly another pair beside it."""
+    for seed in range(4):
+        for chord in (0.26, 0.52):
+            check(paired_rows(5, k, chord, pairs=1, seed=seed), riesz(2.0))
+
+
 def test_range_of_the_fp16_split():
     """Coefficients: below the largest fp16 at the near chord, resolved to 2^-19 at r = sqrt 2.
 
