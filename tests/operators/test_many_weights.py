@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import comhe_ext
-from comhe_ext.models import resnet50
+from comhe_ext.testing.architectures import resnet50
 from comhe_ext.operators import energy as operator
 from comhe_ext.operators.energy import energy
 from comhe_ext.testing import options_of, random_rows, relative_error
