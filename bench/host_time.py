@@ -37,11 +37,13 @@ CASES = {"128 x 40": (1, 128, 40), "1,000 sets of 4 x 40": (1000, 4, 40)}
 PAIR = Riesz(half_space=True)
 
 
+LAUNCHES: Counter[str] = Counter()
+
+
 class StubKernel:
     """A compiled kernel whose launch does nothing."""
 
     function = packed_metadata = None
-    launches: Counter[str] = Counter()
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -50,7 +52,7 @@ class StubKernel:
         return None
 
     def run(self, *_: object) -> None:
-        self.launches[self.name] += 1
+        LAUNCHES[self.name] += 1
 
 
 @contextmanager
@@ -138,9 +140,9 @@ def measure(backend: str, rounds: int) -> Iterator[dict[str, object]]:
         launches = {}
         for name, call in layers.items():
             call()  # tables are made at the first call, and specialization settles at the second
-            StubKernel.launches.clear()
+            LAUNCHES.clear()
             call()
-            launches[name] = StubKernel.launches.total()
+            launches[name] = LAUNCHES.total()
         for _ in range(rounds):
             for name, call in layers.items():
                 begin = time.perf_counter()
@@ -170,8 +172,11 @@ def main() -> int:
         rows += measure("triton", options.rounds)
     TABLE.upsert(options.out, rows)
     lines = [
-        [str(row["case"]), str(row["what"]), f"{row['median_us']:.0f}", f"{row['min_us']:.0f}"]
-        + ["" if row["launches"] is None else str(row["launches"])]
+        [
+            *(str(row["case"]), str(row["what"])),
+            *(f"{row['median_us']:.0f}", f"{row['min_us']:.0f}"),
+            "" if row["launches"] is None else str(row["launches"]),
+        ]
         for row in rows
     ]
     headings = ("case", "what", "median, us", "least, us", "launches")

@@ -25,7 +25,7 @@ PATIENCE = 300.0
 
 
 def requests(device: torch.device, quick: bool = False) -> Iterator[tuple[str, SweepRequest]]:
-    """Calls whose variants are what most users run, each with its float32 precision."""
+    """Make the calls whose variants most users run, each with a precision of float32 products."""
 
     def request(
         k: int,

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def trusted(request: SweepRequest) -> bool:
 class Verdicts:
     """The verdicts on all variants that a device has run."""
 
-    _all: dict[torch.device, "Verdicts"] = {}
+    _all: ClassVar[dict[torch.device, "Verdicts"]] = {}
     _making = threading.Lock()
 
     def __init__(self, device: torch.device) -> None:
@@ -89,7 +89,7 @@ class Verdicts:
 
     @classmethod
     def of(cls, device: torch.device) -> "Verdicts":
-        """The one object of a device."""
+        """Return the one object of a device."""
         if device not in cls._all:
             with cls._making:
                 if device not in cls._all:
@@ -104,7 +104,7 @@ class Verdicts:
         return self.target in SERVED_ONCE_CHECKED and ALL in self.kept and self.kept[ALL].passed
 
     def find(self, variant: "Variant") -> Verdict:
-        """The verdict on a variant: of this process, or kept by an earlier one, or made now."""
+        """Find the verdict on a variant, of this process or kept by an earlier one, or make it."""
         if (verdict := self.found.get(variant)) is not None:
             return verdict
         with self.lock:
@@ -198,7 +198,7 @@ def _on_host(result: SweepResult) -> list[Tensor]:
 
 
 def exact_points(request: SweepRequest) -> Tensor:
-    """The rows of a sample that are swept, in float64 on the host."""
+    """Compute the rows of a sample that are swept, in float64 on the host."""
     source = request.source
     if not isinstance(source, Projected):
         return source.cpu().double()
@@ -264,7 +264,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _driver() -> str:
-    """The GPU's driver, as exactly as the system tells it."""
+    """Name the GPU's driver, as exactly as the system tells it."""
     for file in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
         with contextlib.suppress(OSError):
             return Path(file).read_text().splitlines()[0]
@@ -284,7 +284,7 @@ class VerdictFile:
         self.path = Path(triton.knobs.cache.dir) / "comhe_ext" / f"verdicts-{name}.json"
 
     def read(self) -> dict[str, Verdict]:
-        """The verdicts kept for this environment; none where the file is not to be read."""
+        """Read the verdicts kept for this environment; none where the file cannot be read."""
         try:
             content: Any = json.loads(self.path.read_text())
             if content["environment"] != self.environment:

@@ -90,5 +90,6 @@ def sources() -> str:
 
 
 def device_of(request: SweepRequest) -> torch.device:
+    """Return where the rows of a request are."""
     source: Tensor | Projected = request.source
     return source.weights[0].device if isinstance(source, Projected) else source.device

@@ -425,6 +425,7 @@ def test_other_targets_serve_when_asked_for_or_once_checked(stub, restart, monke
 def test_samples_are_exact_in_any_arithmetic(k, dtype, projected):
     *_, (_, request) = check.requests(CPU)
     which = variant.variant_of(request)
+    assert which is not None
     which = replace(which, k=k, dtype=dtype, projected=projected)
     request = verdicts.sample_request(which, CPU)
     assert list(request.sizes) == [2 * which.tiles.block_m + 37, 70]

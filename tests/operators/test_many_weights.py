@@ -7,10 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import comhe_ext
-from comhe_ext.testing.architectures import resnet50
 from comhe_ext.operators import energy as operator
 from comhe_ext.operators.energy import energy
 from comhe_ext.testing import options_of, random_rows, relative_error
+from comhe_ext.testing.architectures import resnet50
 
 # sets, rows, columns, matrices (0: none), whether the weight and the matrices are learned
 WEIGHTS = [
@@ -85,18 +85,20 @@ def test_gradients_come_in_the_dtype_of_what_they_belong_to():
     weights, matrices = made(torch.bfloat16)
     energy(weights, matrices, options_of()).sum().backward()
     for x in learned(weights, matrices):
-        assert x.grad.dtype == torch.bfloat16 and x.grad.shape == x.shape
+        assert x.grad.dtype == torch.bfloat16
+        assert x.grad.shape == x.shape
+
+
+# operators that launch nothing
+VIEWS = {
+    *("view", "unsqueeze", "transpose", "t", "slice", "select", "expand", "detach", "alias"),
+    *("unbind", "split", "split_with_sizes", "_unsafe_view", "squeeze", "as_strided", "permute"),
+    *("empty", "empty_like", "empty_strided", "new_empty", "is_same_size", "promote_types"),
+}
 
 
 class Counted(TorchDispatchMode):
     """Counts torch's operators, but for those that launch nothing."""
-
-    NOTHING = {
-        *("view", "unsqueeze", "transpose", "t", "slice", "select", "expand", "detach", "alias"),
-        *("unbind", "split", "split_with_sizes", "_unsafe_view", "squeeze", "as_strided"),
-        *("permute", "empty", "empty_like", "empty_strided", "new_empty", "is_same_size"),
-        "promote_types",
-    }
 
     def __init__(self):
         super().__init__()
@@ -104,7 +106,7 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.partition("::")[2]
-        if name not in self.NOTHING:
+        if name not in VIEWS:
             self.calls[name] += 1
         return function(*args, **(kwargs or {}))
 

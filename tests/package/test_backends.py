@@ -16,7 +16,7 @@ MPS, XPU = torch.device("mps"), torch.device("xpu", 0)
 @pytest.mark.parametrize("name", [None, "torch"])
 def test_devices_without_float64_are_refused_by_name(name, monkeypatch):
     for pair in (Riesz(), Gaussian()):
-        with pytest.raises(ValueError, match="device mps has no float64.*move the tensors"):
+        with pytest.raises(ValueError, match=r"device mps has no float64.*move the tensors"):
             backends.choose(name, pair, MPS, torch.float32)
     has_not, has = SimpleNamespace(has_fp64=False), SimpleNamespace(has_fp64=True)
     monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: has_not)
@@ -28,7 +28,7 @@ def test_devices_without_float64_are_refused_by_name(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["triton", "cpu"])
 def test_backends_are_refused_elsewhere(name):
-    with pytest.raises((ValueError, RuntimeError), match="needs tensors on|backend='torch'"):
+    with pytest.raises((ValueError, RuntimeError), match=r"needs tensors on|backend='torch'"):
         backends.choose(name, Riesz(), XPU, torch.float32)
 
 
@@ -39,7 +39,7 @@ def test_the_portable_backend_takes_what_others_cannot():
 
 def test_a_capture_of_the_portable_tiles_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="'torch' waits for the GPU.*leave this call out"):
+    with pytest.raises(RuntimeError, match=r"'torch' waits for the GPU.*leave this call out"):
         _refuse_capture(torch.device("cuda"))
     _refuse_capture(torch.device("cpu"))
     # and torch.compile leaves the operators out of the graphs that it captures
