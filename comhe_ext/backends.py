@@ -85,15 +85,16 @@ def choose(
     if name is None:
         asked = asked_by_environment()
         best = _BEST_ON.get(device.type, "torch")
-        if asked == "torch" or best == "torch" or misfit(best, pair, dtype, columns) is not None:
+        if asked == "torch" or best == "torch":
             check_float64(device)
             return "torch"
         reason = unavailable(best)
-        if reason is None:
-            return best
-        if asked == best:
+        if reason is not None and asked == best:
             raise RuntimeError(f"COMHE_BACKEND={asked}, but {reason}")
-        if best == "cpu":
+        # only a backend that is there can be asked what it takes: Triton may be missing
+        if reason is None:
+            return best if misfit(best, pair, dtype, columns) is None else "torch"
+        if best == "cpu" and misfit(best, pair, dtype, columns) is None:
             _tell_what_is_missing(best)
         return "torch"
     if name not in BACKENDS:

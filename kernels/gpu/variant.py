@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..pair_functions import PairFunction, Riesz
+from ..pair_functions import Gaussian, PairFunction, Riesz
 from ..sweep import Projected, SweepRequest, SweepResult
 from . import backend
 from .plan import Tiles
@@ -40,7 +40,7 @@ class Variant:
 
 
 def variant_of(request: SweepRequest) -> Variant | None:
-    """The variant that a request runs; None where it runs no kernel."""
+    """Name the variant that a request runs; None where it runs no kernel."""
     source = request.source
     if isinstance(source, Projected):
         weights, matrices = source
@@ -58,10 +58,13 @@ def variant_of(request: SweepRequest) -> Variant | None:
 
 @lru_cache(maxsize=256)
 def _representative(pair: PairFunction) -> PairFunction:
-    """The pair function that stands for all that run the same code."""
+    """Name the pair function that stands for all that run the same code."""
     if isinstance(pair, Riesz):
         s = pair.s if pair.s in (0.0, 1.0, 2.0) else 1.5
         return replace(pair, s=s, min_distance=Riesz.min_distance)
+    if isinstance(pair, Gaussian):
+        # tiles of half space have another form where it is wide
+        return replace(pair, tau=0.5 if pair.tau < 1.0 else 2.0)
     return pair
 
 

@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import comhe_ext
-from comhe_ext import backends, check, verdicts
+from comhe_ext import Gaussian, backends, check, verdicts
 from comhe_ext.kernels import portable
 from comhe_ext.kernels.sweep import Projected
 from comhe_ext.testing import exact_energy_and_gradient, random_rows, relative_error
@@ -139,6 +139,9 @@ def test_what_runs_the_same_code_shares_a_check(stub):
     run(s=3.0)
     run(s=2.5)
     assert stub.checks == 2
+    for tau in (2.0, 3.0, 0.9, 0.3):
+        comhe_ext.pair_energy(random_rows(40, 12).requires_grad_(), pair=Gaussian(tau))
+    assert stub.checks == 4
 
 
 def test_nothing_is_checked_where_no_kernel_runs(stub):

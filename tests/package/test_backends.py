@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from comhe_ext import Gaussian, Riesz, backends
+from comhe_ext.kernels import gpu
 from comhe_ext.operators.sweep import _refuse_capture
 
 MPS, XPU = torch.device("mps"), torch.device("xpu", 0)
@@ -35,6 +36,17 @@ def test_backends_are_refused_elsewhere(name):
 def test_the_portable_backend_takes_what_others_cannot():
     assert backends.choose(None, Riesz(), torch.device("cpu"), torch.float64) == "torch"
     assert backends.choose(None, Riesz(), torch.device("cuda"), torch.float64) == "torch"
+
+
+def test_triton_is_asked_for_nothing_where_it_is_missing(monkeypatch):
+    def missing(pair):
+        raise ImportError("No module named 'triton'")
+
+    monkeypatch.setattr(gpu, "unavailable", lambda: "Triton is not installed")
+    monkeypatch.setattr(gpu, "supports", missing)
+    assert backends.choose(None, Riesz(), torch.device("cuda"), torch.float32) == "torch"
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
+        backends.choose("triton", Riesz(), torch.device("cuda"), torch.float32)
 
 
 def test_a_capture_of_the_portable_tiles_is_refused(monkeypatch):
