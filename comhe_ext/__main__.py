@@ -23,7 +23,7 @@ def _version(package: str) -> str:
 
 
 def info() -> Iterator[tuple[str, str]]:
-    """The lines of the report that a bug report should carry, as (name, value)."""
+    """Give the lines of the report that a bug report should carry, as (name, value)."""
     yield "comhe_ext", comhe_ext.__version__
     yield "python", platform.python_version()
     yield "torch", torch.__version__
@@ -41,6 +41,7 @@ def info() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="comhe-ext",
         description=__doc__,

@@ -29,7 +29,7 @@ _loaded: dict[str, Backend] = {}
 
 
 def load(name: str) -> Backend:
-    """The module of a backend; imported at first use, so that importing us never needs Triton."""
+    """Return the module of a backend, imported at first use: importing us never needs Triton."""
     if name not in _loaded:
         _loaded[name] = cast(Backend, importlib.import_module(_MODULES[name]))
     return _loaded[name]
@@ -67,7 +67,7 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def asked_by_environment() -> str | None:
-    """The backend that COMHE_BACKEND names: for backend=None, where it takes the tensors."""
+    """Read which backend COMHE_BACKEND names: for backend=None, where it takes the tensors."""
     name = os.environ.get("COMHE_BACKEND")
     if name and name not in BACKENDS:
         raise ValueError(f"COMHE_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -81,7 +81,7 @@ def choose(
     dtype: torch.dtype,
     columns: int = 1,
 ) -> str:
-    """The backend to use: the one asked for, which must work here, or the best that does."""
+    """Choose the backend: the one asked for, which must work here, or the best that does."""
     if name is None:
         asked = asked_by_environment()
         best = _BEST_ON.get(device.type, "torch")

@@ -257,7 +257,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 def _split_columns(
     weight: Tensor, groups: int | Sequence[Sequence[int] | Tensor]
 ) -> Sequence[Tensor]:
-    """The columns of each group."""
+    """Take the columns of each group."""
     features = weight.shape[-1]
     if isinstance(groups, (bool, str)) or not isinstance(groups, (int, Integral, Sequence)):
         raise TypeError(

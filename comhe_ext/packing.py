@@ -84,6 +84,6 @@ def add(totals: Sequence[Tensor]) -> Tensor:
 
 
 def stack_parts(parts: Sequence[Tensor]) -> Tensor:
-    """Groups of columns [..., N, k_g] as [..., G, N, k], k the largest k_g."""
+    """Stack groups of columns [..., N, k_g] as [..., G, N, k], k the largest k_g."""
     width = max(part.shape[-1] for part in parts)
     return torch.stack([pad(part, width) for part in parts], -3)

@@ -30,7 +30,7 @@ from comhe_ext.operators.sweep import SweepOptions, count_of, points_of
 def _swept(
     weights: Sequence[Tensor], matrices: Sequence[Tensor | None], gradient: bool, arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """The operator, which takes [V, N, d], of a lone [N, d] too."""
+    """Call the operator, which takes [V, N, d], for a lone [N, d] too."""
     if weights[0].dim() == 3:
         return torch.ops.comhe_ext.sweep(weights, matrices, gradient, *arguments)
     sets = [weights[0].unsqueeze(0)]
@@ -222,13 +222,13 @@ class _Sets:
     arguments: Sequence[Any]
 
     def weights(self, points: Tensor) -> list[Tensor]:
-        """The points of these sets, as `sweep` takes them."""
+        """Split points into these sets, as `sweep` takes them."""
         if points.dim() == 3:
             return [points]
         return [rows.unsqueeze(0) for rows in points.split(list(self.sizes))]
 
     def repeated(self, batch: int) -> "_Sets":
-        """The same for all elements of a batch."""
+        """Repeat the sets for all elements of a batch."""
         options = SweepOptions.of(self.arguments).repeated(batch)
         return _Sets(list(self.sizes) * batch, options.arguments)
 

@@ -29,6 +29,7 @@ class Form(NamedTuple):
 
 
 def form_of(x: Tensor) -> Form:
+    """Take from a tensor what the checks ask of it."""
     return Form(x.shape, x.dtype, x.device, x.layout)
 
 
@@ -114,6 +115,7 @@ def check_like(name: str, rows: Tensor, other: str, like: Tensor) -> None:
 
 
 def check_device(name: str, tensor: Tensor | Form, other: str, like: Tensor | Form) -> None:
+    """Refuse a tensor on another device than the one that it belongs to."""
     if tensor.device != like.device:
         raise ValueError(
             f"`{name}` must be on the device of `{other}`, got {tensor.device} and {like.device}"
@@ -124,14 +126,14 @@ def check_device(name: str, tensor: Tensor | Form, other: str, like: Tensor | Fo
 
 
 def in_front(x: Tensor, dim: int | None, batch: int) -> Tensor:
-    """The batch dimension as the first one."""
+    """Move the batch dimension to the front."""
     return x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def over_batch(
     call: Callable[..., Any], info: Any, in_dims: Sequence[Any], tensors: Sequence[Any], *rest: Any
 ) -> tuple[Any, Any]:
-    """What a batching rule returns, by a call on the sets of all elements of the batch at once."""
+    """Return what a batching rule has to, by one call on the sets of all elements of the batch."""
     batch = info.batch_size
     flat = []
     for x, dim in zip(tensors, in_dims, strict=False):
@@ -146,6 +148,7 @@ def over_batch(
 
 
 def split_batch(x: Tensor, batch: int) -> Tensor:
+    """Give the elements of a batch, one after another, a dimension of their own."""
     return x.view(batch, x.shape[0] // batch, *x.shape[1:])
 
 
@@ -308,7 +311,7 @@ class _Final(torch.autograd.Function):
 
 
 def final(points: Tensor, what: str) -> Tensor:
-    """The points of a second derivative, of which a third one raises.
+    """Mark the points of a second derivative, of which a third one raises.
 
     A second derivative is linear in its tangents, and a function of them may be differentiated
     (torch.autograd.functional.hvp does). What it is in the points must not come out as zero.

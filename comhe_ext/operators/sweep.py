@@ -76,7 +76,7 @@ class SweepOptions:
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> "SweepOptions":
-        """What `arguments` gave, checked: an operator may be handed anything."""
+        """Make what `arguments` gave again, checked: an operator may be handed anything."""
         name, parameters, reduction, eps, backend, *factors = arguments
         return _options(name, tuple(parameters), reduction, eps, backend, *map(tuple, factors))
 
@@ -92,13 +92,13 @@ class SweepOptions:
                 raise ValueError(f"`factors` must be finite, got {factor}")
 
     def repeated(self, batch: int) -> "SweepOptions":
-        """The same for all sets of a batch."""
+        """Repeat the factors for all sets of a batch."""
         return replace(self, factors=tuple(self.factors) * batch)
 
     def request(
         self, source: Tensor | Projected, sizes: Sequence[int], gradient: bool
     ) -> SweepRequest:
-        """What a backend is asked."""
+        """Make what a backend is asked."""
         scales = _scales(Numbers.of(sizes), self)
         return SweepRequest(source, sizes, scales, self.pair, self.eps, gradient)
 
@@ -155,6 +155,7 @@ def _width(weights: Sequence[Tensor | Form], matrices: Sequence[Tensor | Form | 
 
 
 def count_of(matrices: Tensor | Form | None) -> int:
+    """Count the sets that each set of a weight becomes."""
     return 1 if matrices is None else matrices.shape[0]
 
 
@@ -170,7 +171,7 @@ def _set_sizes(
 
 
 def _all_rows(weights: Sequence[Tensor], matrices: Sequence[Tensor | None]) -> Iterator[Tensor]:
-    """The rows of each weight under all its matrices, its sets one after the other, [..., k]."""
+    """Yield the rows of each weight under all its matrices, set after set, [..., k]."""
     width = _width(weights, matrices)
     is_plain = all(projection is None for projection in matrices)
     # rows as they are keep the dtype that they share
@@ -206,7 +207,7 @@ def _packed(
 def points_of(
     weights: Sequence[Tensor], matrices: Sequence[Tensor | None]
 ) -> tuple[Tensor, list[int]]:
-    """The same by torch's differentiable operators, and the size of each set."""
+    """Make all rows by torch's differentiable operators, and list the size of each set."""
     if len(weights) == 1 and matrices[0] is None:
         return weights[0] if weights[0].dim() == 3 else weights[0].unsqueeze(0), []
     width = _width(weights, matrices)
@@ -359,7 +360,7 @@ def _request(
     options: SweepOptions,
     gradient: bool,
 ) -> SweepRequest:
-    """What a backend is asked: to project the rows, too, where it can."""
+    """Make what a backend is asked: to project the rows, too, where it can."""
     source: Tensor | Projected
     if layout.projected and backends.load(backend).OFFERS.projection:
         sets: list[Tensor] = []
@@ -449,12 +450,12 @@ def _(
 
 
 def _each(x: Tensor | None, dim: int | None, batch: int) -> list[Tensor | None]:
-    """A tensor for each element of the batch."""
+    """List a tensor for each element of the batch."""
     return [x] * batch if x is None or dim is None else list(x.unbind(dim))
 
 
 def _sweep_batch(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-    """The lists of every element, one after the other; a single plain weight stays one."""
+    """Batch by the lists of every element, one after the other; a lone plain weight stays one."""
     batch = info.batch_size
     weights, matrices, gradient, *arguments = args
     options = SweepOptions.of(arguments).repeated(batch)
