@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pair_functions import PairFunction
-from ..sweep import Offers, SweepRequest, SweepResult
+from ..sweep import Numbers, Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
@@ -181,22 +182,38 @@ def sweep(request: SweepRequest) -> SweepResult:
     return _sweep_sets(request) if request.columns is None else _sweep_columns(request)
 
 
-def _call_on_sets(request: SweepRequest, **pointers: int | None) -> None:
-    points, sizes, scales = request.points, request.sizes, request.scales
-    _check("points", points)
-    if any(n < 0 for n in sizes) or sum(sizes) != points.shape[0]:
-        raise ValueError(
-            f"`sizes` must be at least 0 and sum to {points.shape[0]}, got {list(sizes)}"
-        )
+class _Sets(NamedTuple):
+    """Sizes and scales as the library reads them."""
+
+    sizes: ctypes.Array[ctypes.c_int64]
+    scales: ctypes.Array[ctypes.c_double]
+    num_rows: int
+
+
+@lru_cache(maxsize=512)
+def _sets_of(sizes: Numbers, scales: Numbers) -> _Sets:
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"`sizes` must be at least 0, got {list(sizes)}")
     if len(scales) != len(sizes):
         raise ValueError(f"`scales` must have one value a set ({len(sizes)}), got {len(scales)}")
     size_array = (ctypes.c_int64 * len(sizes))(*sizes)
     scale_array = (ctypes.c_double * len(scales))(*scales)
+    return _Sets(size_array, scale_array, sum(sizes))
+
+
+def _call_on_sets(request: SweepRequest, **pointers: int | None) -> None:
+    points = request.points
+    _check("points", points)
+    sets = _sets_of(Numbers.of(request.sizes), Numbers.of(request.scales))
+    if sets.num_rows != points.shape[0]:
+        raise ValueError(
+            f"`sizes` must be at least 0 and sum to {points.shape[0]}, got {list(request.sizes)}"
+        )
     call = _Call(
         points=points.data_ptr(),
-        sizes=ctypes.addressof(size_array),
-        scales=ctypes.addressof(scale_array),
-        sets=len(sizes),
+        sizes=ctypes.addressof(sets.sizes),
+        scales=ctypes.addressof(sets.scales),
+        sets=len(request.sizes),
         k=points.shape[1],
         dtype=DTYPES[points.dtype],
         **pointers,
