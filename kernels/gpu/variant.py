@@ -2,14 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..pair_functions import Gaussian, PairFunction, Riesz
-from ..sweep import Projected, SweepRequest, SweepResult
+from ..sweep import Numbers, Projected, SweepRequest, SweepResult
 from . import backend
 from .plan import Tiles
 
@@ -27,6 +27,14 @@ class Variant:
     # torch.get_float32_matmul_precision()
     precision: str
     tiles: Tiles
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.k, self.dtype, self.projected, self.gradient, self.pair, self.tiles))
+
+    def __hash__(self) -> int:
+        """Hash once: verdicts are looked up at every call."""
+        return self._hash
 
     def __str__(self) -> str:
         """Say it in words; the key under which a verdict is kept."""
@@ -49,11 +57,34 @@ def variant_of(request: SweepRequest) -> Variant | None:
         k = widths[0] if widths else max(w.shape[1] for w in weights)
     else:
         first, projected, k = source, False, source.shape[1]
-    if k == 0 or not any(request.sizes):
+    return _variant(
+        Numbers.of(request.sizes),
+        request.pair,
+        request.gradient,
+        k,
+        first.dtype,
+        projected,
+        first.device,
+        torch.get_float32_matmul_precision(),
+    )
+
+
+@lru_cache(maxsize=512)
+def _variant(
+    sizes: Numbers,
+    pair: PairFunction,
+    gradient: bool,
+    k: int,
+    dtype: torch.dtype,
+    projected: bool,
+    device: torch.device,
+    precision: str,
+) -> Variant | None:
+    if k == 0 or not any(sizes):
         return None
-    call = backend.make_call(request, k, first.device)
-    pair = _representative(request.pair)
-    return Variant(k, first.dtype, projected, request.gradient, pair, call.precision, call.tiles)
+    alike = SweepRequest(torch.empty(0, device="cpu"), sizes, (), pair, 0.0, gradient)
+    tiles = backend.make_call(alike, k, device).tiles
+    return Variant(k, dtype, projected, gradient, _representative(pair), precision, tiles)
 
 
 @lru_cache(maxsize=256)
