@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .near_pairs import add_near_force, far_terms, finite, is_near, near_terms, source_rows
 from .pair_terms import COSINE_SCALE, PairConstants
-from .pairwise import largest_cosines
 from .plan import NEAR_BLOCK, Plan, Slots
 from .project_normalize import UnitRows
 
@@ -73,7 +72,8 @@ def coefficient_kernel(
         else:
             mask = mask & (offs_n[None, :] > offs_m[:, None] + diagonal)
         x = tl.where(mask, tl.load(x_ptr + offs, mask=inside, other=0.0), 0.0)
-        nearest = tl.maximum(nearest, largest_cosines(x, pair))
+        closeness = tl.abs(x) if pair.two_ended else x
+        nearest = tl.maximum(nearest, tl.max(closeness, axis=1))
         coefficient, terms = far_terms(x, mask, is_near(x, mask, pair), pair)
         energy += tl.sum(terms, axis=1)
         if WITH_FORCE:

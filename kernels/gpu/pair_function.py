@@ -37,7 +37,7 @@ from .pair_terms import (
     half_space_tile,
     odd_half_space_tile,
 )
-from .special_functions import log2, reciprocal, rsqrt
+from .special_functions import log2, positive_reciprocal, reciprocal, rsqrt
 
 # --- Riesz: t^-s, or -log t for s = 0 -------------------------------------------------------------
 
@@ -65,8 +65,7 @@ def one_chord(r2, pair):
 
 @triton.jit
 def two_chord(r2, pair):
-    y = rsqrt(r2, pair.fast)
-    e = y * y
+    e = positive_reciprocal(r2, pair.fast)
     return e * e, e
 
 
@@ -113,12 +112,13 @@ def log_half_space_tile(x, pair):
 
 @triton.jit
 def two_half_space_tile(x, pair):
-    """Of 1 - c^2: f(c) + f(-c) = 1/(1 - c^2), one special function for both sides."""
-    c = x * (1.0 / COSINE_SCALE)
-    w = 1.0 - c * c
-    y = rsqrt(w, pair.fast)
-    e = y * y
-    return c * (e * e), e
+    """Of 1 - c^2: f(c) + f(-c) = 1/(1 - c^2), one special function for both sides.
+
+    The energy comes by 256 too small, so that x e^2 = c / (1 - c^2)^2 needs no factor.
+    """
+    w = 256.0 - x * x * (256.0 / (COSINE_SCALE * COSINE_SCALE))
+    e = positive_reciprocal(w, pair.fast)
+    return x * (e * e), e
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def riesz(pair: Riesz) -> Formula:
             # the raw argument is 1 - c^2 = r^2 q^2 / 4
             energy_offset, force_unit = -math.log(2.0), 1.0
     elif s == 2 and tile is not None:
-        force_unit = 2.0
+        energy_unit, force_unit = 256.0, 2.0
     elif is_power:
         largest = -(s + 2.0) * math.log2(near_chord)
         if angular:

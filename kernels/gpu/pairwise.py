@@ -85,36 +85,48 @@ def add_force(force, coefficient, column_halves, FORCE_TERMS: tl.constexpr):
 
 
 @triton.jit
-def log2_of_rows(arguments, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row sums of log2, one logarithm per product of eight.
+def by_threads(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile as [BLOCK_M, BLOCK_N / 8, 4, 2]: the last axes but one are the four threads of a row.
 
-    The column bits 0, 3 and 4 that are multiplied together lie in one thread in the accumulator
-    layout of the tensor cores, so no data moves.
+    In the accumulator layout of the tensor cores a reduction of the others moves no data. So row
+    sums stay [BLOCK_M, 4] until after the loop.
     """
+    return tl.reshape(tile, (BLOCK_M, BLOCK_N // 8, 4, 2))
+
+
+@triton.jit
+def row_sums(terms, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row sums of a tile, [BLOCK_M, 4]."""
+    return tl.sum(tl.sum(by_threads(terms, BLOCK_M, BLOCK_N), axis=3), axis=1)
+
+
+@triton.jit
+def row_sums_of_log2(arguments, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Row sums of log2 of a tile, [BLOCK_M, 4], one logarithm for a product of eight."""
+    # the column bits 0, 3 and 4 that are multiplied together lie in one thread
     t = tl.reshape(arguments, (BLOCK_M, BLOCK_N // 32, 2, 2, 4, 2))
     a, b = tl.split(t)
     t = tl.permute(a * b, (0, 1, 4, 2, 3))
     a, b = tl.split(t)
     a, b = tl.split(a * b)
-    return tl.sum(tl.sum(log2(a * b, FAST), axis=2), axis=1)
+    return tl.sum(log2(a * b, FAST), axis=1)
 
 
 @triton.jit
 def row_energies(terms, pair, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row sums of a tile of raw energies, or of what their logarithms are to be taken of."""
+    """Row sums of a tile of raw energies, or of the logarithms of their arguments, [BLOCK_M, 4]."""
     if pair.sum_of_logs:
-        return log2_of_rows(terms, pair.fast, BLOCK_M, BLOCK_N)
+        return row_sums_of_log2(terms, pair.fast, BLOCK_M, BLOCK_N)
     else:
-        return tl.sum(terms, axis=1)
+        return row_sums(terms, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def largest_cosines(x, pair):
-    """Of each row of a tile the largest x, or |x| where c = -1 matters too."""
+def largest_cosines(x, pair, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Largest x of each row of a tile, or |x| where c = -1 matters too, [BLOCK_M, 4]."""
     if pair.two_ended:
-        return tl.max(tl.abs(x), axis=1)
-    else:
-        return tl.max(x, axis=1)
+        x = tl.abs(x)
+    return tl.max(tl.max(by_threads(x, BLOCK_M, BLOCK_N), axis=3), axis=1)
 
 
 @triton.jit
@@ -147,8 +159,8 @@ def pairwise_kernel(
     WITH_LO: tl.constexpr = (COSINE_TERMS >= 3) or (WITH_FORCE and FORCE_TERMS == 3)
 
     force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-    energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    nearest = tl.full((BLOCK_M,), -3.0e38, dtype=tl.float32)
+    energy = tl.zeros((BLOCK_M, 4), dtype=tl.float32)
+    nearest = tl.full((BLOCK_M, 4), -3.0e38, dtype=tl.float32)
     for step in tl.range(0, num_dirty, num_stages=1):
         tile = column_tile(split, step, True)
         base = tile.to(tl.int64) * (BLOCK_N * WIDTH)
@@ -160,9 +172,9 @@ def pairwise_kernel(
         else:
             mask = mask & (cols[None, :] > offs_m[:, None])
         x = tl.where(mask, cosines(row_halves, columns, COSINE_TERMS), 0.0)
-        nearest = tl.maximum(nearest, largest_cosines(x, pair))
+        nearest = tl.maximum(nearest, largest_cosines(x, pair, BLOCK_M, BLOCK_N))
         coefficient, terms = masked_terms(x, mask, pair)
-        energy += tl.sum(terms, axis=1)
+        energy += row_sums(terms, BLOCK_M, BLOCK_N)
         if WITH_FORCE:
             force = add_force(force, coefficient, columns, FORCE_TERMS)
 
@@ -174,7 +186,7 @@ def pairwise_kernel(
     total_energy = energy
     for begin in range(0, num_clean, TILES_PER_SUM):
         force = tl.zeros((BLOCK_M, WIDTH), dtype=tl.float32)
-        energy = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        energy = tl.zeros((BLOCK_M, 4), dtype=tl.float32)
         for step in tl.range(
             begin, tl.minimum(begin + TILES_PER_SUM, num_clean), num_stages=STAGES
         ):
@@ -182,7 +194,7 @@ def pairwise_kernel(
             base = tile.to(tl.int64) * (BLOCK_N * WIDTH)
             columns = load_columns(rows, base, col_offs, WITH_LO)
             x = cosines(row_halves, columns, COSINE_TERMS)
-            nearest = tl.maximum(nearest, largest_cosines(x, pair))
+            nearest = tl.maximum(nearest, largest_cosines(x, pair, BLOCK_M, BLOCK_N))
             coefficient, terms = pair.tile(x, pair)
             energy += row_energies(terms, pair, BLOCK_M, BLOCK_N)
             if WITH_FORCE:
@@ -197,8 +209,8 @@ def pairwise_kernel(
         total_energy += energy
 
     out = slot.to(tl.int64) * BLOCK_M + lane
-    tl.store(slots.energy + out, total_energy * pair.range_unit)
-    tl.store(slots.nearest + out, nearest)
+    tl.store(slots.energy + out, tl.sum(total_energy, axis=1) * pair.range_unit)
+    tl.store(slots.nearest + out, tl.max(nearest, axis=1))
     if WITH_FORCE:
         tl.store(slots.axial + out, tl.zeros((BLOCK_M,), dtype=tl.float32))
 

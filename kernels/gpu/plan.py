@@ -53,9 +53,19 @@ _AMPERE = {
 }
 _HOPPER = {
     16: (Tiles(64, 64, 4),) * 3,
-    # 128 registers let two programs of eight warps share a processor
-    32: (Tiles(64, 64, 4), Tiles(128, 64, 8, maxnreg=128), Tiles(64, 64, 4)),
-    64: (Tiles(64, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
+    # programs that share a processor overlap their products with the work between them: 128
+    # registers let two of eight warps or four of four do so, 168 three of four. Two stages would
+    # fetch nothing ahead: the wait for a tile would come before the next one is asked for
+    32: (
+        Tiles(64, 64, 4, 3, maxnreg=128),
+        Tiles(128, 64, 8, 3, maxnreg=128),
+        Tiles(64, 64, 4),
+    ),
+    64: (
+        Tiles(64, 64, 4, 3, maxnreg=168),
+        Tiles(128, 64, 8, 3, maxnreg=128),
+        Tiles(64, 64, 4),
+    ),
     128: (Tiles(64, 32, 4), Tiles(128, 32, 8), Tiles(64, 32, 4)),
 }
 _BLACKWELL = {
