@@ -21,7 +21,8 @@ def unavailable() -> str | None:
     """None where the kernels can run, else the reason and the remedy."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: install it (`pip install triton`) or use backend='torch'"
-    from .backend import interpreted
+    from .backend import interpreted, target_of
+    from .plan import unknown_target
 
     if interpreted():
         return None
@@ -29,7 +30,7 @@ def unavailable() -> str | None:
         return "no CUDA or ROCm device is available: use backend='cpu' or backend='torch'"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than compute capability 8.0: use backend='torch'"
-    return None
+    return unknown_target(target_of(torch.device("cuda")))
 
 
 def supports(pair: PairFunction) -> bool:

@@ -98,18 +98,34 @@ MAX_WITH_REST = 24
 
 
 def tiles_for(target: str, k: int, largest: int, angular: bool) -> Tiles:
-    """Launch shape of a sweep; a target the table does not know gets the most conservative row.
+    """Launch shape of a sweep.
+
+    Of NVIDIA's GPUs those that the table does not know get the most conservative row, of AMD's
+    those with the matrix instructions of gfx942 its row.
 
     Args:
         target: "sm_80", "sm_90", "gfx942", ...
         k: columns of the points.
         largest: rows of the largest set.
         angular: whether the pair function is one of angles.
+
+    Raises:
+        RuntimeError: the kernels do not compile for the target.
     """
+    if (reason := unknown_target(target)) is not None:
+        raise RuntimeError(reason)
     if k <= MAX_DIRECT:
         return DIRECT_TILES[k]
-    small, large, angle = TILE_TABLE.get(target, _AMPERE)[row_width(k)]
+    others = _CDNA3 if target.startswith("gfx9") else _AMPERE
+    small, large, angle = TILE_TABLE.get(target, others)[row_width(k)]
     return angle if angular else large if largest >= LARGE_SET else small
+
+
+def unknown_target(target: str) -> str | None:
+    """Why the kernels cannot run on a target, and the remedy; None if they can."""
+    if target.startswith("gfx") and not target.startswith("gfx9"):
+        return f"backend 'triton' runs on AMD's gfx9 GPUs, not on {target}: use backend='torch'"
+    return None
 
 
 def row_width(k: int) -> int:

@@ -82,6 +82,31 @@ def test_what_is_missing_is_named(monkeypatch):
     assert "Triton is not installed" in gpu.unavailable()
 
 
+def test_targets_take_the_row_of_their_kind():
+    from comhe_ext.kernels.gpu import plan
+
+    def tiles(target):
+        return [plan.tiles_for(target, k, 100, False) for k in (12, 30, 40, 100)]
+
+    assert tiles("gfx90a") == tiles("gfx950") == tiles("gfx942")
+    assert tiles("sm_86") == tiles("sm_120") == tiles("sm_80")
+    for target in ("gfx1100", "gfx1201"):
+        with pytest.raises(RuntimeError, match=f"not on {target}: use backend='torch'"):
+            tiles(target)
+
+
+def test_amd_gpus_without_matrix_instructions_are_named(monkeypatch):
+    from types import SimpleNamespace
+
+    properties = SimpleNamespace(gcnArchName="gfx1100:sramecc-")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    assert "not on gfx1100" in gpu.unavailable()
+    properties.gcnArchName = "gfx90a:sramecc+"
+    assert gpu.unavailable() is None
+
+
 def test_tensors_elsewhere_are_refused():
     rows, matrix = random_rows(4, 3), random_rows(2, 3).unsqueeze(0)
     with pytest.raises(ValueError, match="`points` must be on a GPU .* got a cpu tensor"):
