@@ -125,10 +125,6 @@ class PairConstants:
     value_bits: float
 
     @property
-    def near_cosine(self) -> float:
-        return self.arguments.near_cosine
-
-    @property
     def value_unit(self) -> float:
         """What turns F as `exact_terms` has it into what the slots hold, but for the raw unit."""
         return 2.0 ** (self.value_bits - self.range_bits)
