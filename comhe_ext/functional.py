@@ -12,7 +12,7 @@ from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.operators import angle_loss
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import DTYPES, compute_dtype
-from comhe_ext.operators.sweep import project
+from comhe_ext.operators.rows import project
 from comhe_ext.packing import set_energies, stack_parts
 from comhe_ext.settings import BackendName, Reduction, energy_settings, pair_settings
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from comhe_ext.operators.energy import energy
-from comhe_ext.operators.sweep import SweepOptions, pad
+from comhe_ext.operators.rows import pad
+from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.settings import Settings
 
 

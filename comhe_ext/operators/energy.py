@@ -24,7 +24,8 @@ from comhe_ext.operators.library import (
     over_batch,
     product,
 )
-from comhe_ext.operators.sweep import SweepOptions, count_of, points_of
+from comhe_ext.operators.rows import count_of, points_of
+from comhe_ext.operators.sweep import SweepOptions
 
 
 def _swept(

@@ -18,7 +18,7 @@ None of them has a derivative: `comhe_ext.operators.energy` puts them together.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -42,9 +42,9 @@ from comhe_ext.operators.library import (
     form_of,
     in_front,
     over_batch,
-    product,
     split_batch,
 )
+from comhe_ext.operators.rows import packed_rows, set_sizes, width_of
 from comhe_ext.verdicts import trusted
 
 
@@ -130,91 +130,6 @@ def _scales(sizes: Numbers, options: SweepOptions) -> Numbers:
     return Numbers(scales)
 
 
-# --- sets -----------------------------------------------------------------------------------------
-
-
-def project(weight: Tensor, matrices: Tensor) -> Tensor:
-    """Rows [V, N, d] under each of the matrices [C, k, d] -> [V, C, N, k], as one product."""
-    dtype = compute_dtype(weight, matrices)
-    rows = weight.to(dtype).flatten(0, 1)
-    products = product(rows, matrices.to(dtype).flatten(0, 1).mT)
-    return products.unflatten(0, weight.shape[:2]).unflatten(-1, matrices.shape[:2]).transpose(1, 2)
-
-
-def pad(rows: Tensor, width: int) -> Tensor:
-    """Rows of `width` columns; a coordinate of zeros changes no cosine."""
-    return torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
-
-
-def _width(weights: Sequence[Tensor | Form], matrices: Sequence[Tensor | Form | None]) -> int:
-    """k, the one number of rows of all matrices; without any, the columns of the weights."""
-    for projection in matrices:
-        if projection is not None:
-            return projection.shape[1]
-    return max(weight.shape[2] for weight in weights)
-
-
-def count_of(matrices: Tensor | Form | None) -> int:
-    """Count the sets that each set of a weight becomes."""
-    return 1 if matrices is None else matrices.shape[0]
-
-
-def _set_sizes(
-    weights: Sequence[Tensor | Form], matrices: Sequence[Tensor | Form | None]
-) -> list[int]:
-    """N of each set that weights and matrices make."""
-    return [
-        n
-        for weight, projection in zip(weights, matrices, strict=True)
-        for n in [weight.shape[1]] * (weight.shape[0] * count_of(projection))
-    ]
-
-
-def _all_rows(weights: Sequence[Tensor], matrices: Sequence[Tensor | None]) -> Iterator[Tensor]:
-    """Yield the rows of each weight under all its matrices, set after set, [..., k]."""
-    width = _width(weights, matrices)
-    is_plain = all(projection is None for projection in matrices)
-    # rows as they are keep the dtype that they share
-    dtypes = {weight.dtype for weight in weights}
-    dtype = compute_dtype(*weights, *matrices)
-    if is_plain and len(dtypes) == 1:
-        (dtype,) = dtypes
-    for weight, projection in zip(weights, matrices, strict=True):
-        if projection is not None:
-            rows = project(weight, projection)
-        else:
-            rows = weight if weight.shape[2] == width else pad(weight, width)
-        yield rows.to(dtype)
-
-
-def _packed(
-    weights: Sequence[Tensor], matrices: Sequence[Tensor | None], layout: "Layout"
-) -> Tensor:
-    """All rows, [T, k]; copied once at most, from where products left them."""
-    if len(weights) == 1 and matrices[0] is None:
-        return weights[0].flatten(0, 1).contiguous()
-    width, packed, first = layout.width, None, 0
-    for rows in _all_rows(weights, matrices):
-        if packed is None:
-            packed = rows.new_empty(sum(layout.sizes), width)
-        last = first + rows.numel() // width
-        packed[first:last].view(rows.shape).copy_(rows)
-        first = last
-    assert packed is not None
-    return packed
-
-
-def points_of(
-    weights: Sequence[Tensor], matrices: Sequence[Tensor | None]
-) -> tuple[Tensor, list[int]]:
-    """Make all rows by torch's differentiable operators, and list the size of each set."""
-    if len(weights) == 1 and matrices[0] is None:
-        return weights[0] if weights[0].dim() == 3 else weights[0].unsqueeze(0), []
-    width = _width(weights, matrices)
-    parts = [rows.reshape(-1, width) for rows in _all_rows(weights, matrices)]
-    return torch.cat(parts), _set_sizes(weights, matrices)
-
-
 # --- raw operators --------------------------------------------------------------------------------
 
 _OPTIONS = "str pair, float[] parameters, str reduction, float eps, str backend, float[] factors=[]"
@@ -297,7 +212,7 @@ def _lay_out(
     for weight in weights:
         check_rows("weights", weight, (3,))
         check_device("weights", weight, "weights[0]", weights[0])
-    width = _width(weights, matrices)
+    width = width_of(weights, matrices)
     for weight, projection in zip(weights, matrices, strict=True):
         if projection is None:
             if weight.shape[2] > width:
@@ -314,7 +229,7 @@ def _lay_out(
                 f"`matrices` must be [C, {max(width, 1)}, {weight.shape[2]}] for a weight of "
                 f"shape {tuple(weight.shape)}, got shape {tuple(projection.shape)}"
             )
-    sizes = Numbers(_set_sizes(weights, matrices))
+    sizes = Numbers(set_sizes(weights, matrices))
     _check_options(options, len(sizes), width, *weights, *matrices)
     projected = any(projection is not None for projection in matrices)
     return Layout(sizes, width, compute_dtype(*weights, *matrices), projected)
@@ -370,7 +285,7 @@ def _request(
             by_set += [None if projection is None else projection.float()] * weight.shape[0]
         source = Projected(sets, by_set)
     else:
-        source = _packed(weights, matrices, layout)
+        source = packed_rows(weights, matrices, layout.sizes)
     return options.request(source, layout.sizes, gradient)
 
 
