@@ -1,0 +1,1 @@
+"""The compiled kernel for processors, in C++, called through ctypes."""

@@ -47,7 +47,7 @@ class _Pair(ctypes.Structure):
     @classmethod
     @cache
     def of(cls, pair: PairFunction) -> _Pair:
-        """A pair function as the library takes it."""
+        """Make what the library takes of a pair function."""
         half_space, angular, *parameters = pair.parameters
         tangent = _Tangent(*(pair.tangent or ()))
         numbers = (ctypes.c_double * 2)(*parameters)
@@ -80,7 +80,7 @@ class _Call(ctypes.Structure):
 
 @cache
 def _library() -> ctypes.CDLL:
-    """The library, found to be of these sources; OSError where it is not, or does not load."""
+    """Load the library; OSError where it does not load, or is not of these sources."""
     library = ctypes.CDLL(str(LIBRARY))
     try:
         theirs = library.comhe_abi_version(), library.comhe_call_bytes()
@@ -111,7 +111,7 @@ def unavailable() -> str | None:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: the processor's best, or the one COMHE_CPU_ISA names."""
+    """Name the instruction set in use: the processor's best, or that of COMHE_CPU_ISA."""
     best = _library().comhe_best_isa()
     name = os.environ.get("COMHE_CPU_ISA") or INSTRUCTION_SETS[best]
     if name not in INSTRUCTION_SETS:
@@ -232,7 +232,7 @@ def _sweep_sets(request: SweepRequest) -> SweepResult:
 
 
 def hessian_vector_product(request: SweepRequest, tangents: Tensor, gradient: Tensor) -> Tensor:
-    """Derivative of `sweep`'s gradient along tangents [T, k], in closed form, by the same tiles.
+    """Differentiate `sweep`'s gradient along tangents [T, k], in closed form, by the same tiles.
 
     Args:
         request: as the sweep got it, without columns.

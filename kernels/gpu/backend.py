@@ -155,7 +155,7 @@ class Call:
 
 
 def make_call(request: SweepRequest, k: int, device: torch.device) -> Call:
-    """A call for rows of k columns under the settings of now."""
+    """Make a call for rows of k columns under the settings of now."""
     return Call(
         Numbers.of(request.sizes),
         Numbers.of(request.scales),
@@ -277,7 +277,7 @@ def _check_projected(weight: Tensor, projection: Tensor | None, first: Tensor, k
 
 
 def _project(weight: Tensor, projection: Tensor | None, k: int) -> Tensor:
-    """The projected rows of one weight, [C N, k] float32, by a GEMM."""
+    """Project the rows of one weight, [C N, k] float32, by a GEMM."""
     if projection is None:
         return torch.nn.functional.pad(weight.float(), (0, k - weight.shape[1]))
     return (weight.float() @ projection.mT).flatten(0, 1)

@@ -49,7 +49,7 @@ def add_tile(
     MASKED: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Running sums of a row tile plus one column tile.
+    """Add one column tile to the running sums of a row tile.
 
     Tiles are heads, tails and deficits as [M] and [N]; the sums energy, axial and force [M, N].
     """

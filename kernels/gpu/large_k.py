@@ -208,7 +208,7 @@ class Block:
 def blocks(
     sizes: tuple[int, ...], plan: Plan, block_m: int, elements: int, upper: bool
 ) -> Iterator[Block]:
-    """The blocks of all sets, of about so many elements; `upper`: without those below the diagonal.
+    """List the blocks of all sets, of about so many elements; `upper`: none below the diagonal.
 
     The blocks that share their rows follow one another.
     """
@@ -257,7 +257,7 @@ def large_k(
 
 
 def _halves(rows: UnitRows, which: slice, terms: int, dim: int) -> Tensor:
-    """The fp16 halves of some rows that a product of so many terms takes, stacked along `dim`."""
+    """Stack the fp16 halves of some rows that a product of so many terms takes along `dim`."""
     return torch.stack([rows.hi[which], rows.lo[which]][: 2 if terms == 3 else 1], dim)
 
 

@@ -42,7 +42,7 @@ class SourceRows(NamedTuple):
 
 @triton.jit
 def source_rows(points_ptr, rows, offs, shift, mask):
-    """The caller's rows of some packed rows."""
+    """Find the caller's rows of some packed rows."""
     inv_nu = tl.load(rows.inv_nu + offs, mask=mask, other=0.0)
     deficit = tl.load(rows.deficit + offs, mask=mask, other=0.0)
     return SourceRows(points_ptr, (offs - shift).to(tl.int64), mask, inv_nu, deficit)

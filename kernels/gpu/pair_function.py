@@ -285,7 +285,7 @@ FORMULAS: dict[type[PairFunction], Callable[[Any], Formula]] = {Riesz: riesz, Ga
 def pair_constants(
     pair: PairFunction, fast: bool = False, small_sets: bool = False, many_columns: bool = False
 ) -> PairConstants:
-    """The kernel arguments of a pair function.
+    """Make the kernel arguments of a pair function.
 
     Args:
         pair: one whose class `FORMULAS` knows.

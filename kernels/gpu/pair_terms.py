@@ -172,7 +172,7 @@ def half_space_tile(x, pair):
 
 @triton.jit
 def odd_half_space_tile(x, pair):
-    """The same, without the digits that the difference of the sides loses where c is small.
+    """Compute the same without the digits that the sides' difference loses where c is small.
 
     It costs some seven instructions a pair, so it serves where most cosines are small: in many
     dimensions.

@@ -34,7 +34,7 @@ TILES_PER_SUM: tl.constexpr = tl.constexpr(16)
 
 @triton.jit
 def load_rows(rows, offs, COSINE_TERMS: tl.constexpr):
-    """The halves of some unit rows that `cosines` multiplies."""
+    """Load the halves of some unit rows that `cosines` multiplies."""
     hi = tl.load(rows.hi + offs)
     lo = hi
     rest = hi
@@ -47,7 +47,7 @@ def load_rows(rows, offs, COSINE_TERMS: tl.constexpr):
 
 @triton.jit
 def load_columns(rows, base, offs, WITH_LO: tl.constexpr):
-    """The halves hi and lo of the columns of a tile; only `base` needs 64 bits."""
+    """Load the halves hi and lo of the columns of a tile; only `base` needs 64 bits."""
     hi = tl.load(rows.hi + base + offs)
     lo = hi
     if WITH_LO:
@@ -86,7 +86,7 @@ def add_force(force, coefficient, column_halves, FORCE_TERMS: tl.constexpr):
 
 @triton.jit
 def by_threads(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A tile as [BLOCK_M, BLOCK_N / 8, 4, 2]: the last axes but one are the four threads of a row.
+    """View a tile as [BLOCK_M, BLOCK_N / 8, 4, 2], where the 4 are the threads of a row.
 
     In the accumulator layout of the tensor cores a reduction of the others moves no data. So row
     sums stay [BLOCK_M, 4] until after the loop.
@@ -144,8 +144,10 @@ def pairwise_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (items,). Per slot and row: force [K] and energy, raw but for `range_unit`, axial = 0,
-    largest COSINE_SCALE * c.
+    """Sweep the columns of an item: a block of rows against some of its set's tiles. Grid (items,).
+
+    Per slot and row: force [K] and energy, raw but for `range_unit`, axial = 0, largest
+    COSINE_SCALE * c.
     """
     row0, tile_begin, tile_end, end_row, slot, _ = load_item(items_ptr, tl.program_id(0))
     offs_m = row0 + tl.arange(0, BLOCK_M)

@@ -242,7 +242,7 @@ def make_plan(
 def upload(
     rows: Sequence[Any], fields: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A table [rows, *fields] on the device, complete for every stream when this returns.
+    """Upload a table [rows, *fields], complete for every stream when this returns.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, which could not repeat the copy.
@@ -340,7 +340,7 @@ def split_tiles(row0, tile_begin, tile_end, end_row, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def column_tile(split, step, DIRTY: tl.constexpr):
-    """The tile of a step of the loop over the dirty tiles, or over the clean ones."""
+    """Find the tile of a step of the loop over the dirty tiles, or over the clean ones."""
     _, _, tile_begin, diagonal_begin, num_diagonal, ragged_begin = split
     if DIRTY:
         return tl.where(

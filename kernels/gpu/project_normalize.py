@@ -54,7 +54,7 @@ def store_unit_rows(
     COLUMNS: tl.constexpr,
     WITH_REST: tl.constexpr,
 ):
-    """The columns `offs_k` of some unit rows, float64, as halves."""
+    """Split the columns `offs_k` of some unit rows, float64, into halves."""
     mask = (offs_k < WIDTH)[None, :]
     if COLUMNS:
         hi = v.to(tl.float32)
@@ -247,7 +247,7 @@ def projection_warps(block_m: int, width: int) -> int:
 
 @lru_cache(maxsize=64)
 def set_table(sets: tuple[tuple[int, int, int, int], ...], device: torch.device) -> Tensor:
-    """`sets` (N, C or 0 for rows as they are, d, row stride, of each weight) for the kernel."""
+    """Lay out `sets` for the kernel: N, C (0: rows as they are), d, row stride of each weight."""
     fields, row = [], 0
     for index, (n, count, d, stride) in enumerate(sets):
         for c in range(count) if count else (-1,):

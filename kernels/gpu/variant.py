@@ -115,7 +115,7 @@ def target_of(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def sources() -> str:
-    """A hash of all that the kernels are made of."""
+    """Hash all that the kernels are made of."""
     folder = Path(__file__).parent
     content = hashlib.sha256()
     for file in sorted([*folder.glob("*.py"), folder.parent / "pair_functions.py"]):

@@ -79,7 +79,8 @@ def check(points, sizes=None, eps=0.0, energy_bound=1e-6, gradient_bound=2e-6, s
     scales = [pair.scale(n, "mean") for n in sizes]
     energy, gradient = sweep_of(binding, points, sizes, scales, pair, eps, True)
     alone, nothing = sweep_of(binding, points, sizes, scales, pair, eps, False)
-    assert nothing is None and torch.equal(alone, energy)
+    assert nothing is None
+    assert torch.equal(alone, energy)
     assert energy.dtype == gradient.dtype == torch.float32
     first = 0
     for i, n in enumerate(sizes):
@@ -233,7 +234,8 @@ def test_equal_rows():
     for pair in PAIRS:
         check(points, gradient_bound=4e-6, **pair)
     energy, gradient = sweep_of(binding, points, [40], [1.0], riesz(min_distance=0.0), 0.0, True)
-    assert energy.item() == math.inf and bool(gradient.isfinite().all())
+    assert energy.item() == math.inf
+    assert bool(gradient.isfinite().all())
 
 
 def test_directions_that_differ_in_a_tiny_entry():
@@ -278,9 +280,11 @@ def test_nan_and_infinity_stay_in_their_set(bad):
 def test_empty():
     pair = riesz()
     energy, gradient = sweep_of(binding, torch.empty(0, 5), [], [], pair, 0.0, True)
-    assert energy.shape == (0,) and gradient.shape == (0, 5)
+    assert energy.shape == (0,)
+    assert gradient.shape == (0, 5)
     energy, gradient = sweep_of(binding, torch.ones(2, 5), [0, 1, 0, 1], [1.0] * 4, pair, 0.0, True)
-    assert energy.tolist() == [0.0] * 4 and not gradient.any()
+    assert energy.tolist() == [0.0] * 4
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -293,7 +297,8 @@ def test_half_precision_is_converted_exactly(dtype):
     pair = riesz(s=0.5)
     half = sweep_of(binding, points, [len(points)], [1.0], pair, 0.0, True)
     single = sweep_of(binding, points.float(), [len(points)], [1.0], pair, 0.0, True)
-    assert torch.equal(half[0], single[0]) and torch.equal(half[1], single[1])
+    assert torch.equal(half[0], single[0])
+    assert torch.equal(half[1], single[1])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -342,7 +347,7 @@ def test_flushing_subnormal_numbers_changes_no_bit(dtype, flush, threads):
 
 
 @pytest.mark.parametrize(
-    "sizes, k",
+    ("sizes", "k"),
     [
         ([3000], 30),
         ([1500, 1400, *[60] * 20], 30),
@@ -360,7 +365,8 @@ def test_any_number_of_threads_gives_the_same_bits(sizes, k, threads):
         threads(count)
         results.append(sweep_of(binding, points, sizes, [1.0] * len(sizes), riesz(), 0.0, True))
     for energy, gradient in results[1:]:
-        assert torch.equal(energy, results[0][0]) and torch.equal(gradient, results[0][1])
+        assert torch.equal(energy, results[0][0])
+        assert torch.equal(gradient, results[0][1])
 
 
 def test_more_threads_than_cores_come_to_an_end(threads):
@@ -385,7 +391,8 @@ def test_cross_is_what_the_union_adds(pair, eps):
         binding, rows, columns, ids[:200], ids[200:], 1.0, options, eps, True
     )
     alone = sweep_columns(binding, rows, columns, ids[:200], ids[200:], 1.0, options, eps, False)
-    assert torch.equal(alone[0], energy) and alone[1:] == (None, None)
+    assert torch.equal(alone[0], energy)
+    assert alone[1:] == (None, None)
 
     def exact_sum(points):
         energy, gradient = truth(points, eps=eps, **pair)
@@ -409,7 +416,9 @@ def test_cross_leaves_out_equal_ids():
         torch.testing.assert_close(energy, twice[0], rtol=1e-6, atol=0.0)
         assert relative_error(to_rows + to_columns, gradient) <= 2e-6
     nothing = sweep_columns(binding, points[:0], points, ids[:0], ids, 1.0, pair, 0.0, True)
-    assert nothing[0] == 0 and nothing[1].shape == (0, 16) and not nothing[2].any()
+    assert nothing[0] == 0
+    assert nothing[1].shape == (0, 16)
+    assert not nothing[2].any()
 
 
 def test_cross_with_any_number_of_threads_gives_the_same_bits(threads):
@@ -427,7 +436,7 @@ def test_cross_with_any_number_of_threads_gives_the_same_bits(threads):
 
 # the last one so large, for its few dimensions, that G keeps what rounding takes from it
 @pytest.mark.parametrize("half_space", [False, True])
-@pytest.mark.parametrize("n, k", [(4096, 30), (2000, 512), (5000, 8)])
+@pytest.mark.parametrize(("n", "k"), [(4096, 30), (2000, 512), (5000, 8)])
 def test_large_sets(n, k, half_space):
     check(random_rows(n, k), half_space=half_space)
 
@@ -521,7 +530,8 @@ int comhe_sweep() { __builtin_trap(); }
 def test_a_library_of_other_sources_is_not_called(source, other_library):
     other_library(source)
     for refused in (binding.unavailable(), backends.unavailable("cpu")):
-        assert "is of another version" in refused and "pip install -e ." in refused
+        assert "is of another version" in refused
+        assert "pip install -e ." in refused
     with pytest.raises(RuntimeError, match="another version"):
         sweep_of(binding, torch.ones(4, 3), [4], [1.0], riesz(), 0.0, True)
     # nothing else needs it
@@ -546,13 +556,15 @@ def test_the_library_refuses_what_the_binding_would_not_send():
         setattr(call, field, value)
         assert library.comhe_sweep(call, 0) == 1
         setattr(call, field, before)
-    for field, value in dict(function=len(PAIR_FUNCTIONS), parameters=(-1.0, 0.0)).items():
-        call.pair = binding._Pair()
-        setattr(call.pair, field, value)
-        assert library.comhe_sweep(call, 0) == 1
+    call.pair = binding._Pair(function=len(PAIR_FUNCTIONS))
+    assert library.comhe_sweep(call, 0) == 1
+    call.pair = binding._Pair(parameters=(-1.0, 0.0))
+    assert library.comhe_sweep(call, 0) == 1
 
 
 def test_the_library_says_which_pair_functions_it_knows():
     library = binding._library()
-    assert binding.supports(Riesz()) and binding.supports(Gaussian())
-    assert not library.comhe_supports(-1) and not library.comhe_supports(len(PAIR_FUNCTIONS))
+    assert binding.supports(Riesz())
+    assert binding.supports(Gaussian())
+    assert not library.comhe_supports(-1)
+    assert not library.comhe_supports(len(PAIR_FUNCTIONS))

@@ -225,15 +225,15 @@ def test_a_graph_captures_projection_with_fresh_matrices():
         pair = riesz(2.0, True)
         scales = [pair.scale(w.shape[0], "mean") for w in weights for _ in range(3)]
         expected = sweep_projected(gpu, weights, matrices, scales, pair, 0.0, True)
-        assert torch.equal(energy, expected[0]) and torch.equal(gradient, expected[1])
+        assert torch.equal(energy, expected[0])
+        assert torch.equal(gradient, expected[1])
 
 
 def test_new_shapes_are_refused_in_a_capture():
     points = random_rows(1237, 20, device="cuda")
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="before the capture"):
-        with torch.cuda.graph(graph):
-            sweep(points + 1.0)
+    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(graph):
+        sweep(points + 1.0)
     torch.cuda.synchronize()
 
 
@@ -252,5 +252,5 @@ def test_cheaper_products(precision, bound, k):
 
 
 def test_a_tensor_elsewhere_is_refused():
-    with pytest.raises((ValueError, RuntimeError), match="GPU|CUDA|cuda|triton"):
+    with pytest.raises((ValueError, RuntimeError), match=r"GPU|CUDA|cuda|triton"):
         comhe_ext.hyperspherical_energy(torch.randn(4, 3), backend="triton")

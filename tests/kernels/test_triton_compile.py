@@ -68,7 +68,8 @@ def test_a_new_size_compiles_nothing(monkeypatch):
                     backend, [random_rows(n, 50)], [matrices], [1.0, 1.0], riesz(), 0.0, True
                 )
             seen.append(len(variants))
-        assert seen[0] > 0 and seen == seen[:1] * len(seen), (k, seen)
+        assert seen[0] > 0, k
+        assert seen == seen[:1] * len(seen), k
 
 
 def test_what_is_missing_is_named(monkeypatch):
@@ -109,7 +110,7 @@ def test_amd_gpus_without_matrix_instructions_are_named(monkeypatch):
 
 def test_tensors_elsewhere_are_refused():
     rows, matrix = random_rows(4, 3), random_rows(2, 3).unsqueeze(0)
-    with pytest.raises(ValueError, match="`points` must be on a GPU .* got a cpu tensor"):
+    with pytest.raises(ValueError, match=r"`points` must be on a GPU .* got a cpu tensor"):
         sweep_of(gpu, rows, [4], [1.0], riesz(), 0.0, True)
     with pytest.raises(ValueError, match="`weights` must be on a GPU"):
         sweep_projected(gpu, [rows], [matrix], [1.0], riesz(), 0.0, True)

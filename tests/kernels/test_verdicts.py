@@ -126,7 +126,8 @@ def test_variants_are_checked_apart(stub):
     finally:
         torch.set_float32_matmul_precision(before)
     assert stub.checks == 8
-    assert len(set(stub.examined)) == 8 and len(set(map(str, stub.examined))) == 8
+    assert len(set(stub.examined)) == 8
+    assert len(set(map(str, stub.examined))) == 8
 
 
 def test_what_runs_the_same_code_shares_a_check(stub):
@@ -164,8 +165,10 @@ def test_tracing_never_sees_the_choice(stub):
     compiled = torch.compile(comhe_ext.hyperspherical_energy, fullgraph=True, backend=keep)
     energy = compiled(weight)
     assert relative_error(energy, exact_energy_and_gradient(weight)[0]) <= 1e-6
-    assert stub.checks == 1 and stub.calls["sweep"] == 1
-    assert "auto" in graphs[0].code and "triton" not in graphs[0].code
+    assert stub.checks == 1
+    assert stub.calls["sweep"] == 1
+    assert "auto" in graphs[0].code
+    assert "triton" not in graphs[0].code
 
 
 def test_threads_wait_for_one_check(stub):
@@ -185,7 +188,8 @@ def test_threads_wait_for_one_check(stub):
     for thread in threads:
         thread.join()
     assert not errors
-    assert stub.checks == 1 and stub.calls["sweep"] == 8
+    assert stub.checks == 1
+    assert stub.calls["sweep"] == 8
 
 
 # --- what fails -----------------------------------------------------------------------------------
@@ -231,7 +235,8 @@ def test_what_fails_is_replaced_with_one_warning(stub, restart, spoil, detail):
     stub.spoil = spoil
     with pytest.warns(UserWarning, match="comhe-ext check") as caught:
         run()
-    assert len(caught) == 1 and detail in str(caught[0].message)
+    assert len(caught) == 1
+    assert detail in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run()
@@ -275,7 +280,8 @@ def test_a_capture_takes_the_verdict_that_exists(stub, monkeypatch):
     run()
     monkeypatch.setattr(verdicts, "_capturing", lambda device: True)
     run()
-    assert stub.checks == 1 and stub.calls["sweep"] == 2
+    assert stub.checks == 1
+    assert stub.calls["sweep"] == 2
 
 
 # --- what is kept ---------------------------------------------------------------------------------
@@ -285,7 +291,8 @@ def test_another_process_reads_the_verdict(stub, restart):
     run()
     restart()
     run()
-    assert stub.checks == 1 and stub.calls["sweep"] == 2
+    assert stub.checks == 1
+    assert stub.calls["sweep"] == 2
 
 
 def test_processes_add_to_one_file(stub, restart):
@@ -334,7 +341,8 @@ def test_a_folder_that_takes_no_file_does_no_harm(stub, restart, monkeypatch, tm
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "file" / "cache"))
     run()
     run()
-    assert stub.checks == 1 and stub.calls["sweep"] == 2
+    assert stub.checks == 1
+    assert stub.calls["sweep"] == 2
 
 
 def test_a_full_disk_leaves_nothing_half_written(stub, restart, monkeypatch):
@@ -360,10 +368,12 @@ def test_the_environment_overrides(stub, monkeypatch):
     stub.spoil = crash
     monkeypatch.setenv("COMHE_BACKEND", "triton")
     run()
-    assert stub.checks == 0 and stub.calls["sweep"] == 1
+    assert stub.checks == 0
+    assert stub.calls["sweep"] == 1
     monkeypatch.setenv("COMHE_BACKEND", "torch")
     run()
-    assert stub.checks == 0 and stub.calls["sweep"] == 1
+    assert stub.checks == 0
+    assert stub.calls["sweep"] == 1
     # not for what it cannot take
     monkeypatch.setenv("COMHE_BACKEND", "triton")
     comhe_ext.hyperspherical_energy(random_rows(5, 3, dtype=torch.float64))
@@ -399,24 +409,28 @@ def test_a_backend_that_is_asked_for_is_not_checked(stub):
     stub.spoil = crash
     run(backend="triton")
     run(backend="torch")
-    assert stub.checks == 0 and stub.calls["sweep"] == 1
+    assert stub.checks == 0
+    assert stub.calls["sweep"] == 1
 
 
 def test_other_targets_serve_when_asked_for_or_once_checked(stub, restart, monkeypatch):
     monkeypatch.setattr(variant, "target_of", lambda device: "gfx1201")
     run()
-    assert stub.checks == 0 and stub.calls["sweep"] == 0
+    assert stub.checks == 0
+    assert stub.calls["sweep"] == 0
     monkeypatch.setattr(variant, "target_of", lambda device: "sm_100")
     restart()
     run()
-    assert stub.checks == 0 and stub.calls["sweep"] == 0
+    assert stub.checks == 0
+    assert stub.calls["sweep"] == 0
     verdicts.Verdicts.of(CPU).keep(verdicts.ALL, verdicts.Verdict(False, ""))
     run()
     assert stub.calls["sweep"] == 0
     verdicts.Verdicts.of(CPU).keep(verdicts.ALL, verdicts.Verdict(True, ""))
     restart()
     run()
-    assert stub.checks == 1 and stub.calls["sweep"] == 1
+    assert stub.checks == 1
+    assert stub.calls["sweep"] == 1
 
 
 # --- the sample -----------------------------------------------------------------------------------
@@ -450,7 +464,8 @@ def test_samples_are_exact_in_any_arithmetic(k, dtype, projected):
 def test_a_sample_leaves_the_random_numbers_alone(stub):
     before = torch.get_rng_state()
     run()
-    assert stub.checks == 1 and torch.equal(torch.get_rng_state(), before)
+    assert stub.checks == 1
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -467,20 +482,22 @@ def test_a_gpu_serves_what_it_has_checked():
         energy = comhe_ext.hyperspherical_energy(weight, half_space=True)
         return energy, *torch.autograd.grad(energy, weight)
 
-    with pytest.raises(RuntimeError, match="before the capture"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            call()
+    capture = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with pytest.raises(RuntimeError, match="before the capture"), capture:
+        call()
     torch.cuda.synchronize()
     energy, gradient = call()
     found = verdicts.Verdicts.of(weight.device)
-    assert found.serves and all(verdict.passed for verdict in found.found.values()), found.found
+    assert found.serves
+    assert all(verdict.passed for verdict in found.found.values()), found.found
     assert relative_error(energy, expected) <= 1e-6
     assert relative_error(gradient, expected_gradient) <= 2e-6
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = call()
     graph.replay()
-    assert torch.equal(captured[0], energy) and torch.equal(captured[1], gradient)
+    assert torch.equal(captured[0], energy)
+    assert torch.equal(captured[1], gradient)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -500,11 +517,13 @@ def test_check_runs_real_kernels_and_keeps_the_verdicts(tmp_path):
     environment = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     result = command(*arguments, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "2 passed, 0 failed" in result.stdout and "interpreter" in result.stdout
+    assert "2 passed, 0 failed" in result.stdout
+    assert "interpreter" in result.stdout
     (file,) = (tmp_path / "comhe_ext").iterdir()
     assert str(file) in result.stdout
     kept = json.loads(file.read_text())["verdicts"]
-    assert len(kept) == 2 and all(passed for passed, _ in kept.values())
+    assert len(kept) == 2
+    assert all(passed for passed, _ in kept.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to check")
@@ -542,6 +561,8 @@ print(json.dumps(dict(starts="second")), flush=True)
         process.kill()
     assert not passed
     report = capsys.readouterr().out
-    assert "ok     first: errors: none" in report and f"FAILED second: {message}" in report
+    assert "ok     first: errors: none" in report
+    assert f"FAILED second: {message}" in report
     kept = verdicts.VerdictFile(environment).read()
-    assert not kept["second"].passed and not kept[verdicts.ALL].passed
+    assert not kept["second"].passed
+    assert not kept[verdicts.ALL].passed
