@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from comhe_ext import backends
-from comhe_ext.kernels.pair_functions import Riesz
+from comhe_ext.kernels.pair_functions import PairFunction, Riesz, pair_function
 from comhe_ext.kernels.sweep import Projected, SweepRequest
 from comhe_ext.verdicts import ALL, FEATURES, Verdict, VerdictFile, Verdicts, examine
 
@@ -29,7 +29,7 @@ def requests(device: torch.device, quick: bool = False) -> Iterator[tuple[str, S
 
     def request(
         k: int,
-        pair: Riesz,
+        pair: PairFunction,
         gradient: bool = True,
         projected: bool = False,
         n: int = 70,
@@ -57,9 +57,9 @@ def requests(device: torch.device, quick: bool = False) -> Iterator[tuple[str, S
     for k in (32, 40):
         for gradient in (True, False):
             yield "highest", request(k, half, gradient, projected=True)
-    for s, angular in ((0.0, False), (1.0, False), (1.5, False), (2.0, True)):
+    for s, by_angle in ((0.0, False), (1.0, False), (1.5, False), (2.0, True)):
         for half_space in (False, True):
-            yield "highest", request(40, Riesz(s, half_space=half_space, angular=angular))
+            yield "highest", request(40, pair_function("riesz", (half_space, by_angle, s, 1e-3)))
     for precision in ("high", "medium"):
         for k in (40, 200):
             yield precision, request(k, half)

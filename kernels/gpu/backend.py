@@ -134,7 +134,7 @@ class Call:
         if self.is_large:
             return Tiles(ROW_TILE, ROW_TILE, 4)
         target = target_of(self.device)
-        return tiles_for(target, self.k, self.sizes.largest, self.pair.angular)
+        return tiles_for(target, self.k, self.sizes.largest, self.pair.angle)
 
     @cached_property
     def plan(self) -> Plan:

@@ -308,7 +308,7 @@ def pair_constants(
         side=formula.side,
         exact=formula.exact,
         half_space=tl.constexpr(pair.half_space),
-        angular=tl.constexpr(pair.angular),
+        angle=tl.constexpr(pair.angular),
         two_ended=tl.constexpr(pair.two_ended),
         sum_of_logs=tl.constexpr(formula.sum_of_logs),
         fast=tl.constexpr(fast),
@@ -325,7 +325,7 @@ def pair_constants(
     return PairConstants(
         arguments=arguments,
         half_space=pair.half_space,
-        angular=pair.angular,
+        angle=pair.angular,
         energy_unit=formula.energy_unit,
         energy_offset=formula.energy_offset,
         force_unit=formula.force_unit,

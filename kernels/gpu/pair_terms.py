@@ -93,7 +93,7 @@ class PairArguments(NamedTuple):
     side: Any
     exact: Any
     half_space: Any
-    angular: Any
+    angle: Any
     two_ended: Any
     sum_of_logs: Any
     fast: Any
@@ -117,7 +117,7 @@ class PairConstants:
 
     arguments: PairArguments
     half_space: bool
-    angular: bool
+    angle: bool
     energy_unit: float
     energy_offset: float
     force_unit: float
@@ -220,7 +220,7 @@ def exact_side(r2, q2, pair):
 
     Below the tangent's end the tangent line; where two rows coincide F' is 0.
     """
-    if pair.angular:
+    if pair.angle:
         t = angle(r2, q2)
         inverse = reciprocal(t, pair.fast)
         sine2 = 0.25 * r2 * q2

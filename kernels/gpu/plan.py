@@ -97,7 +97,7 @@ MAX_WIDTH = 128
 MAX_WITH_REST = 24
 
 
-def tiles_for(target: str, k: int, largest: int, angular: bool) -> Tiles:
+def tiles_for(target: str, k: int, largest: int, angle: bool) -> Tiles:
     """Launch shape of a sweep.
 
     Of NVIDIA's GPUs those that the table does not know get the most conservative row, of AMD's
@@ -107,7 +107,7 @@ def tiles_for(target: str, k: int, largest: int, angular: bool) -> Tiles:
         target: "sm_80", "sm_90", "gfx942", ...
         k: columns of the points.
         largest: rows of the largest set.
-        angular: whether the pair function is one of angles.
+        angle: whether the pair function is one of angles.
 
     Raises:
         RuntimeError: the kernels do not compile for the target.
@@ -117,8 +117,8 @@ def tiles_for(target: str, k: int, largest: int, angular: bool) -> Tiles:
     if k <= MAX_DIRECT:
         return DIRECT_TILES[k]
     others = _CDNA3 if target.startswith("gfx9") else _AMPERE
-    small, large, angle = TILE_TABLE.get(target, others)[row_width(k)]
-    return angle if angular else large if largest >= LARGE_SET else small
+    small, large, of_angles = TILE_TABLE.get(target, others)[row_width(k)]
+    return of_angles if angle else large if largest >= LARGE_SET else small
 
 
 def unknown_target(target: str) -> str | None:

@@ -22,7 +22,6 @@ from comhe_ext.testing import (
     random_rows,
     reference,
     relative_error,
-    riesz,
     sweep_columns,
     sweep_of,
 )
@@ -74,7 +73,7 @@ def check(points, sizes=None, eps=0.0, energy_bound=1e-6, gradient_bound=2e-6, s
 
     `size` is that of the terms of the energy, where terms of both signs leave less of it.
     """
-    pair = riesz(**options)
+    pair = Riesz(**options)
     sizes = [len(points)] if sizes is None else sizes
     scales = [pair.scale(n, "mean") for n in sizes]
     energy, gradient = sweep_of(binding, points, sizes, scales, pair, eps, True)
@@ -233,7 +232,7 @@ def test_equal_rows():
     points[30:] = -points[:10]
     for pair in PAIRS:
         check(points, gradient_bound=4e-6, **pair)
-    energy, gradient = sweep_of(binding, points, [40], [1.0], riesz(min_distance=0.0), 0.0, True)
+    energy, gradient = sweep_of(binding, points, [40], [1.0], Riesz(min_distance=0.0), 0.0, True)
     assert energy.item() == math.inf
     assert bool(gradient.isfinite().all())
 
@@ -247,7 +246,7 @@ def test_directions_that_differ_in_a_tiny_entry():
 @pytest.mark.parametrize("factor", [1e-30, 1e-18, 1e18, 1e30])
 def test_rows_of_any_length(factor):
     points = factor * random_rows(30, 12)
-    energy, gradient = sweep_of(binding, points, [30], [1.0], riesz(), 0.0, True)
+    energy, gradient = sweep_of(binding, points, [30], [1.0], Riesz(), 0.0, True)
     exact = exact_energy_and_gradient(points)
     assert relative_error(energy / 435, exact[0]) <= 1e-6
     assert relative_error(gradient.double() / 435, exact[1]) <= 2e-6
@@ -258,10 +257,10 @@ def test_dead_rows(pair):
     points = random_rows(40, 12)
     points[[3, 17, 39]] = 0.0
     check(points, gradient_bound=4e-6, **pair)
-    dead = sweep_of(binding, points, [40], [1.0], riesz(**pair), 0.0, True)
+    dead = sweep_of(binding, points, [40], [1.0], Riesz(**pair), 0.0, True)
     assert not dead[1][[3, 17, 39]].any()
     points[17] = 1e-42  # shorter than any normal number
-    again = sweep_of(binding, points, [40], [1.0], riesz(**pair), 0.0, True)
+    again = sweep_of(binding, points, [40], [1.0], Riesz(**pair), 0.0, True)
     assert all(map(torch.equal, dead, again))
 
 
@@ -271,14 +270,14 @@ def test_nan_and_infinity_stay_in_their_set(bad):
     points = random_rows(320, 12)
     points[150, 7] = bad
     for pair in PAIRS:
-        energy, gradient = sweep_of(binding, points, sizes, [1.0] * 3, riesz(**pair), 0.0, True)
+        energy, gradient = sweep_of(binding, points, sizes, [1.0] * 3, Riesz(**pair), 0.0, True)
         assert energy.isnan().tolist() == [False, True, False]
         assert bool(gradient[:10].isfinite().all() and gradient[310:].isfinite().all())
         assert bool(gradient[150].isnan().all())
 
 
 def test_empty():
-    pair = riesz()
+    pair = Riesz()
     energy, gradient = sweep_of(binding, torch.empty(0, 5), [], [], pair, 0.0, True)
     assert energy.shape == (0,)
     assert gradient.shape == (0, 5)
@@ -294,7 +293,7 @@ def test_half_precision_is_converted_exactly(dtype):
     points = points[points.isfinite().all(1)].contiguous()
     # a subset of every exponent and sign, subnormals among them
     points = points[::29].contiguous()
-    pair = riesz(s=0.5)
+    pair = Riesz(s=0.5)
     half = sweep_of(binding, points, [len(points)], [1.0], pair, 0.0, True)
     single = sweep_of(binding, points.float(), [len(points)], [1.0], pair, 0.0, True)
     assert torch.equal(half[0], single[0])
@@ -305,7 +304,7 @@ def test_half_precision_is_converted_exactly(dtype):
 def test_half_precision_keeps_nan_and_infinity(value):
     points = random_rows(9, 4, dtype=torch.float16)
     points[2, 1] = value
-    energy, _ = sweep_of(binding, points, [9], [1.0], riesz(), 0.0, False)
+    energy, _ = sweep_of(binding, points, [9], [1.0], Riesz(), 0.0, False)
     assert energy.isnan().all()
 
 
@@ -323,8 +322,8 @@ def test_subnormal_numbers_count(dtype, flush):
     points = subnormal_rows(60, dtype)
     energy, gradient = exact_energy_and_gradient(points)
     flush(True)
-    scale = riesz().scale(60, "mean")
-    results = sweep_of(binding, points, [60], [scale], riesz(), 0.0, True)
+    scale = Riesz().scale(60, "mean")
+    results = sweep_of(binding, points, [60], [scale], Riesz(), 0.0, True)
     flush(False)
     assert relative_error(results[0], energy) <= 1e-6
     assert relative_error(results[1], gradient) <= 2e-6
@@ -334,7 +333,7 @@ def test_subnormal_numbers_count(dtype, flush):
 def test_flushing_subnormal_numbers_changes_no_bit(dtype, flush, threads):
     points = subnormal_rows(1500, dtype)
     points[1] = 3 * points[0]  # a pair that is done in double
-    sets = [60, 1440], [riesz().scale(60, "mean"), 1.0], riesz(), 0.0
+    sets = [60, 1440], [Riesz().scale(60, "mean"), 1.0], Riesz(), 0.0
     threads(1)
     expected = sweep_of(binding, points, *sets, True)
     for flushes, count in ((True, 1), (True, 2), (False, 2)):
@@ -363,7 +362,7 @@ def test_any_number_of_threads_gives_the_same_bits(sizes, k, threads):
     results = []
     for count in (1, 2, 3, 7):
         threads(count)
-        results.append(sweep_of(binding, points, sizes, [1.0] * len(sizes), riesz(), 0.0, True))
+        results.append(sweep_of(binding, points, sizes, [1.0] * len(sizes), Riesz(), 0.0, True))
     for energy, gradient in results[1:]:
         assert torch.equal(energy, results[0][0])
         assert torch.equal(gradient, results[0][1])
@@ -373,10 +372,10 @@ def test_more_threads_than_cores_come_to_an_end(threads):
     # of few blocks, so that they wait for each other all the time
     points = random_rows(700, 30)
     threads(1)
-    expected = sweep_of(binding, points, [700], [1.0], riesz(), 0.0, True)
+    expected = sweep_of(binding, points, [700], [1.0], Riesz(), 0.0, True)
     threads(16)
     for _ in range(100):
-        results = sweep_of(binding, points, [700], [1.0], riesz(), 0.0, True)
+        results = sweep_of(binding, points, [700], [1.0], Riesz(), 0.0, True)
         assert all(map(torch.equal, results, expected))
 
 
@@ -386,7 +385,7 @@ def test_cross_is_what_the_union_adds(pair, eps):
     rows, columns = random_rows(200, 12, seed=1), random_rows(50, 12, seed=2)
     rows[7], columns[3] = 2 * columns[9] + 1e-3, -columns[11]
     ids = torch.arange(250, dtype=torch.int32)
-    options = riesz(**pair)
+    options = Riesz(**pair)
     energy, to_rows, to_columns = sweep_columns(
         binding, rows, columns, ids[:200], ids[200:], 1.0, options, eps, True
     )
@@ -406,7 +405,7 @@ def test_cross_is_what_the_union_adds(pair, eps):
 
 
 def test_cross_leaves_out_equal_ids():
-    points, pair = random_rows(400, 16), riesz()
+    points, pair = random_rows(400, 16), Riesz()
     twice, gradient = sweep_of(binding, points, [400], [2.0], pair, 0.0, True)
     for ids in (torch.arange(400), torch.randperm(400)):
         ids = ids.int()
@@ -428,7 +427,7 @@ def test_cross_with_any_number_of_threads_gives_the_same_bits(threads):
     for count in (1, 2, 5):
         threads(count)
         results.append(
-            sweep_columns(binding, rows, columns, ids[:2500], ids[2500:], 1.0, riesz(), 0.0, True)
+            sweep_columns(binding, rows, columns, ids[:2500], ids[2500:], 1.0, Riesz(), 0.0, True)
         )
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
@@ -450,7 +449,7 @@ def test_very_large_set():
 def test_leech_lattice():
     points = leech_minimal_vectors().float()
     n = len(points)
-    energy, _ = sweep_of(binding, points, [n], [1.0], riesz(), 0.0, False)
+    energy, _ = sweep_of(binding, points, [n], [1.0], Riesz(), 0.0, False)
     # 1/(2 - 2c) at c = -1, -1/2, -1/4, 0, 1/4, 1/2, and how many rows have that cosine with one row
     counts = {4.0: 1, 3.0: 4600, 2.5: 47104, 2.0: 93150, 1.5: 47104, 1.0: 4600}
     exact = n / 2 * math.fsum(count / squared for squared, count in counts.items())
@@ -458,7 +457,7 @@ def test_leech_lattice():
 
 
 def test_bad_calls_are_refused(monkeypatch):
-    points, pair = torch.ones(4, 3), riesz()
+    points, pair = torch.ones(4, 3), Riesz()
     with pytest.raises(TypeError, match="float64"):
         sweep_of(binding, points.double(), [4], [1.0], pair, 0.0, True)
     with pytest.raises(ValueError, match=r"\[T, k\]"):
@@ -533,9 +532,9 @@ def test_a_library_of_other_sources_is_not_called(source, other_library):
         assert "is of another version" in refused
         assert "pip install -e ." in refused
     with pytest.raises(RuntimeError, match="another version"):
-        sweep_of(binding, torch.ones(4, 3), [4], [1.0], riesz(), 0.0, True)
+        sweep_of(binding, torch.ones(4, 3), [4], [1.0], Riesz(), 0.0, True)
     # nothing else needs it
-    assert backends.choose(None, riesz(), torch.device("cpu"), torch.float32) == "torch"
+    assert backends.choose(None, Riesz(), torch.device("cpu"), torch.float32) == "torch"
 
 
 def test_a_library_of_these_sources_is_taken(other_library):

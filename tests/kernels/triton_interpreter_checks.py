@@ -63,7 +63,7 @@ def nothing_launched():
 
 def pair_branch(pair):
     """The branches that a pair function takes: its device functions and its flags."""
-    return pair.exact.__name__, bool(pair.half_space), bool(pair.angular)
+    return pair.exact.__name__, bool(pair.half_space), bool(pair.angle)
 
 
 class Recorded:
