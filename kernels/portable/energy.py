@@ -20,15 +20,17 @@ from ..pair_functions import PairFunction
 from ..sweep import SweepRequest, SweepResult
 from .near_pairs import (
     add_to_both,
+    answers_at_once,
     exact_dots,
     mask_out,
     near_below,
     near_indices,
     near_pairs,
     push_apart,
+    tiles_with_near,
 )
 from .rows import Rows, normalize, result_dtype, working_dtype
-from .tiles import block_of, cols_of, rows_of, symmetric_tiles
+from .tiles import Tile, block_of, cols_of, rows_of, symmetric_tiles
 
 # F' and F'' of near pairs are clamped here, which leaves room for sums: an infinite one times 0
 # would be NaN. The bound is beyond all that float32 holds; in float64, the gradient of a row with a
@@ -65,9 +67,24 @@ def sweep(request: SweepRequest) -> SweepResult:
     bound = near_below(pair, dtype)
     clean = pair.clean_above(bound)
 
-    for tile in symmetric_tiles(sizes, block_of(points)):
+    def masked_tile(tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x = torch.bmm(rows_of(left, tile), cols_of(right, tile).mT)
-        left_out, near = mask_out(x, tile, pair, bound)
+        return x, *mask_out(x, tile, pair, bound)
+
+    def repair(tile: Tile, near: Tensor) -> None:
+        for index in near_indices(near, tile, points.shape[1]):
+            pairs = near_pairs(points, *index, eps)
+            value, slope, _ = pair.of_cosine(pairs.d2, pairs.far)
+            energy.index_put_((pairs.set,), value.squeeze(1), accumulate=True)
+            if force is not None:
+                add_to_both(clamped, pairs, slope.abs() > MOST)
+                slope.clamp_(-MOST, MOST)
+                push_apart(force, pairs, slope * pairs.apart)
+                add_to_both(axial, pairs, pairs.side * slope)
+
+    at_once, later = answers_at_once(points.device), []
+    for tile in symmetric_tiles(sizes, block_of(points)):
+        x, left_out, near = masked_tile(tile)
         closed = pair.closed_tile(x) if clean else None
         if closed is not None:
             value, slope, factor = closed
@@ -84,15 +101,14 @@ def sweep(request: SweepRequest) -> SweepResult:
                 cols_of(force, tile).add_(torch.bmm(slope.mT, rows_of(v, tile)), alpha=factor)
         if near is None:
             continue
-        for index in near_indices(near, tile, points.shape[1]):
-            pairs = near_pairs(points, *index, eps)
-            exact_value, exact_slope, _ = pair.of_cosine(pairs.d2, pairs.far)
-            energy.index_put_((pairs.set,), exact_value.squeeze(1), accumulate=True)
-            if force is not None:
-                add_to_both(clamped, pairs, exact_slope.abs() > MOST)
-                exact_slope.clamp_(-MOST, MOST)
-                push_apart(force, pairs, exact_slope * pairs.apart)
-                add_to_both(axial, pairs, pairs.side * exact_slope)
+        if at_once:
+            repair(tile, near)
+        else:
+            later.append((tile, near.any()))
+    for tile in tiles_with_near(later):
+        _, _, near = masked_tile(tile)
+        assert near is not None
+        repair(tile, near)
 
     axial.mul_(rows.deficit)
     if pair.half_space:
@@ -107,7 +123,6 @@ def sweep(request: SweepRequest) -> SweepResult:
     energy = energy.to(result_dtype(points))
     if force is None:
         return SweepResult(energy)
-    del left
     gradient = torch.empty_like(force, dtype=result_dtype(points))
     factor_of_row = rows.inv_nu * _scale_of_row(sizes, scales, pair, rows.inv_nu)
     for part in (slice(b, b + 1024) for b in range(0, v.shape[0], 1024)):
@@ -150,12 +165,32 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor) -> Tensor:
     bound = near_below(pair, dtype)
     clean = pair.clean_above(bound)
 
-    for tile in symmetric_tiles(sizes, block_of(points)):
+    def masked_tile(tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x = torch.bmm(rows_of(v, tile), cols_of(v, tile).mT)
         if not pair.half_space:
             x.mul_(-2.0).add_(2.0)
+        return x, *mask_out(x, tile, pair, bound)
+
+    def repair(tile: Tile, near: Tensor) -> None:
+        for index in near_indices(near, tile, points.shape[1]):
+            pairs = near_pairs(points, *index, eps)
+            dot_i, deficit_dot_i = exact_dots(points, tangents, pairs.i, eps)
+            dot_j, deficit_dot_j = exact_dots(points, tangents, pairs.j, eps)
+            apart_dot = dot_i - pairs.side * dot_j
+            stretch = (pairs.apart * apart_dot).sum(1, keepdim=True)
+            c_dot = -pairs.side * (stretch + (deficit_dot_i + deficit_dot_j) / 2.0)
+            _, slope, curve = pair.of_cosine(pairs.d2, pairs.far)
+            slope.clamp_(-LONGEST, LONGEST)
+            slope_dot = curve.clamp_(-LONGEST, LONGEST) * c_dot
+            push_apart(force, pairs, slope * pairs.apart)
+            push_apart(force_dot, pairs, slope_dot * pairs.apart + slope * apart_dot)
+            add_to_both(axial, pairs, pairs.side * slope)
+            add_to_both(axial_dot, pairs, pairs.side * slope_dot)
+
+    at_once, later = answers_at_once(points.device), []
+    for tile in symmetric_tiles(sizes, block_of(points)):
+        x, left_out, near = masked_tile(tile)
         c_dot = torch.bmm(rows_of(both, tile), cols_of(swapped, tile).mT)
-        left_out, near = mask_out(x, tile, pair, bound)
         d2, far = _both_squares(x, pair)
         _, slope, curve = pair.of_cosine(d2, far)
         closed = pair.closed_tile(x) if clean and pair.half_space else None
@@ -175,20 +210,14 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor) -> Tensor:
             cols_of(force_dot, tile).add_(part)
         if near is None:
             continue
-        for index in near_indices(near, tile, points.shape[1]):
-            pairs = near_pairs(points, *index, eps)
-            dot_i, deficit_dot_i = exact_dots(points, tangents, pairs.i, eps)
-            dot_j, deficit_dot_j = exact_dots(points, tangents, pairs.j, eps)
-            apart_dot = dot_i - pairs.side * dot_j
-            stretch = (pairs.apart * apart_dot).sum(1, keepdim=True)
-            exact_c_dot = -pairs.side * (stretch + (deficit_dot_i + deficit_dot_j) / 2.0)
-            _, exact_slope, exact_curve = pair.of_cosine(pairs.d2, pairs.far)
-            exact_slope.clamp_(-LONGEST, LONGEST)
-            exact_slope_dot = exact_curve.clamp_(-LONGEST, LONGEST) * exact_c_dot
-            push_apart(force, pairs, exact_slope * pairs.apart)
-            push_apart(force_dot, pairs, exact_slope_dot * pairs.apart + exact_slope * apart_dot)
-            add_to_both(axial, pairs, pairs.side * exact_slope)
-            add_to_both(axial_dot, pairs, pairs.side * exact_slope_dot)
+        if at_once:
+            repair(tile, near)
+        else:
+            later.append((tile, near.any()))
+    for tile in tiles_with_near(later):
+        _, _, near = masked_tile(tile)
+        assert near is not None
+        repair(tile, near)
 
     along = (v * force).sum(1, keepdim=True)
     along_dot = (v_dot * force).sum(1, keepdim=True) + (v * force_dot).sum(1, keepdim=True)

@@ -12,7 +12,7 @@ Therefore only -side F' apart goes into the force, and side F' is summed apart, 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,7 +69,7 @@ def mask_out(
 
     Returns:
         Masks: elements that do not count (the diagonal and near pairs), and near pairs, each once.
-        None where there are none.
+        None where there are none, which only a processor is asked.
     """
     if pair.half_space:
         harmless, low, high = 0.0, bound / 2.0 - 1.0, 1.0 - bound / 2.0
@@ -79,15 +79,29 @@ def mask_out(
     if tile.diagonal:
         x.diagonal(dim1=1, dim2=2).fill_(harmless)
         left_out = torch.eye(x.shape[1], dtype=torch.bool, device=x.device).expand_as(x)
-    lowest, highest = torch.aminmax(x)
-    if not (bool(lowest < low) or bool(highest > high)):
-        return left_out, None
+    if answers_at_once(x.device):
+        lowest, highest = torch.aminmax(x)
+        if not (bool(lowest < low) or bool(highest > high)):
+            return left_out, None
     near = x < low
     if high < math.inf:
         near |= x > high
     x.masked_fill_(near, harmless)
     left_out = near if left_out is None else near | left_out
     return left_out, near.triu(1) if tile.diagonal else near
+
+
+def answers_at_once(device: torch.device) -> bool:
+    """Tell whether a tensor's content can be looked at without waiting for other work."""
+    return device.type == "cpu"
+
+
+def tiles_with_near(masks: Sequence[tuple[Tile, Tensor]]) -> list[Tile]:
+    """List the tiles whose mask has a near pair, by one question to the device for all of them."""
+    if not masks:
+        return []
+    found = torch.stack([mask for _, mask in masks]).tolist()
+    return [tile for (tile, _), near in zip(masks, found, strict=True) if near]
 
 
 def near_indices(near: Tensor, tile: Tile, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
