@@ -73,14 +73,20 @@ def test_a_new_size_compiles_nothing(monkeypatch):
 
 
 def test_what_is_missing_is_named(monkeypatch):
+    def reason():
+        gpu.unavailable.cache_clear()
+        return gpu.unavailable()
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA or ROCm device is available" in gpu.unavailable()
+    assert "no CUDA or ROCm device is available" in reason()
     if torch.version.hip is None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-        assert "older than compute capability 8.0" in gpu.unavailable()
+        assert "older than compute capability 8.0" in reason()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert "Triton is not installed" in gpu.unavailable()
+    assert "Triton is not installed" in reason()
+    monkeypatch.undo()
+    gpu.unavailable.cache_clear()
 
 
 def test_targets_take_the_row_of_their_kind():
