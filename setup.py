@@ -51,6 +51,9 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
         "-mprefer-vector-width=512",
     ]
+elif platform.machine() in ("aarch64", "arm64", "ARM64"):
+    # gcc would load all factors of a step ahead, and have too few registers left for the sums
+    UNITS[f"{CPU}/neon.cpp"] = ["-fno-schedule-insns"]
 COMPILE = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions"]
 # contraction into FMA is part of the design, on clang as on gcc; nothing reads errno or FP traps
 COMPILE += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]

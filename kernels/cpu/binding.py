@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,10 @@ from ..sweep import Numbers, Offers, SweepRequest, SweepResult
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
 ABI_VERSION = 3
-# in the order of the C enum
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+# those of this architecture, in the order of the C enum
+INSTRUCTION_SETS: tuple[str, ...] = ("baseline", "avx2", "avx512")
+if platform.machine() in ("aarch64", "arm64", "ARM64"):
+    INSTRUCTION_SETS = ("baseline", "neon")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _MISSING = (

@@ -57,12 +57,13 @@ bool cosines(const Sweep &sweep, const Block &a, const Block &b, int i0, int j0,
     load_tile(acc, q0 ? c : nullptr);
     multiply(sweep, acc, a, a.u, b.ut, i0, j0, q0, q1);
     // integers have a maximum in one instruction, and are ordered like positive floats
+    const vi mask = vi{} + sweep.closeness_mask;  // here: it would be read again after every store
     vi highest = {};
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
-            const vi bits = (vi)acc[m][v] & sweep.closeness_mask;
+            const vi bits = (vi)acc[m][v] & mask;
             highest = bits > highest ? bits : highest;
             store(c + m * R + v * VL, acc[m][v]);
         }

@@ -3,7 +3,14 @@
 
 namespace {
 
-enum Isa { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
+// Those of this architecture, the better ones last.
+#if defined(__x86_64__)
+enum Isa { BASELINE, AVX2, AVX512, ISAS };
+#elif defined(__aarch64__)
+enum Isa { BASELINE, NEON, ISAS };
+#else
+enum Isa { BASELINE, ISAS };
+#endif
 
 bool supported(int isa) {
 #if defined(__x86_64__)
@@ -12,6 +19,8 @@ bool supported(int isa) {
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     if (isa == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__aarch64__)
+    if (isa == NEON) return true;  // every processor of this architecture has it
 #endif
     return isa == BASELINE;
 }
@@ -54,7 +63,9 @@ __attribute__((visibility("default"))) int comhe_supports(int function) {
 
 // The best instruction set this processor has.
 __attribute__((visibility("default"))) int comhe_best_isa() {
-    return supported(AVX512) ? AVX512 : supported(AVX2) ? AVX2 : BASELINE;
+    int isa = ISAS - 1;
+    while (!supported(isa)) isa--;
+    return isa;
 }
 
 __attribute__((visibility("default"))) int comhe_sweep(const Call *call, int isa) {
@@ -63,6 +74,8 @@ __attribute__((visibility("default"))) int comhe_sweep(const Call *call, int isa
 #if defined(__x86_64__)
     if (isa == AVX512) return avx512::run(*call);
     if (isa == AVX2) return avx2::run(*call);
+#elif defined(__aarch64__)
+    if (isa == NEON) return neon::run(*call);
 #endif
     return baseline::run(*call);
 }

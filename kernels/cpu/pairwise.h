@@ -54,4 +54,5 @@ struct Call {
 
 namespace avx512 { Status run(const Call &); }
 namespace avx2 { Status run(const Call &); }
+namespace neon { Status run(const Call &); }
 namespace baseline { Status run(const Call &); }

@@ -19,7 +19,7 @@ constexpr int KC = 256;                        // columns that stay in cache whi
 constexpr int MOSTLY_AXIAL = 600, MOSTLY_AXIAL_HALF = 100;
 // near pairs are worked on by patches of a tile, their forces by as many rows as registers can hold
 constexpr int NEAR_ROWS = 6, NEAR_COLS = VL / 2;
-constexpr int FORCE_ROWS = VL == 16 ? 6 : 3;
+constexpr int FORCE_ROWS = MR / 2;
 
 static_assert(R % NR == 0 && R_TWICE % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS == 0, "tiles must divide blocks");
 

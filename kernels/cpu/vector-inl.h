@@ -5,6 +5,8 @@
 #include <stdint.h>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(NEON)
+#include <arm_neon.h>
 #endif
 
 // The unit that includes this names its instruction set: it becomes a namespace.
@@ -16,13 +18,15 @@
 namespace ISA {
 namespace {
 
-// Without AVX2 nothing here is x86's: what the baseline unit does, any processor's build does.
+// Without AVX2 and NEON nothing here is one processor's: the baseline unit is built for any.
 
-// A tile is MR rows x NV vectors of columns: its accumulators fill the register file.
+// A tile is MR rows x NV vectors of columns: its accumulators are most of the 16 registers, or 32.
 #if defined(__AVX512F__)
 constexpr int VL = 16, MR = 12;
 #elif defined(__AVX2__)
 constexpr int VL = 8, MR = 6;
+#elif defined(NEON)
+constexpr int VL = 4, MR = 12;
 #else
 constexpr int VL = 4, MR = 6;
 #endif
@@ -102,6 +106,8 @@ INLINE bool any(vi mask) {
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
 #elif defined(__AVX2__)
     return _mm256_movemask_ps((__m256)mask);
+#elif defined(NEON)
+    return vmaxvq_u32((uint32x4_t)mask);
 #else
     int bits = 0;
     for (int l = 0; l < VL; l++) bits |= mask[l];
@@ -110,7 +116,8 @@ INLINE bool any(vi mask) {
 }
 
 // 1/x and 1/sqrt(x): the processor's estimate and one step of Newton (AVX-512: 14 bits to start
-// from) or Halley (AVX2: 11.5 bits), as residual form so that only the last rounding is left.
+// from), one of Halley (AVX2: 11.5 bits) or two of Newton (NEON: 8 bits), the last one in residual
+// form so that only its rounding is left.
 INLINE vf reciprocal(vf x) {
 #if defined(__AVX512F__)
     vf r = (vf)_mm512_maskz_rcp14_ps(-1, (__m512)x);
@@ -118,6 +125,10 @@ INLINE vf reciprocal(vf x) {
 #elif defined(__AVX2__)
     vf r = (vf)_mm256_rcp_ps((__m256)x), e = 1.0f - x * r;
     return r + r * (e + e * e);
+#elif defined(NEON)
+    vf r = (vf)vrecpeq_f32((float32x4_t)x);
+    r *= (vf)vrecpsq_f32((float32x4_t)x, (float32x4_t)r);
+    return r + r * (1.0f - x * r);
 #else
     return 1.0f / x;
 #endif
@@ -130,6 +141,10 @@ INLINE vf reciprocal_sqrt(vf x) {
 #elif defined(__AVX2__)
     vf r = (vf)_mm256_rsqrt_ps((__m256)x), e = 1.0f - x * r * r;
     return r + r * e * (0.5f + 0.375f * e);
+#elif defined(NEON)
+    vf r = (vf)vrsqrteq_f32((float32x4_t)x);
+    r *= (vf)vrsqrtsq_f32((float32x4_t)(x * r), (float32x4_t)r);
+    return r + 0.5f * r * (1.0f - x * r * r);
 #else
     for (int l = 0; l < VL; l++) x[l] = __builtin_sqrtf(x[l]);
     return 1.0f / x;
@@ -193,6 +208,8 @@ INLINE vd square_root(vd x) {
     return (vd)_mm512_maskz_sqrt_pd(-1, (__m512d)x);
 #elif defined(__AVX2__)
     return (vd)_mm256_sqrt_pd((__m256d)x);
+#elif defined(NEON)
+    return (vd)vsqrtq_f64((float64x2_t)x);
 #else
     for (int l = 0; l < VL / 2; l++) x[l] = __builtin_sqrt(x[l]);
     return x;
