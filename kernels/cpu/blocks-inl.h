@@ -27,18 +27,18 @@ template <int M, int V, int W> INLINE void multiply(vf (&acc)[M][V], const float
 template <int M, int V>
 INLINE void multiply(const Sweep &sweep, vf (&acc)[M][V], const Block &block, const float *u, const float *ut,
                      int i0, int j0, int q0, int q1) {
-    ut += long(j0) * sweep.k;
+    ut += int64_t(j0) * sweep.k;
     for (int q = q0, w; q < q1; q += w) {
         w = width(sweep.kp, q);
         const int n = q1 - q < w ? q1 - q : w;
-        const float *strip = u + long(q) * block.capacity + i0 * w;
+        const float *strip = u + int64_t(q) * block.capacity + i0 * w;
         prefetch(strip + M * w, M * w);  // the next tile's
         if (w == NR)
-            multiply<M, V, NR>(acc, strip, ut + long(q) * NR, n);
+            multiply<M, V, NR>(acc, strip, ut + int64_t(q) * NR, n);
         else if (w == VL)
-            multiply<M, V, VL>(acc, strip, ut + long(q) * NR, n);
+            multiply<M, V, VL>(acc, strip, ut + int64_t(q) * NR, n);
         else
-            multiply<M, V, LEAST>(acc, strip, ut + long(q) * NR, n);
+            multiply<M, V, LEAST>(acc, strip, ut + int64_t(q) * NR, n);
     }
 }
 
@@ -73,7 +73,7 @@ bool cosines(const Sweep &sweep, const Block &a, const Block &b, int i0, int j0,
 // M rows of g += the same rows of c times u, WV vectors V wide, over n columns of c. Summed from zero:
 // this is the first level of a sum that keeps the error of G small at large N.
 template <class V, int WV, int M, bool TRANSPOSED>
-INLINE void push(const float *c, const float *u, float *g, long lost, int n) {
+INLINE void push(const float *c, const float *u, float *g, int64_t lost, int n) {
     constexpr int LANES = sizeof(V) / sizeof(float);
     prefetch(g, M * WV * LANES);
     if (lost) prefetch(g + lost, M * WV * LANES);
@@ -105,7 +105,7 @@ INLINE void push(const float *c, const float *u, float *g, long lost, int n) {
 // One strip of both forces: G_a += C u_b and G_b += C^T u_a. With itself a block uses the part
 // of C above the diagonal; the rest is zero.
 template <class V, int WV>
-void push_strip(const Block &a, const Block &b, const float *ua, const float *ub, const float *c, long strip) {
+void push_strip(const Block &a, const Block &b, const float *ua, const float *ub, const float *c, int64_t strip) {
     constexpr int W = WV * sizeof(V) / sizeof(float);
     ua += strip * a.capacity;
     ub += strip * b.capacity;

@@ -28,14 +28,14 @@ struct Dot {
 };
 
 INLINE Dot dot_of(const Sweep &sweep, const Block &block, int i, const float *raw) {
-    return {raw, block.tangent + long(i) * sweep.k, block.inverse[i], block.tau[i], sweep.k};
+    return {raw, block.tangent + int64_t(i) * sweep.k, block.inverse[i], block.tau[i], sweep.k};
 }
 
 // After prepare().
 void prepare_twice(const Sweep &sweep, Scratch &scratch, Block &block) {
     const int k = sweep.k;
     for (int i = 0; i < block.n; i++) {
-        const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw), *tangent = block.tangent + long(i) * k;
+        const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw), *tangent = block.tangent + int64_t(i) * k;
         vd along = {};
         for (int q = 0; q < k; q += VL / 2) along += widen(raw + q, k - q) * widen(tangent + q, k - q);
         block.tau[i] = block.inverse[i] * sum(along);
@@ -199,7 +199,7 @@ void finish_twice(const Sweep &sweep, Scratch &scratch, Block &block) {
         const double deficit = block.deficit[i], inverse = block.inverse[i], tau = block.tau[i];
         const double deficit_dot = -2 * deficit * tau * inverse;
         const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw);
-        const float *known = block.known_gradient + long(i) * k;
+        const float *known = block.known_gradient + int64_t(i) * k;
         const Dot dot = dot_of(sweep, block, i, raw);
         const double along = gather_force(sweep, scratch, block, i, raw);
         vd with_dot = {}, with_known = {};
@@ -217,7 +217,7 @@ void finish_twice(const Sweep &sweep, Scratch &scratch, Block &block) {
         }
         outward_dot += outward * sum(with_dot);
         const double known_along = sum(with_known);
-        float *out = block.gradient + long(i) * k;
+        float *out = block.gradient + int64_t(i) * k;
         for (int q = 0; q < k; q += VL / 2) {
             const vd v = inverse * widen(raw + q, k - q);
             const vd sum = load(scratch.g + q) + outward * dot(q) + outward_dot * v;
@@ -225,7 +225,7 @@ void finish_twice(const Sweep &sweep, Scratch &scratch, Block &block) {
             narrow(out + q, product, k - q);
         }
     }
-    free(block.near);
+    release(block.near);
     block.near = nullptr;
 }
 

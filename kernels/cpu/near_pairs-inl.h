@@ -226,7 +226,7 @@ void push_near(const Sweep &sweep, Block &block, int q0, const bool *used, const
         w = width(sweep.kp, q);
         for (int i = 0; i < block.n; i++) {
             if (!used[i]) continue;
-            double *near = block.near + long(q) * block.capacity + i * w;
+            double *near = block.near + int64_t(q) * block.capacity + i * w;
             for (int l = 0; l < w; l++) near[l] += force[i][q - q0 + l];
         }
     }

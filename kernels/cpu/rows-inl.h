@@ -19,7 +19,7 @@ INLINE float from_half(uint16_t h) {
 
 // Columns q0 <= q < q0 + n of row i as float32, in place where they are.
 INLINE const float *raw_row(const Sweep &sweep, const Block &block, int i, int q0, int n, float *buffer) {
-    const long first = long(i) * sweep.k + q0;
+    const int64_t first = int64_t(i) * sweep.k + q0;
     if (sweep.call.dtype == FLOAT32) return (const float *)block.raw + first;
     const uint16_t *row = (const uint16_t *)block.raw + first;
     if (sweep.call.dtype == FLOAT16)
@@ -33,7 +33,7 @@ INLINE const float *raw_row(const Sweep &sweep, const Block &block, int i, int q
 template <class Row> INLINE void pack(const Sweep &sweep, const Block &block, float *u, int i, Row row) {
     for (int q = 0, w; q < sweep.kp; q += w) {
         w = width(sweep.kp, q);
-        float *to = u + long(q) * block.capacity + i * w;
+        float *to = u + int64_t(q) * block.capacity + i * w;
         for (int l = 0; l < w; l += VL / 2) narrow(to + l, row(q + l));
     }
 }
@@ -41,14 +41,14 @@ template <class Row> INLINE void pack(const Sweep &sweep, const Block &block, fl
 // Fills u up with rows of zeros, and lays it out as the other operand of a product.
 void transpose(const Sweep &sweep, const Block &block, float *u, float *ut) {
     const int k = sweep.k, kp = sweep.kp, whole = block.n / NR * NR;
-    if (whole < block.n) memset(ut + long(whole) * k, 0, sizeof(float) * NR * k);
+    if (whole < block.n) memset(ut + int64_t(whole) * k, 0, sizeof(float) * NR * k);
     for (int q = 0, w; q < kp; q += w) {
         w = width(kp, q);
         const int n = k - q < w ? k - q : w;
-        float *strip = u + long(q) * block.capacity;
+        float *strip = u + int64_t(q) * block.capacity;
         memset(strip + block.n * w, 0, sizeof(float) * (block.capacity - block.n) * w);
         for (int i = 0; i < block.n; i++) {
-            float *to = ut + long(i / NR * NR) * k + q * NR + i % NR;
+            float *to = ut + int64_t(i / NR * NR) * k + q * NR + i % NR;
             for (int l = 0; l < n; l++) to[l * NR] = strip[i * w + l];
         }
     }
@@ -74,7 +74,7 @@ void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
         pack(sweep, block, block.u, i, [=](int q) { return inverse * widen(raw + q, k - q); });
     }
     transpose(sweep, block, block.u, block.ut);
-    if (sweep.with_gradient) memset(block.g, 0, sizeof(float) * (long(block.capacity) * kp + block.lost));
+    if (sweep.with_gradient) memset(block.g, 0, sizeof(float) * (int64_t(block.capacity) * kp + block.lost));
     if (block.ids && block.n) {
         memcpy(block.ids, block.given_ids, sizeof(int32_t) * block.n);
         block.first_id = block.last_id = block.ids[0];
@@ -91,7 +91,7 @@ INLINE double gather_force(const Sweep &sweep, Scratch &scratch, const Block &bl
     vd along = {};
     for (int q = 0, w; q < sweep.kp; q += w) {
         w = width(sweep.kp, q);
-        const float *p = block.g + long(q) * block.capacity + i * w;
+        const float *p = block.g + int64_t(q) * block.capacity + i * w;
         for (int l = 0; l < w; l += VL / 2) {
             vd g = block.lost ? widen(p + l) + widen(p + l + block.lost) : widen(p + l);
             if (block.near) g += load(block.near + (p - block.g) + l);
@@ -119,14 +119,14 @@ void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
         const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw);
         const double along = both * (block.axial[i] * deficit - gather_force(sweep, scratch, block, i, raw)) -
                              2 * antipode * deficit;
-        float *out = block.gradient + long(i) * k;
+        float *out = block.gradient + int64_t(i) * k;
         for (int q = 0; q < kp; q += VL / 2) {
             // the sum first: one of its terms alone may leave the range
             const vd g = both * load(scratch.g + q) + along * (inverse * widen(raw + q, k - q));
             narrow(out + q, factor * inverse * g, k - q);
         }
     }
-    free(block.near);
+    release(block.near);
     block.near = nullptr;
 }
 

@@ -89,12 +89,12 @@ struct Arena {
 };
 
 // Memory of a block that will meet n rows.
-void place(const Sweep &sweep, Block &block, long n, Arena &arena) {
+void place(const Sweep &sweep, Block &block, int64_t n, Arena &arena) {
     const size_t capacity = block.capacity = up(block.n, SHORT), padded = up(block.n, NR) + NEAR_ROWS;
     block.u = arena.take<float>(capacity * sweep.kp);
     block.ut = arena.take<float>(size_t(up(block.n, NR)) * sweep.k);
     const bool axial = n / sweep.k >= (sweep.call.pair.half_space ? MOSTLY_AXIAL_HALF : MOSTLY_AXIAL);
-    block.lost = axial ? long(capacity) * sweep.kp : 0;
+    block.lost = axial ? int64_t(capacity) * sweep.kp : 0;
     block.g = arena.take<float>(sweep.with_gradient ? capacity * sweep.kp + block.lost : 0);
     block.inverse = arena.take<double>(padded);
     block.deficit = arena.take<double>(padded);
@@ -128,8 +128,8 @@ void place(const Sweep &sweep, Scratch &scratch, int largest_block, Arena &arena
 
 // Blocks of n rows. Where threads may be worth it there are enough blocks for a few, whatever their
 // number: the result must not depend on it.
-int block_count(const Sweep &sweep, long n) {
-    const long fewest = (n + sweep.most_rows - 1) / sweep.most_rows, enough = n / 96 < 6 ? n / 96 : 6;
+int block_count(const Sweep &sweep, int64_t n) {
+    const int64_t fewest = (n + sweep.most_rows - 1) / sweep.most_rows, enough = n / 96 < 6 ? n / 96 : 6;
     const bool worth_threads = double(n) * n / 2 * (3 * sweep.k + 16) > 4e7;
     return worth_threads && enough > fewest ? int(enough) : fewest ? int(fewest) : 1;
 }
@@ -139,12 +139,12 @@ float *output(const Sweep &sweep) { return sweep.twice ? sweep.call.product : sw
 
 // Cuts n rows, from row `first` of a matrix on, into equal blocks; at least one, maybe empty.
 int cut(const Sweep &sweep, Block *blocks, const void *points, float *gradient, const int32_t *ids,
-        long first, long n, double scale) {
+        int64_t first, int64_t n, double scale) {
     const size_t row_bytes = (sweep.call.dtype == FLOAT32 ? 4 : 2) * sweep.k;
     const int count = block_count(sweep, n);
-    const long most = up((n + count - 1) / count, NR);
+    const int64_t most = up((n + count - 1) / count, NR);
     int used = 0;
-    long i = 0;
+    int64_t i = 0;
     do {
         Block block = {};
         block.raw = (const char *)points + (first + i) * row_bytes;
@@ -193,12 +193,12 @@ void perform_alone(const Sweep &sweep, Scratch &scratch, const Set &set) {
 // drawn in the order of the list, which has what a task waits for before it: no deadlock.
 // Not inlined: the compiler could move arithmetic to where it is not yet standard.
 __attribute__((noinline)) void work(Sweep &sweep, Scratch &scratch) {
-    long task = 0, mine = __atomic_fetch_add(&sweep.next, 1, __ATOMIC_RELAXED);
+    int64_t task = 0, mine = __atomic_fetch_add(&sweep.next, 1, __ATOMIC_RELAXED);
     int most_rounds = 0;
-    for (long s = 0; s < sweep.shared_count; s++)
+    for (int64_t s = 0; s < sweep.shared_count; s++)
         if (sweep.sets[s].rounds > most_rounds) most_rounds = sweep.sets[s].rounds;
     for (int stage = 0; stage <= most_rounds + 1; stage++)
-        for (long s = 0; s < sweep.shared_count; s++) {
+        for (int64_t s = 0; s < sweep.shared_count; s++) {
             const Set &set = sweep.sets[s];
             for (int a = 0; a < set.rounds && stage <= set.rounds + 1; a++)
                 if (task++ == mine) {
@@ -206,7 +206,7 @@ __attribute__((noinline)) void work(Sweep &sweep, Scratch &scratch) {
                     mine = __atomic_fetch_add(&sweep.next, 1, __ATOMIC_RELAXED);
                 }
         }
-    for (long s = sweep.shared_count; s < sweep.set_count; s++)
+    for (int64_t s = sweep.shared_count; s < sweep.set_count; s++)
         if (task++ == mine) {
             perform_alone(sweep, scratch, sweep.sets[s]);
             mine = __atomic_fetch_add(&sweep.next, 1, __ATOMIC_RELAXED);
@@ -220,9 +220,9 @@ void list_sets(Sweep &sweep) {
         sweep.sets[sweep.set_count++] = {0, call.sizes[0], call.sizes[1], call.scales[0], 0};
         return;
     }
-    long first = 0;
-    for (long s = 0; s < call.sets; first += call.sizes[s++]) {
-        const long n = call.sizes[s];
+    int64_t first = 0;
+    for (int64_t s = 0; s < call.sets; first += call.sizes[s++]) {
+        const int64_t n = call.sizes[s];
         if (n > 1 || (n == 1 && call.pair.half_space)) {
             sweep.sets[sweep.set_count++] = {first, n, n, call.scales[s], s};
             continue;
@@ -231,7 +231,7 @@ void list_sets(Sweep &sweep) {
         if (float *rows = output(sweep)) memset(rows + first * call.k, 0, sizeof(float) * n * call.k);
     }
     qsort(sweep.sets, sweep.set_count, sizeof(Set), [](const void *x, const void *y) {
-        const long n = ((const Set *)x)->n, m = ((const Set *)y)->n;
+        const int64_t n = ((const Set *)x)->n, m = ((const Set *)y)->n;
         return int(n < m) - int(n > m);
     });
 }
@@ -282,7 +282,7 @@ Status allocate_and_work(Sweep &sweep, Block *blocks, Scratch *scratch) {
         for (int b = 0; b < set->cols && set->col != set->row; b++) total += set->col[b].energy;
         sweep.call.energy[set->index] = float(set->scale * total);
     }
-    free(arena.base);
+    release(arena.base);
     return sweep.out_of_memory ? OUT_OF_MEMORY : OK;
 }
 
@@ -335,9 +335,9 @@ __attribute__((noinline)) Status set_up_and_work(const Call &call) {
     Scratch *scratch = allocate<Scratch>(sweep.threads);
     if (scratch) memset(scratch, 0, sizeof(Scratch) * sweep.threads);
     const Status status = blocks && scratch ? allocate_and_work(sweep, blocks, scratch) : OUT_OF_MEMORY;
-    free(scratch);
-    free(blocks);
-    free(sweep.sets);
+    release(scratch);
+    release(blocks);
+    release(sweep.sets);
     return status;
 }
 

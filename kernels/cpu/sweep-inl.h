@@ -2,6 +2,9 @@
 #pragma once
 #include <stdlib.h>
 #include <string.h>
+#if defined(_WIN32)
+#include <malloc.h>
+#endif
 
 #include "pairwise.h"
 #include "threads-inl.h"
@@ -34,7 +37,7 @@ struct Block {
     double scale;
     int n, capacity;  // rows, and rows there is room for
     float *u, *g;     // unit rows v, and G
-    long lost;        // g[i + lost] is what rounding took from g[i]; 0 where that is not kept
+    int64_t lost;     // g[i + lost] is what rounding took from g[i]; 0 where that is not kept
     double *near;     // the forces of near pairs, laid out like g; null while there are none
     float *ut;        // u again, as the other operand of the cosines: [panel of NR rows][k][NR]
     double *inverse;  // 1/nu, 0 for a dead row
@@ -53,9 +56,9 @@ struct Block {
 
 // Rows first <= i < first + n against themselves or, in the cross form, against m columns.
 struct Set {
-    long first, n, m;
+    int64_t first, n, m;
     double scale;
-    long index;        // as the caller counts
+    int64_t index;     // as the caller counts
     Block *row, *col;  // the same where a set meets itself
     int rows, cols, rounds;
 };
@@ -106,18 +109,32 @@ struct Sweep {
     int32_t near_bits, closeness_mask;  // for integers: near where (bits of c & mask) > near_bits
     Functions functions;
     Set *sets;                     // largest first
-    long set_count, shared_count;  // the first ones are shared by all threads
+    int64_t set_count, shared_count;  // the first ones are shared by all threads
     int threads;
-    long next;                   // the task to be drawn next
+    int64_t next;                // the task to be drawn next
     mutable bool out_of_memory;  // a thread was
 };
 
+// Memory by cache lines.
 template <class T> T *allocate(size_t count) {
-    return (T *)aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64);
+    const size_t bytes = (count * sizeof(T) + 64) / 64 * 64;
+#if defined(_WIN32)
+    return (T *)_aligned_malloc(bytes, 64);
+#else
+    return (T *)aligned_alloc(64, bytes);
+#endif
+}
+
+INLINE void release(void *memory) {
+#if defined(_WIN32)
+    _aligned_free(memory);
+#else
+    free(memory);
+#endif
 }
 
 INLINE int width(int kp, int q) { return kp - q >= NR ? NR : kp - q >= VL ? VL : LEAST; }
-INLINE int up(long x, int step) { return int((x + step - 1) / step * step); }
+INLINE int up(int64_t x, int step) { return int((x + step - 1) / step * step); }
 
 }  // namespace
 }  // namespace ISA
