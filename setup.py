@@ -1,8 +1,8 @@
 """Build of comhe_ext: static metadata; the folder kernels/ is installed as comhe_ext.kernels.
 
-The CPU kernel is a plain C library, loaded by ctypes: it needs a C++ compiler and OpenMP, neither
-Python's nor torch's headers, so one wheel fits every Python and torch. Without a compiler the
-install goes on without it.
+The CPU kernel is a plain C library, loaded by ctypes: it needs a C++ compiler, neither Python's nor
+torch's headers, so one wheel fits every Python and torch. Without a compiler the install goes on
+without it.
 """
 
 import platform
@@ -13,7 +13,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import BaseError, CCompilerError
+from setuptools.errors import BaseError, CCompilerError, CompileError
 
 ROOT = Path(__file__).parent
 # read, not imported: building must not need torch
@@ -54,7 +54,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 elif platform.machine() in ("aarch64", "arm64", "ARM64"):
     # gcc would load all factors of a step ahead, and have too few registers left for the sums
     UNITS[f"{CPU}/neon.cpp"] = ["-fno-schedule-insns"]
-COMPILE = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-fno-exceptions"]
+COMPILE = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-exceptions"]
 # contraction into FMA is part of the design, on clang as on gcc; nothing reads errno or FP traps
 COMPILE += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
@@ -64,26 +64,37 @@ class BuildKernel(build_ext):
 
     def build_extension(self, ext):
         try:
-            objects = []
-            for source, flags in UNITS.items():
-                objects += self.compiler.compile(
-                    [source],
-                    output_dir=self.build_temp,
-                    depends=ext.depends,
-                    extra_postargs=[*COMPILE, *flags],
-                )
-            self.compiler.link_shared_object(
-                objects,
-                self.get_ext_fullpath(ext.name),
+            if self.compiler.compiler_type == "msvc":
+                raise CompileError("MSVC lacks the vector types that it is written in")
+            try:
                 # no vendored OpenMP: in a process with torch, this name is torch's own copy
-                extra_postargs=["-fopenmp", "-lm"],
-                build_temp=self.build_temp,
-            )
+                self.build(ext, "-fopenmp")
+            except CCompilerError:  # Apple's compiler has none
+                self.build(ext)
+                self.warn(
+                    "the compiled CPU kernel will use one thread: this compiler has no OpenMP"
+                )
         except (CCompilerError, BaseError, OSError) as error:
             self.warn(
-                "the compiled CPU kernel is left out, it needs g++ or clang++ with OpenMP: "
+                "the compiled CPU kernel is left out, it needs g++ or clang++: "
                 f'{error}. Everything works without it, slower, through backend "torch".'
             )
+
+    def build(self, ext, *threads):
+        objects = []
+        for source, flags in UNITS.items():
+            objects += self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                depends=ext.depends,
+                extra_postargs=[*COMPILE, *threads, *flags],
+            )
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            extra_postargs=[*threads, "-lm"],
+            build_temp=self.build_temp,
+        )
 
     def get_ext_filename(self, fullname):
         return fullname.replace(".", "/") + ".so"

@@ -55,8 +55,8 @@ def _tell_what_is_missing(name: str) -> None:
     if sys.platform in ("linux", "darwin") and _untold.acquire(blocking=False):
         warnings.warn(
             f"{unavailable(name)}. Until then backend 'torch' does its work, several times slower "
-            "(backend='torch' asks for it without this warning). The kernel needs g++, or clang++ "
-            "with OpenMP; `pip install -v` shows what the compiler says",
+            "(backend='torch' asks for it without this warning). The kernel needs g++ or "
+            "clang++; `pip install -v` shows what the compiler says",
             stacklevel=3,
         )
 

@@ -63,7 +63,7 @@ def arm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arm")
     common, units = build_of("aarch64")
     for i, (source, flags) in enumerate(units.items()):
-        run(ARM_CXX, *common, *flags, "-c", ROOT / source, "-o", folder / f"{i}.o")
+        run(ARM_CXX, *common, "-fopenmp", *flags, "-c", ROOT / source, "-o", folder / f"{i}.o")
     program, objects = folder / "check_cpu", sorted(folder.glob("*.o"))
     run(ARM_CXX, "-O2", "-std=c++17", "-fopenmp", "-static", CHECK, *objects, "-o", program)
     return EMULATOR, program
