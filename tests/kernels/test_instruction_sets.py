@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from comhe_ext.kernels.cpu import binding
+from comhe_ext.kernels.pair_functions import Riesz
+from comhe_ext.kernels.sweep import SweepRequest
+from comhe_ext.testing import random_rows
 
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "tests/kernels/check_cpu.cpp"
@@ -96,6 +99,23 @@ def check(cases):
 @pytest.mark.parametrize("isa", range(BEST + 1), ids=binding.INSTRUCTION_SETS[: BEST + 1])
 def test_an_instruction_set_of_this_machine(native, isa):
     check(results(native, isa))
+
+
+@needs_library
+@pytest.mark.parametrize("isa", binding.INSTRUCTION_SETS[: BEST + 1])
+@pytest.mark.parametrize("angular", [False, True])
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("s", [0.0, 0.7, 1.0, 2.0])
+def test_rows_of_one_coordinate_have_roundings_for_a_gradient(
+    s, half_space, angular, isa, monkeypatch
+):
+    # exactly it is 0; what is left differs from one instruction set to the next by all of its size
+    monkeypatch.setenv("COMHE_CPU_ISA", isa)
+    rows = random_rows(400, 1)
+    pair = Riesz(s, half_space=half_space, angular=angular)
+    request = SweepRequest(rows, [400], [pair.scale(400, "mean")], pair)
+    energy, gradient = binding.sweep(request)[:2]
+    assert (gradient * rows).abs().max() <= 1e-15 * energy[0]
 
 
 @pytest.mark.long
