@@ -139,7 +139,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    install_requires=["torch>=2.13,<2.14"],
+    install_requires=["torch>=2.6"],
     entry_points={"console_scripts": ["comhe-ext = comhe_ext.__main__:main"]},
     extras_require={
         # pinned where another version would judge the same code otherwise

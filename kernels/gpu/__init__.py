@@ -16,11 +16,29 @@ from ..sweep import Offers, SweepRequest, SweepResult
 OFFERS = Offers(projection=True)
 
 
+def _outdated() -> str | None:
+    """Name what the installed Triton has not learned yet, by what it has and not by its number."""
+    import triton
+
+    found = f"Triton {triton.__version__} is too old, backend 'triton' needs"
+    if not hasattr(triton, "knobs"):
+        return f"{found} 3.4 or later: update PyTorch, or use backend='torch'"
+    if torch.version.hip is not None:
+        from triton.backends.amd.compiler import HIPOptions
+
+        # the product of float32 by parts, which ROCm has in place of tf32x3
+        if "bf16x6" not in HIPOptions.allowed_dot_input_precisions:
+            return f"{found} 3.6 or later on ROCm: update PyTorch, or use backend='torch'"
+    return None
+
+
 @cache
 def unavailable() -> str | None:
     """None where the kernels can run, else the reason and the remedy."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: install it (`pip install triton`) or use backend='torch'"
+    if (reason := _outdated()) is not None:
+        return reason
     from .backend import interpreted, target_of
     from .plan import unknown_target
 

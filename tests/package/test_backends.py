@@ -55,9 +55,42 @@ def test_a_capture_of_the_portable_tiles_is_refused(monkeypatch):
         _refuse_capture(torch.device("cuda"))
     _refuse_capture(torch.device("cpu"))
     # and torch.compile leaves the operators out of the graphs that it captures
-    for operator in ("sweep", "hessian_vector_product", "angle_difference"):
-        tags = getattr(torch.ops.comhe_ext, operator).default.tags
-        assert torch.Tag.cudagraph_unsafe in tags
+    if tag := getattr(torch.Tag, "cudagraph_unsafe", None):  # PyTorch before 2.9 has no such word
+        for operator in ("sweep", "hessian_vector_product", "angle_difference"):
+            assert tag in getattr(torch.ops.comhe_ext, operator).default.tags
+
+
+@pytest.fixture
+def asked_anew():
+    """The Triton backend, which has not been asked yet whether it is available."""
+    gpu.unavailable.cache_clear()
+    yield gpu
+    gpu.unavailable.cache_clear()
+
+
+def test_a_triton_without_what_the_kernels_need_is_refused_by_name(asked_anew, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.delattr(triton, "knobs", raising=False)
+    expected = f"Triton {triton.__version__} is too old, backend 'triton' needs 3.4 or later: "
+    assert asked_anew.unavailable().startswith(expected)
+    with pytest.raises(RuntimeError, match=r"is too old.*backend='torch'"):
+        backends.choose("triton", Riesz(), torch.device("cuda"), torch.float32)
+    assert backends.choose(None, Riesz(), torch.device("cuda"), torch.float32) == "torch"
+
+
+def test_a_triton_that_rocm_needs_newer_is_refused_by_name(asked_anew, monkeypatch):
+    triton = pytest.importorskip("triton")
+    amd = pytest.importorskip("triton.backends.amd.compiler")
+    monkeypatch.setattr(triton, "knobs", SimpleNamespace(), raising=False)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(amd.HIPOptions, "allowed_dot_input_precisions", ("ieee",))
+    assert "needs 3.6 or later on ROCm: update PyTorch" in asked_anew.unavailable()
+
+
+def test_the_triton_that_is_installed_is_used_from_3_4_on(asked_anew):
+    triton = pytest.importorskip("triton")
+    release = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    assert ("is too old" in (asked_anew.unavailable() or "")) == (release < (3, 4))
 
 
 def test_info_names_every_backend():
