@@ -17,6 +17,7 @@ from comhe_ext import backends
 from comhe_ext.kernels.portable import angle_loss
 from comhe_ext.operators.library import (
     LIBRARY,
+    allow_missing_gradients,
     apply,
     check_device,
     check_like,
@@ -135,7 +136,7 @@ class _AngleDifference(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rows, projected, ctx.angle, ctx.rows_gradient = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
+        allow_missing_gradients(ctx)
         ctx.save_for_backward(rows, projected, *output[1:])
 
     @staticmethod

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from comhe_ext.operators.library import (
+    allow_missing_gradients,
     apply,
     differentiable_jvp,
     differentiated,
@@ -58,7 +59,7 @@ class _Energy(torch.autograd.Function):
         ctx.num_weights, ctx.arguments, *tensors = inputs
         gradient = output[1]
         ctx.mark_non_differentiable(gradient)
-        ctx.set_materialize_grads(False)
+        allow_missing_gradients(ctx)
         ctx.save_for_backward(gradient, *tensors)
 
     @staticmethod

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch._functorch.autograd_function import WrappedCtx
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -214,6 +215,14 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         return function.apply(*args)
     args = torch._functorch.utils.unwrap_dead_wrappers(args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def allow_missing_gradients(ctx: Any) -> None:
+    """Let a backward see None where no gradient comes, instead of zeros.
+
+    Not in a vmap rule that torch generates: before PyTorch 2.8 such a backward fails at None.
+    """
+    ctx.set_materialize_grads(isinstance(ctx, WrappedCtx))
 
 
 def differentiable_jvp(jvp: Callable[..., Any]) -> Callable[..., Any]:

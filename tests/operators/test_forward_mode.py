@@ -216,6 +216,8 @@ def test_tangents_in_every_grad_mode(mode, backend, device):
         "autocast": torch.autocast(device, dtype=torch.bfloat16),
     }
     with contexts[mode]:
+        if not jvp(torch.sum, (weight,), (tangents,))[1]:
+            pytest.skip("this PyTorch (before 2.8) has no tangents in inference mode")
         actual = jvp(energy, (weight,), (tangents,))
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
