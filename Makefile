@@ -15,7 +15,7 @@ SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 FUZZ_RUNS ?= 4000
 FUZZ_CXX ?= clang++
 
-.PHONY: demo bench test test-long lint wheel sanitize fuzz compile-gpu clean
+.PHONY: demo bench test test-long test-versions lint wheel sanitize fuzz compile-gpu clean
 
 # how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save puts the
 # training's numbers into README.md
@@ -31,6 +31,11 @@ test: lint
 
 test-long: lint
 	$(PYTEST) $(ARGS)
+
+# the core tests under other versions, each in an environment of its own, into docs/versions.md:
+# VERSIONS="2.6.0 2.14.1:python3.13"; ARGS="--tests FILE ..." for others, without the page
+test-versions: $(INSTALLED)
+	$(BIN)/python -m tools.versions $(VERSIONS) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
