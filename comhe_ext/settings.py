@@ -91,9 +91,10 @@ def _checked(
     min_distance: float,
     backend: str | None,
 ) -> Settings:
+    # by name: torch.compile of PyTorch 2.8 takes numbers by position for the flags of the base
     pair = Riesz(
-        check_number("s", s),
-        check_number("min_distance", min_distance),
+        s=check_number("s", s),
+        min_distance=check_number("min_distance", min_distance),
         half_space=check_flag("half_space", half_space),
         angular=check_flag("angular", angular),
     )

@@ -31,6 +31,8 @@ def untraceable(source):
                 yield node.lineno, "isinstance of a union: before 2.10 write a tuple of types"
             if name.endswith("._replace"):
                 yield node.lineno, "_replace of a named tuple: name every field"
+            if name in ("Riesz", "Gaussian") and node.args:
+                yield node.lineno, "a pair function by position: name its numbers"
             if name == "parametrize.cached":
                 yield node.lineno, "parametrize.cached(): not while compiling"
         elif isinstance(node, ast.FunctionDef):
@@ -49,6 +51,7 @@ def test_old_versions_can_trace(path):
     [
         "isinstance(x, int | float)",
         "x._replace(v=1)",
+        "Riesz(2.0)",
         "@contextmanager\ndef f():\n    yield",
         "@contextlib.contextmanager\ndef f():\n    yield",
         "with parametrize.cached():\n    pass",
