@@ -31,6 +31,8 @@ MARKS = "<!-- versions -->\n", "<!-- end of versions -->\n"
 # and whole models. The other tests are about arithmetic, which no version changes
 CORE = (
     "tests/models",
+    # their packages ask for torch, with all of CUDA
+    "--ignore=tests/models/test_integrations.py",
     "tests/operators/test_angle_loss.py",
     "tests/operators/test_compressive.py",
     "tests/operators/test_energy.py",
