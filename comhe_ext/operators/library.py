@@ -59,7 +59,7 @@ def define(
     tags = [torch.Tag.pt2_compliant_tag]
     if not composite:
         # torch.compile leaves it out of its CUDA graphs: the portable tiles wait for the GPU, and
-        # Triton's kernels are checked at their first call. PyTorch before 2.9 cannot be told so
+        # Triton's kernels are checked at their first call. PyTorch before 2.8 cannot be told so
         tags += [tag] if (tag := getattr(torch.Tag, "cudagraph_unsafe", None)) else []
     LIBRARY.define(schema, tags=tags)
 

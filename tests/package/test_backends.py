@@ -55,7 +55,7 @@ def test_a_capture_of_the_portable_tiles_is_refused(monkeypatch):
         _refuse_capture(torch.device("cuda"))
     _refuse_capture(torch.device("cpu"))
     # and torch.compile leaves the operators out of the graphs that it captures
-    if tag := getattr(torch.Tag, "cudagraph_unsafe", None):  # PyTorch before 2.9 has no such word
+    if tag := getattr(torch.Tag, "cudagraph_unsafe", None):  # PyTorch before 2.8 has no such word
         for operator in ("sweep", "hessian_vector_product", "angle_difference"):
             assert tag in getattr(torch.ops.comhe_ext, operator).default.tags
 
