@@ -15,7 +15,7 @@ SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 FUZZ_RUNS ?= 4000
 FUZZ_CXX ?= clang++
 
-.PHONY: demo bench test test-long test-versions lint wheel sanitize fuzz compile-gpu clean
+.PHONY: demo bench test test-long test-versions lint wheel dist sanitize fuzz compile-gpu clean
 
 # how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save puts the
 # training's numbers into README.md
@@ -45,6 +45,18 @@ lint: $(INSTALLED)
 wheel: $(INSTALLED)
 	rm -rf build dist
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+# what a release uploads, into dist/, checked: the sdist, and the wheel that was built from it
+dist: $(INSTALLED)
+	rm -rf build dist
+	$(BIN)/pip install --quiet --editable ".[release]"
+	$(BIN)/python -m build --outdir dist
+ifeq ($(shell uname -s),Linux)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 \
+		--wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+endif
+	$(BIN)/twine check --strict dist/*
 
 # the kernel's tests on a sanitized build
 sanitize: $(INSTALLED)

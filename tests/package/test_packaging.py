@@ -1,6 +1,7 @@
 """The wheel: what it holds, and that it works outside of the checkout."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,30 @@ def test_wheel_holds_the_package_alone(wheel):
 def test_wheel_runs_under_any_python(wheel):
     tags = wheel.stem.split("-", 2)[2]
     assert tags.startswith("py3-none-")
+
+
+def test_metadata_says_what_an_index_shows(wheel):
+    info = f"comhe_ext-{comhe_ext.__version__}.dist-info/METADATA"
+    text = zipfile.ZipFile(wheel).read(info).decode()
+    header, _, description = text.partition("\n\n")
+    for line in (
+        "Requires-Python: >=3.10",
+        "Requires-Dist: torch>=2.6",
+        "Author: the comhe_ext authors",
+        "License-Expression: MIT",
+        "Classifier: Programming Language :: Python :: 3.14",
+        "Description-Content-Type: text/markdown",
+    ):
+        assert line in header.splitlines()
+    # an index has none of the repository's files to show or to link to
+    assert description.startswith("# comhe_ext")
+    links = re.findall(r"\]\(([^)]*)\)|(?:src|srcset|href)=\"([^\"]*)\"", description)
+    targets = [one or other for one, other in links]
+    assert all(target.startswith(("https:", "#")) for target in targets), targets
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {comhe_ext.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 PROGRAM = """
