@@ -31,7 +31,7 @@ MARKS = "<!-- versions -->\n", "<!-- end of versions -->\n"
 # and whole models. The other tests are about arithmetic, which no version changes
 CORE = (
     "tests/models",
-    # their packages ask for torch, with all of CUDA
+    # of other people's loops
     "--ignore=tests/models/test_integrations.py",
     "tests/operators/test_angle_loss.py",
     "tests/operators/test_compressive.py",
@@ -43,7 +43,12 @@ CORE = (
     "tests/package/test_backends.py",
 )
 # what they import beside torch
-PACKAGES = ("hypothesis>=6.100", "numpy", "psutil", "pytest>=8", "pytest-xdist", "scipy", "tqdm")
+PACKAGES = (
+    *("hypothesis>=6.100", "numpy", "psutil", "pytest>=8", "pytest-xdist", "scikit-learn"),
+    *("scipy", "tabulate", "tqdm"),
+)
+# asks for torch itself, with all of CUDA: without what it asks for
+ALONE = ("pytorch-metric-learning",)
 ABOUT = """
 import json, platform
 import torch, triton
@@ -109,7 +114,7 @@ def make_environment(folder: Path, version: Version, wheel: Path) -> Path:
     run(*alone, f"torch=={version.torch}")
     (site,) = folder.glob("lib/python*/site-packages")
     packages, triton = requirements(site)
-    run(*alone, *triton, wheel)
+    run(*alone, *triton, *ALONE, wheel)
     run(*install, *packages, *PACKAGES)
     stand_in(site / "torch")
     return programs
