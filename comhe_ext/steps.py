@@ -39,6 +39,11 @@ def set_number(tensor: Tensor, index: int, value: int) -> None:
     ctypes.c_int64.from_address(tensor.data_ptr() + 8 * index).value = value
 
 
+def numbers_of(tensor: Tensor) -> list[int]:
+    """Read a `host_tensor`; functional transforms of PyTorch before 2.9 refuse tolist(), too."""
+    return list((ctypes.c_int64 * tensor.numel()).from_address(tensor.data_ptr()))
+
+
 def loaded(state: Tensor) -> Tensor:
     """Copy a `host_tensor` out of a state_dict, which may lie on any device."""
     if state.is_meta:
@@ -64,16 +69,21 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+# PyTorch 2.6 does not tell which hooks are in force
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def _under_checkpoint() -> bool:
     """Tell whether activation checkpointing will run this code again in the backward."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = None if top is None else top(True)
+    hooks = _top_hooks(True) if _top_hooks else None
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def unseen_by_checkpoint() -> AbstractContextManager[object]:
     """Hide saved tensors from a checkpoint, which counts them, where a repetition saves none."""
-    if torch.compiler.is_compiling() or not _under_checkpoint():
+    if torch.compiler.is_compiling() or (_top_hooks and not _under_checkpoint()):
+        return nullcontext()
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # functional transforms
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
 

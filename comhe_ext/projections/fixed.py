@@ -13,7 +13,7 @@ from comhe_ext.layers import Layer
 from comhe_ext.operators.library import LIBRARY, define
 from comhe_ext.packing import stack_parts
 from comhe_ext.settings import Settings
-from comhe_ext.steps import host_tensor, loaded, set_number
+from comhe_ext.steps import host_tensor, loaded, numbers_of, set_number
 
 
 def random_projection(
@@ -83,7 +83,7 @@ def _gaussian(
             "random matrices cannot be drawn while a CUDA graph is captured, which would repeat "
             "one draw for ever: call the regularizer outside of the graph"
         )
-    seed, steps, _ = state.tolist()
+    seed, steps, _ = numbers_of(state)
     draw = max(steps - 1, 0) // every
     # three numbers are mixed into one seed, with the constants of the SplitMix64 generator
     for number in (draw, stream):
@@ -108,7 +108,7 @@ def _(
 @define("advance(Tensor(a!) state) -> ()")
 def _advance(state: Tensor) -> None:
     """Count a step; before the first one, agree on a seed with the other ranks."""
-    seed, steps, is_common = state.tolist()
+    seed, steps, is_common = numbers_of(state)
     if not is_common:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             seeds = [seed]

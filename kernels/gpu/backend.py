@@ -49,7 +49,8 @@ TERMS = {"highest": (3, 3), "high": (3, 1), "medium": (1, 1)}
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
+    # Triton before 3.4 has no knobs, and is refused before anything runs on it
+    return hasattr(triton, "knobs") and bool(triton.knobs.runtime.interpret)
 
 
 @lru_cache(maxsize=64)
