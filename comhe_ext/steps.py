@@ -83,7 +83,7 @@ def unseen_by_checkpoint() -> AbstractContextManager[object]:
     """Hide saved tensors from a checkpoint, which counts them, where a repetition saves none."""
     if torch.compiler.is_compiling() or (_top_hooks and not _under_checkpoint()):
         return nullcontext()
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # functional transforms
+    if torch._C._are_functorch_transforms_active():  # they refuse hooks, and checkpoints need some
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
 
