@@ -143,4 +143,5 @@ def test_arm_reciprocals_are_good_to_a_unit_in_the_last_place(tmp_path):
     flags = [*common, *units["kernels/cpu/neon.cpp"], "-DNEON", "-DRECIPROCALS"]
     run(ARM_CXX, *flags, "-static", CHECK, "-o", tmp_path / "reciprocals")
     errors = run(EMULATOR, tmp_path / "reciprocals").split()
-    assert len(errors) == 2 and all(float(x) <= 1 for x in errors)
+    assert len(errors) == 2
+    assert all(float(x) <= 1 for x in errors)
