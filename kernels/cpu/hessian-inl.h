@@ -163,7 +163,7 @@ template <class F> void repair_twice(const F &f, const Sweep &sweep, Scratch &sc
 template <class F> void meet_twice(const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
     const F f(sweep.call.pair);
     bool to_push = false;
-    memset(scratch.row_sums, 0, sizeof(float) * VL * up(a.n, MR));
+    memset(scratch.row_sums, 0, sizeof(float) * VL * up(a.n, SHORT));
     memset(scratch.col_sums, 0, sizeof(float) * up(b.n, NR));
     for (int q = 0; q < sweep.k; q += KC) {
         const int end = sweep.k - q < KC ? sweep.k : q + KC;
