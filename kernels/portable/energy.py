@@ -19,15 +19,14 @@ from ..packed_sets import equal_runs, spread_over_rows
 from ..pair_functions import PairFunction
 from ..sweep import SweepRequest, SweepResult
 from .near_pairs import (
+    Repairs,
     add_to_both,
-    answers_at_once,
     exact_dots,
     mask_out,
     near_below,
     near_indices,
     near_pairs,
     push_apart,
-    tiles_with_near,
 )
 from .rows import Rows, normalize, result_dtype, working_dtype
 from .tiles import Tile, block_of, cols_of, rows_of, symmetric_tiles
@@ -82,7 +81,7 @@ def sweep(request: SweepRequest) -> SweepResult:
                 push_apart(force, pairs, slope * pairs.apart)
                 add_to_both(axial, pairs, pairs.side * slope)
 
-    at_once, later = answers_at_once(points.device), []
+    repairs = Repairs(masked_tile, repair, points.device)
     for tile in symmetric_tiles(sizes, block_of(points)):
         x, left_out, near = masked_tile(tile)
         closed = pair.closed_tile(x) if clean else None
@@ -99,16 +98,8 @@ def sweep(request: SweepRequest) -> SweepResult:
             rows_of(force, tile).add_(torch.bmm(slope, cols_of(v, tile)), alpha=factor)
             if not tile.diagonal:
                 cols_of(force, tile).add_(torch.bmm(slope.mT, rows_of(v, tile)), alpha=factor)
-        if near is None:
-            continue
-        if at_once:
-            repair(tile, near)
-        else:
-            later.append((tile, near.any()))
-    for tile in tiles_with_near(later):
-        _, _, near = masked_tile(tile)
-        assert near is not None
-        repair(tile, near)
+        repairs.add(tile, near)
+    repairs.finish()
 
     axial.mul_(rows.deficit)
     if pair.half_space:
@@ -187,7 +178,7 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor) -> Tensor:
             add_to_both(axial, pairs, pairs.side * slope)
             add_to_both(axial_dot, pairs, pairs.side * slope_dot)
 
-    at_once, later = answers_at_once(points.device), []
+    repairs = Repairs(masked_tile, repair, points.device)
     for tile in symmetric_tiles(sizes, block_of(points)):
         x, left_out, near = masked_tile(tile)
         c_dot = torch.bmm(rows_of(both, tile), cols_of(swapped, tile).mT)
@@ -208,16 +199,8 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor) -> Tensor:
             cols_of(force, tile).add_(torch.bmm(slope, rows_of(v, tile)))
             part = torch.bmm(slope_dot, rows_of(v, tile)).baddbmm_(slope, rows_of(v_dot, tile))
             cols_of(force_dot, tile).add_(part)
-        if near is None:
-            continue
-        if at_once:
-            repair(tile, near)
-        else:
-            later.append((tile, near.any()))
-    for tile in tiles_with_near(later):
-        _, _, near = masked_tile(tile)
-        assert near is not None
-        repair(tile, near)
+        repairs.add(tile, near)
+    repairs.finish()
 
     along = (v * force).sum(1, keepdim=True)
     along_dot = (v_dot * force).sum(1, keepdim=True) + (v * force_dot).sum(1, keepdim=True)

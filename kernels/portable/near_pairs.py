@@ -12,7 +12,7 @@ Therefore only -side F' apart goes into the force, and side F' is summed apart, 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -96,12 +96,47 @@ def answers_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def tiles_with_near(masks: Sequence[tuple[Tile, Tensor]]) -> list[Tile]:
-    """List the tiles whose mask has a near pair, by one question to the device for all of them."""
-    if not masks:
-        return []
-    found = torch.stack([mask for _, mask in masks]).tolist()
-    return [tile for (tile, _), near in zip(masks, found, strict=True) if near]
+class Repairs:
+    """Repairs tiles that have near pairs: each at once, or on a GPU all of them at the end.
+
+    A question to a GPU waits for all of its work, so that it is asked once for all tiles; those
+    that have near pairs are then computed again.
+
+    Args:
+        masked_tile: makes a tile and the two masks of `mask_out`.
+        repair: adds what the near pairs of a tile contribute.
+        device: where the tiles are.
+    """
+
+    def __init__(
+        self,
+        masked_tile: Callable[[Tile], tuple[Tensor, Tensor | None, Tensor | None]],
+        repair: Callable[[Tile, Tensor], None],
+        device: torch.device,
+    ) -> None:
+        self.masked_tile, self.repair = masked_tile, repair
+        self.at_once = answers_at_once(device)
+        self.later: list[tuple[Tile, Tensor]] = []
+
+    def add(self, tile: Tile, near: Tensor | None) -> None:
+        """Take the near pairs of a tile, or None where there are none."""
+        if near is None:
+            return
+        if self.at_once:
+            self.repair(tile, near)
+        else:
+            self.later.append((tile, near.any()))
+
+    def finish(self) -> None:
+        """Repair what has been put off."""
+        if not self.later:
+            return
+        found = torch.stack([has_near for _, has_near in self.later]).tolist()
+        for (tile, _), has_near in zip(self.later, found, strict=True):
+            if has_near:
+                _, _, near = self.masked_tile(tile)
+                assert near is not None
+                self.repair(tile, near)
 
 
 def near_indices(near: Tensor, tile: Tile, width: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from comhe_ext.kernels import portable
 from comhe_ext.kernels.pair_functions import Gaussian, Riesz
-from comhe_ext.kernels.portable import energy, near_pairs
+from comhe_ext.kernels.portable import near_pairs
 from comhe_ext.kernels.sweep import SweepRequest
 from comhe_ext.testing import paired_rows, random_rows, relative_error
 
@@ -26,8 +26,7 @@ def asynchronous(monkeypatch):
     """Let the processor count as a device that answers late."""
 
     def switch(on):
-        for module in (energy, near_pairs):
-            monkeypatch.setattr(module, "answers_at_once", lambda device: not on)
+        monkeypatch.setattr(near_pairs, "answers_at_once", lambda device: not on)
 
     return switch
 
