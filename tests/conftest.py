@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from comhe_ext import backends
+from comhe_ext.kernels.cpu import binding
 
 BACKENDS = [name for name in ("torch", "cpu") if backends.unavailable(name) is None]
 if torch.cuda.is_available() and backends.unavailable("triton") is None:
@@ -27,6 +28,12 @@ def seed() -> None:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(params=binding.instruction_sets())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the compiled kernel take each instruction set of this processor."""
+    monkeypatch.setenv("COMHE_CPU_ISA", request.param)
 
 
 @pytest.fixture

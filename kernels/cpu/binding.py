@@ -113,18 +113,21 @@ def unavailable() -> str | None:
     return None
 
 
+def instruction_sets() -> tuple[str, ...]:
+    """List the instruction sets of this processor, the best one last; without library none."""
+    return INSTRUCTION_SETS[: _library().comhe_best_isa() + 1] if unavailable() is None else ()
+
+
 def instruction_set() -> str:
     """Name the instruction set in use: the processor's best, or that of COMHE_CPU_ISA."""
-    best = _library().comhe_best_isa()
-    name = os.environ.get("COMHE_CPU_ISA") or INSTRUCTION_SETS[best]
+    here = instruction_sets()
+    name = os.environ.get("COMHE_CPU_ISA") or here[-1]
     if name not in INSTRUCTION_SETS:
         raise ValueError(
             f"COMHE_CPU_ISA must be one of {', '.join(INSTRUCTION_SETS)}, got {name!r}"
         )
-    if INSTRUCTION_SETS.index(name) > best:
-        raise RuntimeError(
-            f"COMHE_CPU_ISA={name}, but this processor has {INSTRUCTION_SETS[best]} at best"
-        )
+    if name not in here:
+        raise RuntimeError(f"COMHE_CPU_ISA={name}, but this processor has {here[-1]} at best")
     return name
 
 

@@ -20,16 +20,8 @@ from comhe_ext.testing import (
 
 pytestmark = [
     pytest.mark.skipif(binding.unavailable() is not None, reason=str(binding.unavailable())),
-    pytest.mark.usefixtures("poisoned_empty"),
+    pytest.mark.usefixtures("poisoned_empty", "isa"),
 ]
-
-BEST = binding._library().comhe_best_isa() if binding.unavailable() is None else 0
-
-
-@pytest.fixture(params=binding.INSTRUCTION_SETS[: BEST + 1], autouse=True)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("COMHE_CPU_ISA", request.param)
-    return request.param
 
 
 def definition(pair):
