@@ -81,7 +81,10 @@ def choose(
     dtype: torch.dtype,
     columns: int = 1,
 ) -> str:
-    """Choose the backend: the one asked for, which must work here, or the best that does."""
+    """Choose the backend: the one asked for, which must work here, or the best that does.
+
+    `name` is one of BACKENDS, see `checks.check_backend`, or None.
+    """
     if name is None:
         asked = asked_by_environment()
         best = _BEST_ON.get(device.type, "torch")
@@ -97,8 +100,6 @@ def choose(
         if best == "cpu" and misfit(best, pair, dtype, columns) is None:
             _tell_what_is_missing(best)
         return "torch"
-    if name not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {name!r}")
     if name == "torch":
         check_float64(device)
         return name

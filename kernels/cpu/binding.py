@@ -48,7 +48,7 @@ class _Pair(ctypes.Structure):
     ]
 
     @classmethod
-    @cache
+    @lru_cache(maxsize=512)
     def of(cls, pair: PairFunction) -> _Pair:
         """Make what the library takes of a pair function."""
         half_space, angular, *parameters = pair.parameters
