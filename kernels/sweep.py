@@ -7,6 +7,10 @@ A backend is a module with
     supports(pair)     whether it knows a pair function
     sweep(request)     -> SweepResult
     hessian_vector_product(request, tangents, gradient)   where it offers `second_order`
+    nearest(request)   -> index of the nearest other row of each row, where it offers `nearest`
+    angle_difference(rows, projected, angle, rows_gradient)   where it offers `angle_difference`
+
+Backend "torch" offers all of them, and cross_hessian_vector_product besides, for every backend.
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,18 +54,23 @@ class Projected(NamedTuple):
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """Sets of rows, against themselves or against columns of their own.
+    """Sets of rows against themselves, or one set of rows against columns of its own.
+
+    Rows against columns are a cross set. Its energy is scale * sum_i weight_i E_i, where
+    E_i = sum_j F(c_ij) over the columns of another id: half space counts nothing twice there, and
+    has no antipodal term.
 
     Args:
         source: packed rows [T, k], the sets one after another; or rows still to be projected.
         sizes: rows of each set.
-        scales: the factor of each set's sum over unordered pairs.
+        scales: the factor of each set's sum over unordered pairs, or of the cross set's sum.
         pair: the pair function.
         eps: added to the squared norms.
         gradient: whether the gradient in the rows is wanted, and in the columns.
-        columns: [M, k] what the rows of a single set meet instead of each other, or None.
-        row_ids, column_ids: int32 [N] and [M]; a pair of equal ids does not count.
-        nearest: whether the largest cosine of each row and its index are wanted.
+        columns: [M, k], of the dtype of the rows, what they meet instead of each other, or None.
+        row_ids, column_ids: int32 [N] and [M], both or neither; a pair of equal ids does not count.
+        row_weights: float32 (float64 for float64 rows) [N], weight_i of a cross set; None: all 1.
+        row_energies: whether the E_i of a cross set are wanted.
     """
 
     source: Tensor | Projected
@@ -73,7 +82,8 @@ class SweepRequest:
     columns: Tensor | None = None
     row_ids: Tensor | None = None
     column_ids: Tensor | None = None
-    nearest: bool = False
+    row_weights: Tensor | None = None
+    row_energies: bool = False
 
     @property
     def points(self) -> Tensor:
@@ -83,20 +93,47 @@ class SweepRequest:
 
 
 class SweepResult(NamedTuple):
-    """Energy [B], gradient [T, k] and [M, k], largest cosine [T] and index; None: not wanted."""
+    """Energy [B], gradient [T, k] and [M, k], row energies [N]; None: not wanted."""
 
     energy: Tensor
     gradient: Tensor | None = None
     columns_gradient: Tensor | None = None
-    nearest: Tensor | None = None
-    nearest_index: Tensor | None = None
+    row_energies: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NearestRequest:
+    """Which other row of its set, or which column, each row is nearest to.
+
+    The nearest is the one of the largest cosine, in half space of the largest |cosine|, of rows
+    normalized with `eps`; among equals the lowest index. Near pairs are told apart by the exact
+    difference of the rows, as an energy tells them apart, and multiples of one row are equals. A
+    row that meets nobody has index -1. What a row of NaN or infinity has, or meets, is undefined,
+    but in range.
+
+    Args:
+        points: packed rows [T, k], the sets one after another.
+        sizes: rows of each set.
+        half_space: whether an antipode counts as the row itself.
+        eps: added to the squared norms.
+        columns, row_ids, column_ids: as in `SweepRequest`.
+    """
+
+    points: Tensor
+    sizes: Sequence[int]
+    half_space: bool = False
+    eps: float = 0.0
+    columns: Tensor | None = None
+    row_ids: Tensor | None = None
+    column_ids: Tensor | None = None
 
 
 class Offers(NamedTuple):
     """What a backend can do beyond the energy of sets and its gradient."""
 
-    columns: bool = False  # rows against columns of their own
-    nearest: bool = False  # the largest cosine of each row
+    cross: bool = False  # rows against columns of their own
+    nearest: bool = False  # the nearest of each row
+    angle_difference: bool = False  # the sweep over two spaces at once
     projection: bool = False  # project and sweep in one go
     second_order: bool = False  # the derivative of the gradient along tangents
     float64: bool = False
@@ -114,3 +151,13 @@ class Backend(Protocol):
     def hessian_vector_product(
         self, request: SweepRequest, tangents: Tensor, gradient: Tensor
     ) -> Tensor: ...
+
+    def nearest(self, request: NearestRequest) -> Tensor:
+        """Index within the set, or of the column, int64 [T]."""
+        ...
+
+    def angle_difference(
+        self, rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """See `kernels.portable.angle_loss.sweep`."""
+        ...

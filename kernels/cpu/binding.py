@@ -30,7 +30,7 @@ _MISSING = (
 _REBUILD = "reinstall comhe-ext, or rebuild a checkout: pip install -e ."
 
 
-OFFERS = Offers(columns=True, second_order=True, max_columns=1 << 24)
+OFFERS = Offers(cross=True, second_order=True, max_columns=1 << 24)
 
 
 class _Tangent(ctypes.Structure):
