@@ -111,7 +111,8 @@ def make_environment(folder: Path, version: Version, wheel: Path) -> Path:
     programs = folder / "bin"
     install = (programs / "python", "-m", "pip", "install", "-q", "--no-warn-conflicts")
     alone = (*install, "--no-deps", "--no-cache-dir")
-    run(*alone, f"torch=={version.torch}")
+    # unlike ==, this is not satisfied by builds of other names: 2.13.0+cpu asks for no Triton
+    run(*alone, f"torch==={version.torch}")
     (site,) = folder.glob("lib/python*/site-packages")
     packages, triton = requirements(site)
     run(*alone, *triton, *ALONE, wheel)
