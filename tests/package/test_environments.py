@@ -1,0 +1,47 @@
+"""What the tools that try versions do without downloading PyTorch."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# the folder tools/ belongs to the checkout and is not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from tools import environments
+
+PAGE = """# Which versions work
+
+<!-- versions -->
+| PyTorch | Python | passed |
+|---|---|---:|
+| 2.8.0 | 3.11.7 | 1 |
+| 2.11.0 | 3.10.13 | 2 |
+<!-- end of versions -->
+
+The rest.
+"""
+
+
+@pytest.mark.parametrize(
+    ("cells", "rows"),
+    [
+        (
+            ("2.9.1", "3.11.7", "3"),
+            ["2.8.0 | 3.11.7 | 1", "2.9.1 | 3.11.7 | 3", "2.11.0 | 3.10.13 | 2"],
+        ),
+        (("2.8.0", "3.11.7", "3"), ["2.8.0 | 3.11.7 | 3", "2.11.0 | 3.10.13 | 2"]),
+        (
+            ("2.8.0", "3.10.13", "3"),
+            ["2.8.0 | 3.10.13 | 3", "2.8.0 | 3.11.7 | 1", "2.11.0 | 3.10.13 | 2"],
+        ),
+    ],
+)
+def test_a_row_takes_the_place_of_an_earlier_one(cells, rows, tmp_path, monkeypatch):
+    page = tmp_path / "versions.md"
+    page.write_text(PAGE)
+    monkeypatch.setattr(environments, "PAGE", page)
+    environments.write_row("versions", cells, key=(0, 1))
+    head, _, tail = PAGE.partition("| 2.8.0")
+    tail = tail[tail.index("<!-- end") :]
+    assert page.read_text() == head + "".join(f"| {row} |\n" for row in rows) + tail
