@@ -15,7 +15,7 @@ SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 FUZZ_RUNS ?= 4000
 FUZZ_CXX ?= clang++
 
-.PHONY: demo bench test test-long test-versions lint wheel dist hub-kernel sanitize fuzz compile-gpu clean
+.PHONY: demo bench test test-long test-versions test-install lint wheel dist hub-kernel sanitize fuzz compile-gpu clean
 
 # how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save puts the
 # training's numbers into README.md
@@ -57,6 +57,10 @@ ifeq ($(shell uname -s),Linux)
 	rm dist/*-linux_*.whl
 endif
 	$(BIN)/twine check --strict dist/*
+
+# that installed into clean environments, into docs/versions.md: PYTHONS="python3.10 python3.13"
+test-install: dist
+	$(BIN)/python -m tools.install $(PYTHONS)
 
 # the package as a kernel of the Hugging Face Hub, into build/hub-kernel
 hub-kernel: $(INSTALLED)

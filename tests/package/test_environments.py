@@ -1,4 +1,4 @@
-"""What the tools that try versions do without downloading PyTorch."""
+"""What the tools that try versions and installations do without downloading PyTorch."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 # the folder tools/ belongs to the checkout and is not installed
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools import environments
+from tools import environments, install
 
 PAGE = """# Which versions work
 
@@ -45,3 +45,16 @@ def test_a_row_takes_the_place_of_an_earlier_one(cells, rows, tmp_path, monkeypa
     head, _, tail = PAGE.partition("| 2.8.0")
     tail = tail[tail.index("<!-- end") :]
     assert page.read_text() == head + "".join(f"| {row} |\n" for row in rows) + tail
+
+
+def test_the_page_has_both_tables(tmp_path, monkeypatch):
+    page = tmp_path / "versions.md"
+    page.write_text(environments.PAGE.read_text())
+    monkeypatch.setattr(environments, "PAGE", page)
+    for table in ("versions", "installs"):
+        environments.write_row(table, ("0.0", "written"), key=(0,))
+    assert page.read_text().count("| 0.0 | written |") == 2
+
+
+def test_the_example_imports_all_it_uses():
+    exec(install.first_example(), {})
