@@ -37,15 +37,17 @@ from .pair_terms import (
     half_space_tile,
     odd_half_space_tile,
 )
-from .special_functions import log2, positive_reciprocal, reciprocal, rsqrt
+from .special_functions import log2, negative_power, positive_reciprocal, reciprocal, rsqrt
 
 # --- Riesz: t^-s, or -log t for s = 0 -------------------------------------------------------------
 
 
 class RieszNumbers(NamedTuple):
-    """s, the bits that raw terms and exact values are scaled by, and the factor of exact forces."""
+    """s, its parts, bits that raw terms and exact values are scaled by, factor of exact forces."""
 
     s: float
+    s_head: float
+    s_tail: float
     coefficient_bits: float
     value_bits: float
     factor: float
@@ -140,7 +142,12 @@ def two_exact(t, inverse, pair):
 @triton.jit
 def power_exact(t, inverse, pair):
     n = pair.numbers
-    f = tl.exp2(-n.s * log2(t, pair.fast) - n.value_bits)
+    if t.dtype == tl.float64:
+        f = tl.exp2(-n.s * log2(t, pair.fast) - n.value_bits)
+    else:
+        f = negative_power(t, n.s, n.s_head, n.s_tail, n.value_bits, pair.fast)
+        # infinity of coincident rows, or NaN
+        f = tl.where(t > 0.0, f, inverse)
     return n.factor * f * inverse, f
 
 
@@ -186,10 +193,12 @@ def riesz(pair: Riesz) -> Formula:
         slope = -_float32_power(slope_bits - value_bits)
     steepest = min(_float32_power(slope_bits - range_bits), LARGEST.value)
     factor = (s or 1.0) * 2.0 ** (value_bits - range_bits)
+    mantissa, exponent = math.frexp(s)
+    head = math.ldexp(round(math.ldexp(mantissa, 16)), exponent - 16)
     return Formula(
         side=of_angle if angular else chord,
         exact=exact,
-        numbers=RieszNumbers(s, bits, value_bits, factor),
+        numbers=RieszNumbers(s, head, s - head, bits, value_bits, factor),
         # F' is ((1 - c) 2)^-(s/2 + 1)
         odd=odd_ratio(s / 2.0 + 1.0, 0.0),
         near_chord=near_chord,

@@ -58,6 +58,24 @@ def log2(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def negative_power(x, s, s_head, s_tail, bits, FAST: tl.constexpr):
+    """x^-s 2^-bits of x > 0, float32, right to s times what `log2` is right to between 1 and 2.
+
+    x^-s = 2^(-s log2 x) would lose what the logarithm has before its point: of a distance of 1e-4
+    four bits. So the exponent of x = 2^e m is multiplied by s apart, without error: s = s_head +
+    s_tail where s_head has 16 bits, and `bits` is a whole number.
+    """
+    representation = x.to(tl.int32, bitcast=True)
+    e = ((representation >> 23) - 127).to(tl.float32)
+    m = ((representation & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    above = s_head * e
+    below = s_tail * e + s * log2(m, FAST)
+    # rounded up: the first factor then overflows only where the result does
+    whole = tl.ceil(above + below)
+    return tl.exp2(-whole - bits) * tl.exp2((whole - above) - below)
+
+
+@triton.jit
 def angle(r2, q2):
     """theta = 2 asin(r/2), from the smaller of r^2 and q^2 = 4 - r^2: accurate at 0 and at pi."""
     z = 0.25 * tl.minimum(r2, q2)

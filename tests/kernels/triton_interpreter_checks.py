@@ -443,6 +443,40 @@ def test_one_pair_of_a_small_set(k):
             check(paired_rows(5, k, chord, pairs=1, seed=seed), riesz(2.0))
 
 
+@pytest.fixture
+def approximate_functions(monkeypatch):
+    """Special functions of float32 as far off as NVIDIA's approximate instructions may be."""
+
+    def log2(_, x):
+        with numpy.errstate(all="ignore"):
+            exact = numpy.log2(x.data)
+        if exact.dtype == numpy.float32:
+            exact = exact * numpy.where(abs(exact) > 1, numpy.float32(1 + 2.0**-22), 1)
+            exact += numpy.where(abs(exact) > 1, 0, numpy.float32(2.0**-22))
+        return interpreter.TensorHandle(exact, x.dtype.scalar)
+
+    def exp2(_, x):
+        with numpy.errstate(all="ignore"):
+            exact = numpy.exp2(x.data)
+        if exact.dtype == numpy.float32:
+            # right where only an exponent has to be set
+            exact *= numpy.where(x.data == numpy.rint(x.data), 1, numpy.float32(1 - 2.0**-22.5))
+        return interpreter.TensorHandle(exact, x.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_log2", log2)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_exp2", exp2)
+
+
+@pytest.mark.parametrize("s", [0.3, 2.5, 3.7])
+@pytest.mark.parametrize(("half_space", "angular"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("angle", [1e-2, 1e-4])
+def test_near_pairs_with_approximate_powers(approximate_functions, s, half_space, angular, angle):
+    """A power whose logarithm is large: its error must not grow with the logarithm."""
+    pair = riesz(s, half_space, angular, min_distance=0.0)
+    points = paired_rows(100, 3, angle, antipodal=half_space)
+    check(points, pair, gradient_bound=1e-5)
+
+
 def test_range_of_the_fp16_split():
     """Coefficients: below the largest fp16 at the near chord, resolved to 2^-19 at r = sqrt 2.
 
