@@ -280,7 +280,7 @@ def gaussian(pair: Gaussian) -> Formula:
         numbers=GaussianNumbers(tau * log2e, 2.0 * tau, bits),
         # F' is exp(2 tau c) but for a factor
         odd=odd_ratio(0.0, 2.0 * tau),
-        odd_in_tiles=tau < 1.0,
+        nearly_even=tau < 1.0 and not pair.angular,
         near_chord=near_chord,
         energy_unit=2.0**-bits,
         force_unit=2.0 * tau * 2.0**-bits,
@@ -308,7 +308,7 @@ def pair_constants(
         near_chord = max(near_chord, SMALL_SET_NEAR_CHORD)
     tile = formula.tile
     if tile is None:
-        with_odd = many_columns or formula.odd_in_tiles
+        with_odd = many_columns or formula.nearly_even
         half_space = odd_half_space_tile if with_odd else half_space_tile
         tile = angle_tile if pair.angular else half_space if pair.half_space else chord_tile
     value_unit = 2.0 ** (formula.value_bits - formula.range_bits)
@@ -321,6 +321,7 @@ def pair_constants(
         two_ended=tl.constexpr(pair.two_ended),
         sum_of_logs=tl.constexpr(formula.sum_of_logs),
         fast=tl.constexpr(fast),
+        nearly_even=tl.constexpr(formula.nearly_even),
         numbers=formula.numbers,
         odd=formula.odd,
         # beyond any rounding of c = 1 where nothing is near

@@ -86,7 +86,8 @@ class PairArguments(NamedTuple):
         exact(t, 1/t, pair)     -f' and f of exact distances, scaled as `PairConstants` says
         sum_of_logs             `tile` and `side` give arguments of a log2 in place of F
         numbers                 what these functions know of the pair function
-        odd                     of its F' of the chord, for `odd_half_space_tile`
+        odd                     of its F' of the chord, for `side_difference`
+        nearly_even             the sides differ little at any c
     """
 
     tile: Any
@@ -97,6 +98,7 @@ class PairArguments(NamedTuple):
     two_ended: Any
     sum_of_logs: Any
     fast: Any
+    nearly_even: Any
     numbers: Any
     odd: OddRatio
     near_cosine: float
@@ -149,7 +151,7 @@ class Formula(NamedTuple):
     force_unit: float = 1.0
     tile: Any = None  # a short form of a whole tile
     odd: OddRatio = OddRatio(*[0.0] * 4)
-    odd_in_tiles: bool = False  # the sides differ little at any c, so use `odd` at any k
+    nearly_even: bool = False  # the sides differ little at any c, so use `odd` at any k
     sum_of_logs: bool = False
     tangent: Tangent = Tangent(0.0, 0.0, 0.0, LARGEST.value)
     range_bits: float = 0.0
@@ -171,20 +173,24 @@ def half_space_tile(x, pair):
 
 
 @triton.jit
-def odd_half_space_tile(x, pair):
-    """Compute the same without the digits that the sides' difference loses where c is small.
+def side_difference(coefficient, mirrored, x, odd):
+    """Subtract F' of one side from F' of the other without losing digits where c is small.
 
-    It costs some seven instructions a pair, so it serves where most cosines are small: in many
-    dimensions.
+    It costs some seven instructions a pair, so it serves where most cosines are small, in many
+    dimensions, and where the sides differ little at any cosine.
     """
-    coefficient, energy = pair.side(2.0 - x * (2.0 / COSINE_SCALE), pair)
-    mirrored, mirrored_energy = pair.side(2.0 + x * (2.0 / COSINE_SCALE), pair)
-    odd = pair.odd
     z = x * x
     ratio = x * (odd.a1 + z * (odd.a3 + z * odd.a5))
     small = tl.abs(x) < odd.below
-    difference = tl.where(small, (coefficient + mirrored) * ratio, coefficient - mirrored)
-    return difference, energy + mirrored_energy
+    return tl.where(small, (coefficient + mirrored) * ratio, coefficient - mirrored)
+
+
+@triton.jit
+def odd_half_space_tile(x, pair):
+    """Compute the same by `side_difference`."""
+    coefficient, energy = pair.side(2.0 - x * (2.0 / COSINE_SCALE), pair)
+    mirrored, mirrored_energy = pair.side(2.0 + x * (2.0 / COSINE_SCALE), pair)
+    return side_difference(coefficient, mirrored, x, pair.odd), energy + mirrored_energy
 
 
 @triton.jit
@@ -244,6 +250,10 @@ def exact_terms(r2, q2, pair):
     coefficient, value = exact_side(r2, q2, pair)
     if pair.half_space:
         mirrored, mirrored_value = exact_side(q2, r2, pair)
-        coefficient -= mirrored
+        if pair.nearly_even:
+            x = (q2 - r2) * (0.25 * COSINE_SCALE)
+            coefficient = side_difference(coefficient, mirrored, x, pair.odd)
+        else:
+            coefficient -= mirrored
         value += mirrored_value
     return coefficient, value

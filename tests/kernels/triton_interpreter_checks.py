@@ -427,6 +427,7 @@ def test_gaussians_wide_and_narrow(tau, k, eps, half_space, angular):
     [
         *((riesz(s, True), 1000) for s in (0.2, 1.0, 1.5)),
         *((Gaussian(tau, half_space=True), k) for tau in (0.05, 0.5) for k in (30, 1000)),
+        *((Gaussian(tau, half_space=True), k) for tau in (0.01, 0.9) for k in (2, 8)),
     ],
     ids=str,
 )
