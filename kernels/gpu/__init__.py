@@ -1,8 +1,8 @@
 """The sweep in Triton, for CUDA and ROCm. Triton is imported at the first call, not before.
 
-In the order of a call: plan, project_normalize, then direct, or pairwise with near_pairs, or
-large_k, then finish. pair_function, pair_terms and special_functions hold what they share; backend
-calls them, and variant tells which code a call runs.
+In the order of a call: splits and plan, project_normalize, then direct, or pairwise with
+near_pairs, or large_k, then finish. pair_function, pair_terms and special_functions hold what they
+share; backend calls them, and variant tells which code a call runs.
 """
 
 import importlib.util

@@ -37,10 +37,10 @@ from .plan import (
     make_plan,
     row_width,
     set_constants,
-    splits_for,
     tiles_for,
 )
 from .project_normalize import UnitRows, normalize, project_normalize
+from .splits import multiprocessors, splits_for
 
 # products of the fp16 halves kept (cosine, force), by torch.get_float32_matmul_precision():
 # relative gradient error on random rows 3e-7, 3e-4 and 6e-4
@@ -144,7 +144,14 @@ class Call:
         if not self.is_large:
             halves = 8 if self.is_direct else 6 if self.with_rest else 4
             row_bytes = halves * self.width + 12
-            splits = splits_for(self.sizes, block_m, self.k, row_bytes, self.with_gradient)
+            splits = splits_for(
+                self.sizes,
+                self.tiles,
+                self.k,
+                row_bytes,
+                self.with_gradient,
+                multiprocessors(self.device),
+            )
             upper = not self.with_gradient
         return make_plan(self.sizes, block_m, self.tiles.block_n, splits, upper, self.device)
 

@@ -18,11 +18,6 @@ from torch import Tensor
 
 # rows and columns of a tile of the near-pair kernel
 NEAR_BLOCK = 32
-# work items that fill the largest machine in mind several times over
-ITEMS_WANTED = 1024
-# working memory: so many times the points (as float32), but a small problem may take SMALL_BYTES
-MEMORY_FACTOR = 7.5
-SMALL_BYTES = 4 << 20
 
 # fields of a work item
 ITEM_FIELDS: tl.constexpr = tl.constexpr(6)
@@ -32,13 +27,18 @@ TILE_FIELDS: tl.constexpr = tl.constexpr(6)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Launch shape of a sweep."""
+    """Launch shape of a sweep.
+
+    programs: how many share a multiprocessor, by the registers and the shared memory that the
+        compiled forces take; energies alone take less.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int = 2
     maxnreg: int | None = None
+    programs: int = 2
 
 
 # width of the packed rows -> tiles for small sets, for large ones (twice the rows halve the traffic
@@ -46,34 +46,38 @@ class Tiles:
 # fewest instructions a pair without a spill in the loop
 _AMPERE = {
     # at the 128 registers that the compiler would choose some loops spill
-    16: (*(Tiles(64, 64, 4, maxnreg=168),) * 2, Tiles(64, 64, 4)),
-    32: (*(Tiles(64, 64, 4),) * 2, Tiles(64, 64, 4, maxnreg=224)),
+    16: (*(Tiles(64, 64, 4, maxnreg=168, programs=3),) * 2, Tiles(64, 64, 4)),
+    32: (*(Tiles(64, 64, 4, programs=3),) * 2, Tiles(64, 64, 4, maxnreg=224)),
     64: (Tiles(64, 32, 4),) * 3,
     128: (Tiles(32, 32, 4),) * 3,
 }
 _HOPPER = {
-    16: (Tiles(64, 64, 4),) * 3,
+    16: (*(Tiles(64, 64, 4, programs=4),) * 2, Tiles(64, 64, 4, programs=3)),
     # programs that share a processor overlap their products with the work between them: 128
     # registers let two of eight warps or four of four do so, 168 three of four. Two stages would
     # fetch nothing ahead: the wait for a tile would come before the next one is asked for
     32: (
-        Tiles(64, 64, 4, 3, maxnreg=128),
+        Tiles(64, 64, 4, 3, maxnreg=128, programs=4),
         Tiles(128, 64, 8, 3, maxnreg=128),
         Tiles(64, 64, 4),
     ),
     64: (
-        Tiles(64, 64, 4, 3, maxnreg=168),
+        Tiles(64, 64, 4, 3, maxnreg=168, programs=3),
         Tiles(128, 64, 8, 3, maxnreg=128),
         Tiles(64, 64, 4),
     ),
-    128: (Tiles(64, 32, 4), Tiles(128, 32, 8), Tiles(64, 32, 4)),
+    128: (Tiles(64, 32, 4), Tiles(128, 32, 8, programs=1), Tiles(64, 32, 4)),
 }
 _BLACKWELL = {
-    16: (Tiles(64, 64, 4),) * 3,
-    32: (Tiles(64, 64, 4), Tiles(128, 64, 8), Tiles(64, 64, 4)),
+    16: (Tiles(64, 64, 4, programs=1),) * 3,
+    32: (Tiles(64, 64, 4, programs=1), Tiles(128, 64, 8, programs=1), Tiles(64, 64, 4, programs=1)),
     # a second stage of loads would spill
-    64: (Tiles(64, 64, 4, 1), Tiles(128, 64, 8, 1), Tiles(64, 64, 4, 1)),
-    128: (Tiles(64, 32, 4, 1),) * 3,
+    64: (
+        Tiles(64, 64, 4, 1, programs=1),
+        Tiles(128, 64, 8, 1, programs=1),
+        Tiles(64, 64, 4, 1, programs=1),
+    ),
+    128: (Tiles(64, 32, 4, 1, programs=1),) * 3,
 }
 _CDNA3 = {
     16: (Tiles(64, 64, 4),) * 3,
@@ -133,25 +137,15 @@ def row_width(k: int) -> int:
     return max(16, triton.next_power_of_2(k)) if k <= MAX_WIDTH else -(-k // 16) * 16
 
 
-def splits_for(
-    sizes: tuple[int, ...], block_m: int, k: int, row_bytes: int, with_force: bool
-) -> int:
-    """Work items a row tile: enough to fill the machine, within the bound on working memory."""
-    row_tiles = _count_row_tiles(sizes, block_m)
-    rows = row_tiles * block_m
-    # a row of unit rows and gradient, and of one slot: force, energy, nearest, axial
-    fixed, slot = row_bytes + 4 * k, 4 * k + 12
-    if not with_force:
-        fixed, slot = row_bytes, 8
-    affordable = max(
-        int((MEMORY_FACTOR * 4 * k - fixed) // slot), SMALL_BYTES // max(rows * slot, 1), 1
-    )
-    return min(-(-ITEMS_WANTED // max(row_tiles, 1)), affordable)
-
-
 @lru_cache(maxsize=512)
-def _count_row_tiles(sizes: tuple[int, ...], block_m: int) -> int:
+def count_row_tiles(sizes: tuple[int, ...], block_m: int) -> int:
+    """Count the row tiles of sets of these sizes."""
     return sum(-(-n // block_m) for n in sizes)
+
+
+def part_length(length: int, splits: int) -> int:
+    """Column tiles of a work item of a row tile that meets `length` of them."""
+    return max(-(-length // splits), 1)
 
 
 @dataclass(frozen=True)
@@ -192,7 +186,7 @@ def make_plan(
         upper: only tiles on or above the diagonal, each unordered pair once.
         device: where the tables live.
     """
-    total_tiles = _count_row_tiles(sizes, block_m)
+    total_tiles = count_row_tiles(sizes, block_m)
     packed_rows = total_tiles * block_m
     if packed_rows + block_m >= 2**31:
         raise ValueError(f"the sets hold {sum(sizes)} rows together; at most 2^31 are possible")
@@ -206,7 +200,7 @@ def make_plan(
         first_tile, end_tile = begin // block_n, -(-(begin + n) // block_n)
         for tile_row in range(begin, begin + n, block_m):
             start = tile_row // block_n if upper else first_tile
-            length = max(-(-(end_tile - start) // splits), 1)
+            length = part_length(end_tile - start, splits)
             parts = range(start, end_tile, length)
             row_tiles.append(
                 (

@@ -5,10 +5,12 @@ when the kernels are defined. The checks of a section that goes through all bran
 they were taken.
 """
 
+import heapq
 import itertools
 import math
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -28,8 +30,10 @@ from comhe_ext.kernels.gpu import (
     pairwise,
     plan,
     project_normalize,
+    splits,
 )
 from comhe_ext.kernels.pair_functions import Gaussian, Riesz
+from comhe_ext.kernels.sweep import Numbers
 from comhe_ext.operators.energy import energy as projected_energy
 from comhe_ext.testing import (
     options_of,
@@ -249,7 +253,7 @@ def test_every_tile_shape(k, tiles, monkeypatch):
 
 def test_long_rows_are_summed_in_parts(monkeypatch):
     monkeypatch.setattr(pairwise, "TILES_PER_SUM", 2)
-    monkeypatch.setattr(plan, "ITEMS_WANTED", 1)
+    monkeypatch.setattr(backend, "splits_for", lambda *_: 1)
     plan.make_plan.cache_clear()
     check(random_rows(449, 10), riesz(2.0))
     check(random_rows(449, 10), riesz(0.0))
@@ -853,7 +857,9 @@ def check_first_rows(n, k, pair):
 
 @pytest.mark.parametrize(("n", "k"), [(4096, 16)])
 def test_truncation_does_not_add_up(one_row_tile, n, k, monkeypatch):
-    monkeypatch.setattr(plan, "ITEMS_WANTED", 1)  # all columns in one item, the longest sum
+    monkeypatch.setattr(
+        backend, "splits_for", lambda *_: 1
+    )  # all columns in one item, the longest sum
     check_first_rows(n, k, riesz(2.0, True, min_distance=0.0))
 
 
@@ -912,13 +918,50 @@ def test_work_items_meet_every_tile_once(block_m, block_n, upper):
     assert slots == list(range(work.num_items))
 
 
+TILES = plan.Tiles(128, 64, 8)
+
+
 def test_memory_of_the_slots_is_bounded():
     for n, k in ((4096, 32), (16384, 32), (1_000_000, 64)):
-        splits = plan.splits_for((n,), 128, k, plan.row_width(k), True)
-        work = plan.make_plan((n,), 128, 64, splits, False, torch.device("cpu"))
+        width = plan.row_width(k)
+        count = splits.splits_for(Numbers([n]), TILES, k, 4 * width + 12, True, 10_000)
+        work = plan.make_plan((n,), 128, 64, count, False, torch.device("cpu"))
         slots = work.num_items * 128 * (4 * k + 12)
         rows = work.packed_rows * (4 * plan.row_width(k) + 12) + 4 * n * k
-        assert slots + rows <= max(8 * n * k * 4, 2 * plan.SMALL_BYTES)
+        assert slots + rows <= max(8 * n * k * 4, 2 * splits.SMALL_BYTES)
+
+
+@pytest.mark.parametrize("with_force", [False, True])
+@pytest.mark.parametrize("sizes", [(4096,), (16384,), (4096,) * 20, (70, 2048, 512, 1000)], ids=str)
+@pytest.mark.parametrize("processors", [16, 108, 132])
+def test_splits_fill_the_device(processors, sizes, with_force, monkeypatch):
+    """Where free programs take the next item, no number of splits ends sooner."""
+
+    def duration(count):
+        """When the last item ends."""
+        items = plan.make_plan(sizes, 128, 64, count, not with_force, torch.device("cpu")).items
+        ends = [0] * (processors * TILES.programs)
+        for tiles in (items[:, 2] - items[:, 1]).tolist():
+            heapq.heapreplace(ends, ends[0] + tiles + splits.ITEM_OVERHEAD)
+        return max(ends)
+
+    monkeypatch.setattr(splits, "MEMORY_FACTOR", 1e3)
+    chosen = splits.splits_for(Numbers(sizes), TILES, 40, 172, with_force, processors)
+    assert duration(chosen) == min(duration(count) for count in range(1, 65))
+
+
+def test_splits_follow_from_the_device(monkeypatch):
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    splits.multiprocessors.cache_clear()
+    assert splits.multiprocessors(torch.device("cuda", 0)) == 132
+    splits.multiprocessors.cache_clear()
+    # 32 row tiles of 128 column tiles, one program a multiprocessor: 128 items in one round
+    one = plan.Tiles(128, 32, 8, programs=1)
+    assert splits.splits_for(Numbers([4096]), one, 128, 524, True, 132) == 4
+    # a quarter of the multiprocessors, and no splits are needed
+    assert splits.splits_for(Numbers([4096]), one, 128, 524, True, 33) == 1
+    assert splits.splits_for(Numbers(), one, 128, 524, True, 132) == 1
 
 
 def test_too_many_rows():
