@@ -10,6 +10,7 @@ the elementwise kernel and added by a second one, which returns at once for rows
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,7 +30,7 @@ COEFFICIENT_COLS = 128
 NEAR_COLUMNS = 128
 # elements of a block of S: at least the first number, at most the last, else those of the points
 BLOCK_ELEMENTS = (1 << 20, 1 << 25)
-# columns of a block, the depth of the second product: a multiple of the row tile
+# columns of a block that one product takes, its depth: a multiple of the row tile
 BLOCK_COLS = 512
 # coordinates in one product of unit rows
 BLOCK_DEPTH = 512
@@ -157,36 +158,63 @@ def near_block_kernel(
             tl.store(slots.force + offs, finite(before + force), mask=mask_k)
 
 
+# before, a float32 matrix could not take the sum of products of fp16
+ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"
+
+
 def splits(device: torch.device) -> bool:
     """Whether GEMMs take the fp16 halves: where they return float32; else they take float32."""
     return device.type != "cuda" or torch.version.hip is None
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in float32, of matrices given as fp16 halves: [M, H, D] and [H, D, N]."""
-    if not splits(left.device):
-        return left.float().sum(1) @ right.float().sum(0)
-    total = _mm(left[:, 0], right[0])
-    if left.shape[1] == 2:
-        # hi lo + lo hi as one GEMM of twice the depth
-        total += _mm(left.flatten(1), right.flip(0).flatten(0, 1))
-    return total
+def add_product(total: Tensor | None, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """total + scale left @ right, in place, in float32; without `total` a new matrix."""
+    if not left.is_cuda or left.dtype == torch.float32:
+        left, right = left.float(), right.float()
+        return left @ right if total is None else total.addmm_(left, right, alpha=scale)
+    if total is None:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    if ADDS_TO_FLOAT32:
+        return torch.addmm(total, left, right, out_dtype=torch.float32, alpha=scale, out=total)
+    return total.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=scale)
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+class Operands(NamedTuple):
+    """Unit rows as the GEMMs take them, made once for all blocks.
+
+    cosines: pairs of [packed, depth]. COSINE_SCALE c_ij = sum over the pairs of <left_i, right_j>.
+    columns: [packed, width] each, by which `coefficient_halves` are multiplied in turn.
+    """
+
+    cosines: list[tuple[Tensor, Tensor]]
+    columns: list[Tensor]
+
+    @classmethod
+    def of(cls, rows: UnitRows, terms: tuple[int, int]) -> "Operands":
+        """Arrange unit rows for so many terms of each product, small terms first."""
+        if not splits(rows.hi.device):
+            whole = rows.hi.float() + rows.lo
+            return cls([(part, part) for part in whole.split(BLOCK_DEPTH, 1)], [whole])
+        cosines = []
+        parts = zip(rows.hi.split(BLOCK_DEPTH, 1), rows.lo.split(BLOCK_DEPTH, 1), strict=True)
+        for hi, lo in parts:
+            if terms[0] == 3:
+                # hi lo + lo hi as one GEMM of twice the depth
+                depth = hi.shape[1]
+                both = torch.cat([hi, lo, hi], 1)
+                cosines.append((both[:, : 2 * depth], both[:, depth:]))
+            cosines.append((hi, hi))
+        return cls(cosines, [rows.hi, rows.lo, rows.hi] if terms[1] == 3 else [rows.hi])
 
 
-def block_cosines(left: Tensor, right: Tensor) -> Tensor:
-    """COSINE_SCALE * c of rows given as fp16 halves: [M, H, width] and [H, N, width]."""
-    parts = zip(left.split(BLOCK_DEPTH, 2), right.split(BLOCK_DEPTH, 2), strict=True)
-    rows, cols = next(parts)
-    x = product(rows, cols.mT)
-    for rows, cols in parts:
-        x += product(rows, cols.mT)
-    return x
+def coefficient_halves(coefficient: Tensor) -> list[Tensor]:
+    """Matrices [rows, cols] of coefficients [rows, H, cols], for the `Operands.columns`."""
+    if not splits(coefficient.device):
+        return [coefficient.float().sum(1)]
+    if coefficient.shape[1] == 1:
+        return [coefficient[:, 0]]
+    hi, lo = coefficient.unbind(1)
+    return [lo, hi, hi]
 
 
 @dataclass(frozen=True)
@@ -215,7 +243,8 @@ def blocks(
     source = 0
     for n, first in zip(sizes, plan.first_packed_row, strict=True):
         padded = -(-n // block_m) * block_m
-        num_cols = min(BLOCK_COLS, padded)
+        # several products deep where all rows fit
+        num_cols = min(max(elements // max(padded * BLOCK_COLS, 1), 1) * BLOCK_COLS, padded)
         num_rows = max(elements // max(num_cols * block_m, 1), 1) * block_m
         for row in range(0, n, num_rows):
             rows = slice(first + row, first + min(row + num_rows, padded))
@@ -246,43 +275,39 @@ def large_k(
         result.zero_()
     low, high = BLOCK_ELEMENTS
     elements = min(max(points.numel(), low), high)
-    same_rows, left = None, rows.hi
+    operands = Operands.of(rows, terms)
+    halves = (2 if terms[1] == 3 else 1) if with_force else 0
     for block in blocks(sizes, plan, block_m, elements, not with_force):
-        if block.rows != same_rows:
-            same_rows, left = block.rows, _halves(rows, block.rows, terms[0], 1)
-        x = block_cosines(left, _halves(rows, block.cols, terms[0], 0))
-        columns = _halves(rows, block.cols, terms[1], 0) if with_force else None
-        _add_block(points, rows, slots, block, x, columns, pair)
+        _add_block(points, rows, operands, slots, block, halves, pair)
     return slots
-
-
-def _halves(rows: UnitRows, which: slice, terms: int, dim: int) -> Tensor:
-    """Stack the fp16 halves of some rows that a product of so many terms takes along `dim`."""
-    return torch.stack([rows.hi[which], rows.lo[which]][: 2 if terms == 3 else 1], dim)
 
 
 def _add_block(
     points: Tensor,
     rows: UnitRows,
+    operands: Operands,
     slots: Slots,
     block: Block,
-    x: Tensor,
-    columns: Tensor | None,
+    halves: int,
     pair: PairConstants,
 ) -> None:
-    """Add what the columns of a block of cosines x do to its rows.
+    """Add what the columns of a block do to its rows.
 
-    columns: the halves of its columns' unit rows, [H, cols, width], or None for energies alone.
+    halves: how many fp16 numbers hold a coefficient, 0 without forces.
     """
+    x = None
+    for left, right in operands.cosines:
+        x = add_product(x, left[block.rows], right[block.cols].mT)
+    assert x is not None
     k = points.shape[1]
     num_rows, num_cols = x.shape
-    with_force = columns is not None
+    with_force = halves > 0
     slot_width = slots.force.shape[1]
     coefficient, near_blocks = x, 1
     # without forces their arrays are empty, and so is this part of them
     slots = Slots(*(part[block.rows] for part in slots))
-    if columns is not None:
-        coefficient = x.new_empty(num_rows, len(columns), num_cols, dtype=torch.float16)
+    if with_force:
+        coefficient = x.new_empty(num_rows, halves, num_cols, dtype=torch.float16)
         near_blocks = triton.cdiv(k, NEAR_COLUMNS)
     coefficient_kernel[(triton.cdiv(num_rows, COEFFICIENT_ROWS),)](
         x,
@@ -293,13 +318,17 @@ def _add_block(
         block.diagonal,
         pair.arguments,
         WITH_FORCE=with_force,
-        FORCE_HALVES=coefficient.shape[1] if with_force else 1,
+        FORCE_HALVES=max(halves, 1),
         BLOCK_M=COEFFICIENT_ROWS,
         BLOCK_N=COEFFICIENT_COLS,
         num_warps=4,
     )
-    if columns is not None:
-        slots.force.add_(product(coefficient, columns), alpha=pair.arguments.range_unit)
+    for begin in range(0, num_cols, BLOCK_COLS) if with_force else ():
+        some = slice(begin, begin + BLOCK_COLS)
+        parts = coefficient_halves(coefficient[:, :, some])
+        for part, columns in zip(parts, operands.columns, strict=True):
+            unit = pair.arguments.range_unit
+            add_product(slots.force, part, columns[block.cols][some], unit)
     near_block_kernel[(triton.cdiv(num_rows, NEAR_BLOCK), near_blocks)](
         x,
         points,

@@ -272,6 +272,34 @@ def test_blocks_of_the_cosine_matrix(monkeypatch):
         sizes=[20, 150],
         gradient_bound=1e-5,
     )
+    # several products deep
+    monkeypatch.setattr(large_k, "BLOCK_ELEMENTS", (1, 192 * 128 * 2))
+    check(points, riesz(2.0), 1e-6, gradient_bound=1e-5)
+
+
+def test_operands_of_large_k_are_made_once():
+    """A block takes a fixed number of products, and nothing is copied or stacked for it."""
+    n, k = 140, 1100
+    asked = Counter()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if not inside:
+                asked[func.overloadpacket.__name__] += 1
+            return func(*args, **(kwargs or {}))
+
+    for blocks in (1, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(large_k, "BLOCK_ELEMENTS", (192 * 192 // blocks,) * 2)
+            patch.setattr(large_k, "BLOCK_COLS", 192 // blocks)
+            asked.clear()
+            with Counting():
+                sweep_of(gpu, random_rows(n, k), [n], [1.0], riesz(2.0), 0.0, True)
+        # three parts of k, of two products each, and three products for the force
+        assert asked["mm"] == blocks
+        assert asked["addmm_"] == 8 * blocks
+        assert asked["cat"] == 3
+        assert not asked.keys() & {"stack", "clone", "flip", "add", "add_", "copy_"}, asked
 
 
 # --- precision ------------------------------------------------------------------------------------
