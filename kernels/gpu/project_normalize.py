@@ -27,6 +27,8 @@ PROJECTION_BLOCK_D = 32
 # weights of one launch: their addresses are arguments of the kernel, which may take 4 KB in all
 MAX_WEIGHTS = 128
 SET_FIELDS: tl.constexpr = tl.constexpr(5)
+# columns of a weight that one load takes: 16 bytes of half precision
+VECTOR: tl.constexpr = tl.constexpr(8)
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(1.1754943508222875e-38)
 
 
@@ -112,6 +114,49 @@ def normalize_kernel(
 
 
 @triton.jit
+def project(
+    weight_ptr,
+    weight_rows,
+    mask_m,
+    stride,
+    matrix_ptr,
+    matrix_rows,
+    mask_k,
+    d,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Multiply some rows of a weight by some rows of a matrix, [BLOCK_M, BLOCK_K] float32.
+
+    ALIGNED: d and the stride are multiples of VECTOR, which lets loads be 16 bytes wide.
+    """
+    if ALIGNED:
+        d = d // VECTOR * VECTOR
+        stride = stride // VECTOR * VECTOR
+    weight_ptrs = weight_ptr + weight_rows[:, None] * stride
+    matrix_ptrs = matrix_ptr + matrix_rows[None, :] * d
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    acc = tl.zeros((weight_rows.shape[0], matrix_rows.shape[0]), dtype=tl.float32)
+    for d0 in range(0, d, BLOCK_D):
+        mask_d = d0 + offs_d < d
+        w = tl.load(
+            weight_ptrs + (d0 + offs_d)[None, :],
+            mask=mask_m[:, None] & mask_d[None, :],
+            other=0.0,
+        )
+        m = tl.load(
+            matrix_ptrs + (d0 + offs_d)[:, None],
+            mask=mask_d[:, None] & mask_k[None, :],
+            other=0.0,
+        )
+        # a limit on inexact accumulation: the compiler is to leave this sum to the float32
+        # units, for tensor cores truncate
+        acc += tl.dot(w.to(tl.float32), m, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D)
+    return acc
+
+
+@triton.jit
 def project_normalize_kernel(
     weights,
     matrices,
@@ -150,34 +195,42 @@ def project_normalize_kernel(
     lane = tl.arange(0, BLOCK_M)
     mask_m = lane < valid
     weight_rows = source0 - tl.load(sets_ptr + index * SET_FIELDS + 4) + lane
-    weight_ptrs = weight_ptr + weight_rows[:, None] * stride
     offs_k = tl.arange(0, BLOCK_K)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
     mask_k = offs_k < k
+    matrix_rows = matrix * k + offs_k
 
     if matrix < 0:
+        weight_ptrs = weight_ptr + weight_rows[:, None] * stride
         mask = mask_m[:, None] & (offs_k < d)[None, :]
         acc = tl.load(weight_ptrs + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    elif (d | stride) % VECTOR == 0:
+        acc = project(
+            weight_ptr,
+            weight_rows,
+            mask_m,
+            stride,
+            matrix_ptr,
+            matrix_rows,
+            mask_k,
+            d,
+            True,
+            PRECISION,
+            BLOCK_D,
+        )
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-        matrix_ptrs = matrix_ptr + (matrix * k + offs_k)[None, :] * d
-        for d0 in range(0, d, BLOCK_D):
-            mask_d = d0 + offs_d < d
-            w = tl.load(
-                weight_ptrs + (d0 + offs_d)[None, :],
-                mask=mask_m[:, None] & mask_d[None, :],
-                other=0.0,
-            )
-            m = tl.load(
-                matrix_ptrs + (d0 + offs_d)[:, None],
-                mask=mask_d[:, None] & mask_k[None, :],
-                other=0.0,
-            )
-            # a limit on inexact accumulation: the compiler is to leave this sum to the float32
-            # units, for tensor cores truncate
-            acc += tl.dot(
-                w.to(tl.float32), m, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_D
-            )
+        acc = project(
+            weight_ptr,
+            weight_rows,
+            mask_m,
+            stride,
+            matrix_ptr,
+            matrix_rows,
+            mask_k,
+            d,
+            False,
+            PRECISION,
+            BLOCK_D,
+        )
 
     sources = (source0.to(tl.int64) + lane) * k
     mask = mask_m[:, None] & mask_k[None, :]

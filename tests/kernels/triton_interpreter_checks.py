@@ -704,6 +704,23 @@ def test_projection_of_weights_of_any_width(dtype, k):
         leaf += 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_projection_of_weights_whose_rows_are_aligned(dtype):
+    """Widths and strides that are multiples of 8 take a loop of their own."""
+    weights = [
+        random_rows(20, 64, dtype=dtype),
+        random_rows(70, 48, seed=1, dtype=dtype)[:, :40],
+        random_rows(9, 24, seed=2, dtype=dtype)[:, 3:19],
+        random_rows(9, 41, seed=3, dtype=dtype)[:, :40],
+    ]
+    projections = [matrices(2, 12, w.shape[1], i) for i, w in enumerate(weights)]
+    scales, pair = [1.0] * 8, riesz(2.0)
+    energy, gradient = sweep_projected(gpu, weights, projections, scales, pair, 0.0, True)
+    expected, row_gradient, _ = project_truth(weights, projections, 12, scales, pair, 0.0)
+    assert relative_error(energy, expected) <= 1e-6
+    assert relative_error(gradient, row_gradient) <= 2e-6
+
+
 @pytest.mark.parametrize("k", [3, 12])
 def test_unprojected_weights_are_taken_as_they_are(k):
     weights = [random_rows(20, k), random_rows(30, 2, seed=1)]
