@@ -61,6 +61,8 @@ _HOPPER = {
         Tiles(128, 64, 8, 3, maxnreg=128),
         Tiles(64, 64, 4),
     ),
+    # for k = 33..48 too: products of 32 and 16 columns take a quarter less of the tensor cores, but
+    # 16.5 instructions a pair in half space where these take 15.6, and wait twice as often
     64: (
         Tiles(64, 64, 4, 3, maxnreg=168, programs=3),
         Tiles(128, 64, 8, 3, maxnreg=128),
@@ -69,9 +71,12 @@ _HOPPER = {
     128: (Tiles(64, 32, 4), Tiles(128, 32, 8, programs=1), Tiles(64, 32, 4)),
 }
 _BLACKWELL = {
-    16: (Tiles(64, 64, 4, programs=1),) * 3,
-    32: (Tiles(64, 64, 4, programs=1), Tiles(128, 64, 8, programs=1), Tiles(64, 64, 4, programs=1)),
-    # a second stage of loads would spill
+    # sums lie in tensor memory, of which a multiprocessor has 512 columns: tiles of 256 let two
+    # programs share it; 128 x 64 would take all, and more instructions a pair
+    16: (Tiles(64, 64, 4), Tiles(128, 32, 4), Tiles(64, 64, 4)),
+    # a second stage of loads would spill for some pair functions, and below for most
+    32: (Tiles(64, 64, 4), Tiles(128, 32, 4, 1), Tiles(64, 64, 4)),
+    # tiles of 256 columns, 64 x 32 or 128 x 16, take a third more instructions than these of 512
     64: (
         Tiles(64, 64, 4, 1, programs=1),
         Tiles(128, 64, 8, 1, programs=1),
