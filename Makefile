@@ -88,7 +88,8 @@ fuzz:
 		build/fuzz/*.o -lm -o build/fuzz/fuzz
 	build/fuzz/fuzz -runs=$(FUZZ_RUNS) -max_len=64 -len_control=0 -seed=1 -artifact_prefix=build/fuzz/
 
-# every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; ARGS=--small for a part
+# every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; ARGS=--small for a part,
+# ARGS=--all for every variant
 compile-gpu: $(INSTALLED)
 	$(BIN)/python -m bench.gpu.compile $(ARGS)
 

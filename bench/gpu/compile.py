@@ -1,14 +1,17 @@
 """Compile every Triton kernel ahead of time for GPUs that need not be there, and check the result.
 
-    python -m bench.gpu.compile                       the whole matrix
+    python -m bench.gpu.compile                       the variants of two pair functions, and the
+                                                      hot loops of those that need most registers
+    python -m bench.gpu.compile --all                 every variant, hours on two cores
     python -m bench.gpu.compile --small               what `make test` runs
     python -m bench.gpu.compile --target sm_90 --kernel pairwise
 
 One line a variant: registers, spill instructions (in the hot loop / in all), shared memory,
 instructions a pair in the hot loop, matrix instruction found. The exit status is not zero if a hot
-loop spills, if a product of the sweep does not use the tensor cores, or if sm_90 takes more
-instructions a pair than `LIMITS` allows. But for --small, the lines also go to
-bench/results/compile_gpu.csv, in place of those of an earlier run.
+loop spills, if a product of the sweep does not use the tensor cores, if fewer programs share a
+multiprocessor than the tile table counts on, or if sm_90 takes more instructions a pair than
+`LIMITS` allows. But for --small, the lines also go to bench/results/compile_gpu.csv, in place of
+those of an earlier run.
 """
 
 import argparse
@@ -31,6 +34,7 @@ import triton
 from bench.gpu import machine_code
 from bench.gpu.launches import PAIRS, TARGETS, Launch, launches
 from bench.store import RESULTS
+from comhe_ext.kernels.gpu import plan
 
 TABLE = RESULTS / "compile_gpu.csv"
 # kernels with one loop over pairs that has to be fast, and those that multiply on tensor cores
@@ -44,6 +48,10 @@ LIMITS = {
     ("sm_90", "pairwise_kernel", "s=2 half 64x64x64 3+3"): 16.0,
     ("sm_90", "pairwise_kernel", "s=2 half 128x64x64 3+3"): 16.0,
 }
+# registers, columns of tensor memory and bytes of shared memory of a multiprocessor; a program
+# takes registers by eights a thread, and a kilobyte of shared memory beside its own
+REGISTERS, TENSOR_COLUMNS = 1 << 16, 512
+SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 # the part that `make test` compiles: a few variants of every kernel
 SMALL = {
     "pairwise_kernel": r"s=2 \d+x\d+x32 [34]\+3",
@@ -57,6 +65,10 @@ SMALL = {
     "project_normalize_kernel": r"float32 rows=64 k=64 (tf32x3|bf16x6)",
 }
 SMALL_ON_ALL_TARGETS = ("pairwise_kernel", "direct_kernel")
+# the pair functions of the papers' settings, compiled in every variant, and those of which only the
+# hot loops are: they need most registers
+MAIN_PAIRS = ("s=2", "s=2 half")
+HEAVY_PAIRS = ("any s half", "any s half angle", "wide gaussian half")
 
 
 @dataclass
@@ -105,6 +117,35 @@ def is_small(launch: Launch) -> bool:
     return re.fullmatch(SMALL[launch.kernel], launch.variant) is not None
 
 
+def is_main(launch: Launch) -> bool:
+    """Whether a launch belongs to the part that goes into the table."""
+    heavy = launch.pair is not None and launch.pair not in MAIN_PAIRS
+    return not heavy or (launch.kernel in COUNTED and launch.constants["WITH_FORCE"])
+
+
+def programs_wanted(launch: Launch) -> int:
+    """Programs a multiprocessor that `splits` counts on; 1 where it does not."""
+    given = launch.constants
+    if launch.kernel != "pairwise_kernel" or launch.pair not in MAIN_PAIRS:
+        return 1
+    shape = (given["BLOCK_M"], given["BLOCK_N"], launch.num_warps, given["STAGES"])
+    for tiles in plan.TILE_TABLE[launch.target][given["WIDTH"]]:
+        known = (tiles.block_m, tiles.block_n, tiles.num_warps, tiles.num_stages)
+        if known == shape and tiles.maxnreg == given.get("maxnreg"):
+            return tiles.programs
+    return 1
+
+
+def programs_that_fit(launch: Launch, report: Report, tensor_columns: int) -> int:
+    """Programs that the registers, shared and tensor memory of a multiprocessor hold."""
+    registers = -(-report.registers // 8) * 8 * 32 * launch.num_warps
+    return min(
+        REGISTERS // registers,
+        SHARED[launch.target] // (report.shared + 1024),
+        TENSOR_COLUMNS // max(tensor_columns, 1),
+    )
+
+
 def check(launch: Launch) -> Report:
     """Compile a launch and look at its machine code."""
     start = time.perf_counter()
@@ -137,6 +178,10 @@ def check(launch: Launch) -> Report:
         report.problems.append(f"no {matrix} instruction")
     if launch.kernel in HOT and report.spills_hot:
         report.problems.append(f"{report.spills_hot} spill instructions in the hot loop")
+    if nvidia:
+        fit = programs_that_fit(launch, report, getattr(kernel.metadata, "tmem_size", 0))
+        if fit < (wanted := programs_wanted(launch)):
+            report.problems.append(f"{fit} programs fit a multiprocessor, not {wanted}")
     limit = LIMITS.get(launch.key)
     if limit is not None and (report.per_pair is None or report.per_pair > limit):
         report.problems.append(f"more than {limit} instructions a pair")
@@ -164,7 +209,7 @@ def reports(chosen: list[Launch], jobs: int) -> Iterable[Report]:
 
 
 def save(rows: list[dict[str, str]], every: list[Launch]) -> None:
-    """Put rows in place of older ones, and drop variants that the targets of `every` lack now."""
+    """Put rows in place of older ones, and drop those of the same targets that `every` lacks."""
 
     def key(row: dict[str, str]) -> tuple[str, str, str]:
         return row["target"], row["kernel"], row["variant"]
@@ -186,13 +231,21 @@ def save(rows: list[dict[str, str]], every: list[Launch]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a few variants of every kernel")
+    parser.add_argument("--all", action="store_true", help="every variant of every kernel")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--kernel", default="", help="only kernels with this in their name")
     parser.add_argument("--variant", default="", help="only variants that match this expression")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    pairs = ("s=2",) if options.small else tuple(PAIRS)
-    every = [launch for target in options.target or TARGETS for launch in launches(target, pairs)]
+    pairs: tuple[str, ...] = MAIN_PAIRS + HEAVY_PAIRS
+    if options.small or options.all:
+        pairs = ("s=2",) if options.small else tuple(PAIRS)
+    every = [
+        launch
+        for target in options.target or TARGETS
+        for launch in launches(target, pairs)
+        if options.all or is_main(launch)
+    ]
     chosen = [
         launch
         for launch in every

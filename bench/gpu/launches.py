@@ -40,6 +40,8 @@ PAIRS: dict[str, PairFunction] = {
     )
     for half, angular in itertools.product((False, True), repeat=2)
 }
+# whose sides are subtracted in another way
+PAIRS["wide gaussian half"] = Gaussian(0.5, half_space=True)
 # weights of a projecting launch, as many as a ResNet-50 has
 NUM_WEIGHTS = 54
 
@@ -55,6 +57,7 @@ class Launch:
     options: Any
     constants: dict[str, Any] = field(repr=False)
     num_warps: int = 4
+    pair: str | None = None  # None for kernels that know none
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -160,7 +163,8 @@ def launches(target: str, pairs: Collection[str] = tuple(PAIRS)) -> list[Launch]
         )
         source = ASTSource(kernel, signature, constants, attributes)
         num_warps = given.get("num_warps", 4)
-        launch = Launch(target, kernel.__name__, variant, source, options, given, num_warps)
+        pair = call.pair if variant.startswith(call.pair) else None
+        launch = Launch(target, kernel.__name__, variant, source, options, given, num_warps, pair)
         found[launch.key] = launch
 
     with ExitStack() as stack:
