@@ -1,6 +1,6 @@
 """The Triton kernels compile for real GPUs, none of which is needed: a small part of the matrix.
 
-The whole of it is `make compile-gpu`. In a process of its own, because TRITON_INTERPRET=1 would
+More of it is `make compile-gpu`. In a process of its own, because TRITON_INTERPRET=1 would
 replace the compiler.
 """
 
