@@ -239,3 +239,56 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> floa
     difference = actual.detach().to(expected) - expected
     scale = max(float(torch.linalg.vector_norm(expected)), floor)
     return float(torch.linalg.vector_norm(difference)) / (scale or 1.0)
+
+
+# --- rows against columns -------------------------------------------------------------------------
+
+
+def _unit(points: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Normalize rows in float64 -> v [T, d] and the deficits 1 - |v|^2 [T, 1]."""
+    p = points.double()
+    squared_norm = p.square().sum(1, keepdim=True) + eps
+    alive = squared_norm > 0
+    squared_norm = torch.where(alive, squared_norm, 1.0)
+    v = torch.where(alive, p / squared_norm.sqrt(), 0.0)
+    return v, torch.where(alive, eps / squared_norm, 1.0)
+
+
+def _cross_squares(rows: Tensor, columns: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Compute r^2 = 2 - 2c and 4 - r^2 of all rows with all columns, [N, M] each."""
+    (u, u_deficit), (v, v_deficit) = _unit(rows, eps), _unit(columns, eps)
+    i = torch.arange(len(u), device=u.device).repeat_interleave(len(v))
+    j = torch.arange(len(v), device=u.device).repeat(len(u))
+    both = (u_deficit[i] + v_deficit[j]).squeeze(1)
+    lengths = (1.0 - u_deficit).sqrt()[i], (1.0 - v_deficit).sqrt()[j]
+    near = _difference(u[i], v[j], *lengths).square().sum(1) + both
+    far = _difference(u[i], -v[j], *lengths).square().sum(1) + both
+    return near.view(len(u), len(v)), far.view(len(u), len(v))
+
+
+def cross_energy(
+    rows: Tensor,
+    columns: Tensor,
+    function: Callable[[Tensor], Tensor],
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    eps: float = 0.0,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    row_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute sum_i weight_i E_i [] and E_i [N] in float64, E_i = sum_j f over the other ids."""
+    squares = _cross_squares(rows, columns, eps)
+    met = torch.ones_like(squares[0], dtype=torch.bool)
+    if row_ids is not None and column_ids is not None:
+        met = row_ids[:, None] != column_ids[None]
+    # a pair left out must not poison the derivatives of the others
+    near, far = (torch.where(met, x, 2.0) for x in squares)
+    ends = [(near, far), (far, near)] if half_space else [(near, far)]
+    values = torch.stack(
+        [function(2 * torch.atan2(_sqrt(a), _sqrt(b)) if angular else _sqrt(a)) for a, b in ends]
+    )
+    row_energies = torch.where(met, values.sum(0), 0.0).sum(1)
+    weights = torch.ones_like(row_energies) if row_weights is None else row_weights.double()
+    return (weights * row_energies).sum(), row_energies

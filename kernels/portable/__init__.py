@@ -3,19 +3,28 @@
     rows         normalizes rows of any magnitude
     tiles        cuts the pairs of many sets into tiles
     near_pairs   finds pairs whose cosine is near +-1 and computes them again in float64
-    energy       the energy, its gradient and its Hessian-vector product
+    forces       sums F and the forces over the tiles, and their derivatives along tangents
+    energy       the energy of sets, its gradient and its Hessian-vector product
+    cross        the energy of rows against columns of their own, and its gradients
     angle_loss   the angle-preserving loss, likewise
 
 Each imports only from those above it. Memory is O(T k): a tile exists only while it is worked on.
 """
 
 from ..pair_functions import PairFunction
-from ..sweep import Offers
-from .energy import hessian_vector_product, sweep
+from ..sweep import Offers, SweepRequest, SweepResult
+from . import cross, energy
+from .energy import hessian_vector_product
 
-__all__ = ["OFFERS", "hessian_vector_product", "supports", "sweep", "unavailable"]
+__all__ = [
+    "OFFERS",
+    "hessian_vector_product",
+    "supports",
+    "sweep",
+    "unavailable",
+]
 
-OFFERS = Offers(float64=True)
+OFFERS = Offers(cross=True, float64=True)
 
 
 def unavailable() -> str | None:
@@ -26,3 +35,8 @@ def unavailable() -> str | None:
 def supports(pair: PairFunction) -> bool:
     """Tell whether it knows a pair function: it knows all, for they are made of torch operators."""
     return True
+
+
+def sweep(request: SweepRequest) -> SweepResult:
+    """Sum F over the pairs of sets, or of rows and columns, and compute the gradients."""
+    return energy.sweep(request) if request.columns is None else cross.sweep(request)

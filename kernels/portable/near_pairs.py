@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..pair_functions import PairFunction
 from .rows import Rows, normalize
-from .tiles import Tile
+from .tiles import Tile, equal_ids
 
 # d2 = 2 - 2c below which a tile is not trusted: its absolute error is 2e-7, in float64 4e-16. Where
 # cosines near -1 matter too, the same holds of 4 - d2. The distance at the bound, sqrt(d2), is
@@ -60,7 +60,7 @@ def near_below(pair: PairFunction, dtype: torch.dtype) -> float:
 
 
 def mask_out(
-    x: Tensor, tile: Tile, pair: PairFunction, bound: float
+    x: Tensor, tile: Tile, pair: PairFunction, bound: float, ids: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Find the elements of a tile that do not count, and the near pairs to compute again.
 
@@ -68,7 +68,8 @@ def mask_out(
     what follows stays finite.
 
     Returns:
-        Masks: elements that do not count (the diagonal and near pairs), and near pairs, each once.
+        Masks: elements that do not count in a tile (the diagonal, pairs of equal ids and near
+        pairs), and near pairs, each once.
         None where there are none, which only a processor is asked.
     """
     if pair.half_space:
@@ -79,9 +80,14 @@ def mask_out(
     if tile.diagonal:
         x.diagonal(dim1=1, dim2=2).fill_(harmless)
         left_out = torch.eye(x.shape[1], dtype=torch.bool, device=x.device).expand_as(x)
+    if ids is not None:
+        same = equal_ids(ids, tile)
+        if not answers_at_once(x.device) or bool(same.any()):
+            x.masked_fill_(same, harmless)
+            left_out = same if left_out is None else left_out | same
     if answers_at_once(x.device):
         lowest, highest = torch.aminmax(x)
-        if not (bool(lowest < low) or bool(highest > high)):
+        if bool(lowest >= low) and bool(highest <= high):  # neither is true of NaN
             return left_out, None
     near = x < low
     if high < math.inf:
@@ -183,15 +189,24 @@ def exact_dots(
     return (t - v * tau) * inv_nu, -2.0 * deficit * tau * inv_nu
 
 
-def push_apart(force: Tensor, pairs: NearPairs, push: Tensor) -> None:
-    """Add the part of the force that does not lie along the rows: `push` is F' apart."""
+def push_apart(
+    force: Tensor, pairs: NearPairs, push: Tensor, push_of_j: Tensor | None = None
+) -> None:
+    """Add the part of the force that does not lie along the rows: `push` is F' apart.
+
+    `push_of_j`: what pushes row j where the pair has another weight there.
+    """
+    push_of_j = push if push_of_j is None else push_of_j
     force.index_put_((pairs.i,), (-pairs.side * push).to(force.dtype), accumulate=True)
-    force.index_put_((pairs.j,), push.to(force.dtype), accumulate=True)
+    force.index_put_((pairs.j,), push_of_j.to(force.dtype), accumulate=True)
 
 
-def add_to_both(x: Tensor, pairs: NearPairs, value: Tensor) -> None:
+def add_to_both(
+    x: Tensor, pairs: NearPairs, value: Tensor, value_of_j: Tensor | None = None
+) -> None:
     """Add a pair's value to both its rows; index_put_ adds in a fixed order on every device."""
-    x.index_put_((torch.cat([pairs.i, pairs.j]),), value.to(x.dtype).repeat(2, 1), accumulate=True)
+    both = torch.cat([value, value if value_of_j is None else value_of_j])
+    x.index_put_((torch.cat([pairs.i, pairs.j]),), both.to(x.dtype), accumulate=True)
 
 
 def _exact_rows(points: Tensor, index: Tensor, eps: float) -> Rows:

@@ -1,6 +1,8 @@
-"""The tiles of a sweep: a block of rows against a block of columns of the same set.
+"""The tiles of a sweep: a block of rows against a block of columns, both parts of one packed array.
 
-Tiles below the diagonal are left out: a pair (i, j) is computed once, and pushes both its rows.
+Within a set, tiles below the diagonal are left out: a pair (i, j) is computed once, and pushes both
+its rows. The columns of a cross set are packed behind its rows, and its tiles cover the rectangle
+of rows against columns.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from ..packed_sets import Run, equal_runs
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows against columns, the same block, on or above the diagonal, in every set of a run."""
+    """Rows against columns, on or above the diagonal, the same block in every set of a run."""
 
     run: Run
     rows: slice
@@ -43,6 +45,15 @@ def symmetric_tiles(sizes: Sequence[int], block: int) -> Iterator[Tile]:
                     yield Tile(part, rows, cols)
 
 
+def cross_tiles(rows: int, columns: int, block: int) -> Iterator[Tile]:
+    """Yield tiles of at most block x block elements that cover `rows` x `columns`, row by row."""
+    run = Run(0, 1, 0, rows + columns)
+    for i in range(0, rows, block):
+        for j in range(rows, rows + columns, block):
+            upper, left = slice(i, min(i + block, rows)), slice(j, min(j + block, rows + columns))
+            yield Tile(run, upper, left)
+
+
 def block_of(points: Tensor) -> int:
     """Choose the rows of a tile: it should fit a processor's cache, or fill an accelerator."""
     return 512 if points.device.type == "cpu" else 4096
@@ -56,3 +67,8 @@ def rows_of(x: Tensor, tile: Tile) -> Tensor:
 def cols_of(x: Tensor, tile: Tile) -> Tensor:
     """View the columns of a tile in `x` [T, ...] as [sets, columns, ...]."""
     return tile.run.view(x)[:, tile.cols]
+
+
+def equal_ids(ids: Tensor, tile: Tile) -> Tensor:
+    """Find the pairs of a tile whose ids [T] are equal -> bool [sets, rows, columns]."""
+    return rows_of(ids, tile).unsqueeze(2) == cols_of(ids, tile).unsqueeze(1)
