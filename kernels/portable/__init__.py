@@ -5,7 +5,7 @@
     near_pairs   finds pairs whose cosine is near +-1 and computes them again in float64
     forces       sums F and the forces over the tiles, and their derivatives along tangents
     energy       the energy of sets, its gradient and its Hessian-vector product
-    cross        the energy of rows against columns of their own, and its gradients
+    cross        the same of rows against columns of their own
     angle_loss   the angle-preserving loss, likewise
 
 Each imports only from those above it. Memory is O(T k): a tile exists only while it is worked on.
@@ -14,10 +14,12 @@ Each imports only from those above it. Memory is O(T k): a tile exists only whil
 from ..pair_functions import PairFunction
 from ..sweep import Offers, SweepRequest, SweepResult
 from . import cross, energy
+from .cross import cross_hessian_vector_product
 from .energy import hessian_vector_product
 
 __all__ = [
     "OFFERS",
+    "cross_hessian_vector_product",
     "hessian_vector_product",
     "supports",
     "sweep",

@@ -1,4 +1,4 @@
-"""The energy of rows against columns of their own, and its gradients.
+"""The energy of rows against columns of their own, its gradients and its Hessian-vector product.
 
     E_i = sum_j F(c_ij)  over the columns j of another id
     L   = scale sum_i a_i E_i
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..sweep import SweepRequest, SweepResult
-from .forces import Pairing, forces, gradient_of
+from .forces import Pairing, forces, forces_along, gradient_along, gradient_of
 from .rows import result_dtype
 from .tiles import block_of, cross_tiles
 
@@ -32,6 +32,47 @@ def sweep(request: SweepRequest) -> SweepResult:
         return SweepResult(energy, row_energies=row_energies)
     gradient = gradient_of(total, torch.full_like(total.axial, scale), dtype)
     return SweepResult(energy, gradient[:n], gradient[n:], row_energies)
+
+
+def cross_hessian_vector_product(
+    request: SweepRequest,
+    row_tangents: Tensor | None = None,
+    column_tangents: Tensor | None = None,
+    weight_tangents: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate the derivatives of L in rows, columns and weights along tangents of these.
+
+    In closed form, by tiles. Tangents that are None are 0.
+
+    Args:
+        request: a cross set; weights that are None are all 1.
+        row_tangents: [N, k].
+        column_tangents: [M, k].
+        weight_tangents: [N].
+
+    Returns:
+        [N, k], [M, k] and [N], float32, float64 for float64 points.
+    """
+    (scale,), (n,), dtype = request.scales, request.sizes, result_dtype(request.points)
+    assert request.columns is not None
+    tangents = torch.cat(
+        [
+            torch.zeros_like(points, dtype=dtype) if given is None else given.to(dtype)
+            for points, given in (
+                (request.points, row_tangents),
+                (request.columns, column_tangents),
+            )
+        ]
+    )
+    pairing = _pairing(request)
+    weights_dot = None
+    if weight_tangents is not None:
+        weights_dot = _packed(weight_tangents, request.columns, 0.0)
+        if pairing.weights is None:
+            pairing = pairing._replace(weights=torch.ones_like(weights_dot))
+    total = forces_along(pairing, request.pair, request.eps, tangents, weights_dot, sums=True)
+    product = gradient_along(total, torch.full_like(total.axial, scale), dtype)
+    return product[:n], product[n:], (scale * total.sums_dot[:n, 0]).to(dtype)
 
 
 def _pairing(request: SweepRequest) -> Pairing:

@@ -49,6 +49,22 @@ def request_of(rows, pair, sizes):
     return SweepRequest(rows, sizes, [pair.scale(n, "mean") for n in sizes], pair, 1e-4)
 
 
+def cross_request_of(rows, columns, pair):
+    ids = [(torch.arange(len(x)) % 50).int() for x in (rows, columns)]
+    return SweepRequest(
+        rows,
+        [len(rows)],
+        [1.0 / max(len(rows) * len(columns), 1)],
+        pair,
+        1e-4,
+        columns=columns,
+        row_ids=ids[0],
+        column_ids=ids[1],
+        row_weights=torch.linspace(0.5, 2.0, len(rows)),
+        row_energies=True,
+    )
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_near_pairs_found_after_the_last_tile_are_the_same(pair, asynchronous):
     # twins in one tile and in two, in several sets
@@ -65,12 +81,33 @@ def test_near_pairs_found_after_the_last_tile_are_the_same(pair, asynchronous):
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_near_pairs_of_rows_and_columns_found_after_the_last_tile_are_the_same(pair, asynchronous):
+    both = paired_rows(1200, 20, 1e-3, antipodal=pair.two_ended)
+    request = cross_request_of(both[:570], both[570:], pair)
+    tangents = random_rows(570, 20, seed=3)
+
+    def results():
+        product = portable.cross_hessian_vector_product(request, tangents)
+        return *portable.sweep(request), *product
+
+    asynchronous(False)
+    expected = results()
+    asynchronous(True)
+    for x, y in zip(results(), expected, strict=True):
+        assert relative_error(x, y) <= 1e-7
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
 def test_a_device_is_asked_once_a_sweep(pair, asynchronous):
     asynchronous(True)
     rows = torch.nn.functional.normalize(random_rows(1100, 40))  # many tiles, no near pair
     for call in (
         lambda: portable.sweep(request_of(rows, pair, [1100])),
         lambda: portable.hessian_vector_product(request_of(rows, pair, [1100]), rows.flip(0)),
+        lambda: portable.sweep(cross_request_of(rows[:500], rows[500:], pair)),
+        lambda: portable.cross_hessian_vector_product(
+            cross_request_of(rows[:500], rows[500:], pair), rows[:500]
+        ),
     ):
         with Questions() as questions:
             call()

@@ -243,3 +243,104 @@ def test_collapsed_rows():
     for spread in (0.3, 1e-3):
         rows, columns = collapsed_rows(80, 20, spread).split(40)
         check(request_of(rows, columns, Riesz(1.0), weights=True), 1e-6, 1e-5)
+
+
+# --- second order ---------------------------------------------------------------------------------
+
+
+def check_products(request, tangents, tolerance=2e-6):
+    products = portable.cross_hessian_vector_product(request, *tangents)
+    expected = expected_of(request, *tangents)[4:]
+    for actual, truth, like in zip(
+        products, expected, (request.points, request.columns, request.points[:, 0]), strict=True
+    ):
+        assert actual.shape == like.shape
+        assert relative_error(actual, truth) <= tolerance
+
+
+def tangents_of(request):
+    dtype = torch.float64 if request.points.dtype == torch.float64 else torch.float32
+    shapes = (request.points.shape, request.columns.shape, (len(request.points), 1))
+    rows, columns, weights = (random_rows(*s, seed=20 + s[0], dtype=dtype) for s in shapes)
+    return rows, columns, weights.squeeze(1)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("k", [2, 8, 16, 40])
+def test_hessian_product_of_every_pair_function(pair, k):
+    rows, columns = random_rows(60, k), random_rows(50, k, seed=1)
+    for ids, weights in ((False, False), (True, True)):
+        request = request_of(rows, columns, pair, ids=ids, weights=weights)
+        check_products(request, tangents_of(request), 2e-6)
+    request = request_of(rows.double(), columns.double(), pair, weights=True)
+    check_products(request, tangents_of(request), 1e-9)
+
+
+@pytest.mark.parametrize("given", list(itertools.product((False, True), repeat=3)))
+@pytest.mark.parametrize("weights", [False, True])
+def test_hessian_product_with_tangents_left_out(given, weights):
+    rows, columns = paired_rows(60, 20, 1e-2).double().split(30)
+    request = request_of(rows, columns, Riesz(2.0, half_space=True), weights=weights)
+    tangents = [t if g else None for t, g in zip(tangents_of(request), given, strict=True)]
+    products = portable.cross_hessian_vector_product(request, *tangents)
+    if not any(given):
+        assert all((x == 0).all() for x in products)
+        return
+    check_products(request, tangents, 1e-9)
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_hessian_product_of_every_size(n, m):
+    rows, columns = random_rows(n, 16), random_rows(m, 16, seed=1)
+    request = request_of(rows, columns, Riesz(1.0), ids=True, weights=True)
+    check_products(request, tangents_of(request), 2e-6)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("angle", [1e-2, 1e-4])
+def test_hessian_product_of_near_pairs(pair, angle):
+    for k, eps in itertools.product((8, 24), (0.0, 1e-2)):
+        both = paired_rows(80, k, angle, antipodal=pair.two_ended)
+        request = request_of(both[:40], both[40:], pair, eps=eps, weights=True)
+        check_products(request, tangents_of(request), 1e-5)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_hessian_product_is_the_difference_of_gradients(pair):
+    rows, columns = (x.double() for x in paired_rows(60, 6, 0.05).split(30))
+    request = request_of(rows, columns, pair, ids=True, weights=True)
+    tangents = tangents_of(request)
+    products = portable.cross_hessian_vector_product(request, *tangents)
+
+    def at(step):
+        moved = SweepRequest(
+            rows + step * tangents[0],
+            [30],
+            request.scales,
+            pair,
+            request.eps,
+            columns=columns + step * tangents[1],
+            row_ids=request.row_ids,
+            column_ids=request.column_ids,
+            row_weights=request.row_weights + step * tangents[2],
+            row_energies=True,
+        )
+        result = portable.sweep(moved)
+        return result.gradient, result.columns_gradient, request.scales[0] * result.row_energies
+
+    h = 1e-5
+    for product, after, before in zip(products, at(h), at(-h), strict=True):
+        assert relative_error((after - before) / (2 * h), product) <= 1e-4
+
+
+def test_hessian_product_of_dead_rows_is_zero():
+    rows, columns = random_rows(20, 24), random_rows(20, 24, seed=1)
+    rows[[3, 17]] = 0.0
+    columns[5] = 0.0
+    request = request_of(rows, columns, Riesz(1.0), eps=0.0, weights=True)
+    to_rows, to_columns, to_weights = portable.cross_hessian_vector_product(
+        request, *tangents_of(request)
+    )
+    assert (to_rows[[3, 17]] == 0).all()
+    assert (to_columns[5] == 0).all()
+    assert all(x.isfinite().all() for x in (to_rows, to_columns, to_weights))
