@@ -292,3 +292,34 @@ def cross_energy(
     row_energies = torch.where(met, values.sum(0), 0.0).sum(1)
     weights = torch.ones_like(row_energies) if row_weights is None else row_weights.double()
     return (weights * row_energies).sum(), row_energies
+
+
+def nearest(
+    rows: Tensor,
+    columns: Tensor | None = None,
+    *,
+    half_space: bool = False,
+    eps: float = 0.0,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find the nearest other row of a set, or the nearest column of another id, of each row.
+
+    Returns:
+        The chord [N] in float64, to the antipode where that is nearer in half space, and the index
+        [N], the lowest of those that are equal but for rounding; inf and -1 where a row meets
+        nobody.
+    """
+    if columns is None:
+        columns, row_ids = rows, torch.arange(len(rows), device=rows.device)
+        column_ids = row_ids
+    near, far = _cross_squares(rows, columns, eps)
+    distance = (torch.minimum(near, far) if half_space else near).sqrt()
+    if row_ids is not None and column_ids is not None:
+        distance = distance.masked_fill(row_ids[:, None] == column_ids[None], torch.inf)
+    if not len(columns):
+        distance = distance.new_full((len(rows), 1), torch.inf)
+    least = distance.amin(1)
+    equal = distance <= (least + (least / 2).clamp_max(ROUNDING * 8)).unsqueeze(1)
+    index = equal.to(torch.uint8).argmax(1)
+    return least, torch.where(least.isfinite(), index, -1)

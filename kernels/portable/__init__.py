@@ -6,6 +6,7 @@
     forces       sums F and the forces over the tiles, and their derivatives along tangents
     energy       the energy of sets, its gradient and its Hessian-vector product
     cross        the same of rows against columns of their own
+    nearest      the nearest row, or column, of each row
     angle_loss   the angle-preserving loss, likewise
 
 Each imports only from those above it. Memory is O(T k): a tile exists only while it is worked on.
@@ -16,17 +17,19 @@ from ..sweep import Offers, SweepRequest, SweepResult
 from . import cross, energy
 from .cross import cross_hessian_vector_product
 from .energy import hessian_vector_product
+from .nearest import nearest
 
 __all__ = [
     "OFFERS",
     "cross_hessian_vector_product",
     "hessian_vector_product",
+    "nearest",
     "supports",
     "sweep",
     "unavailable",
 ]
 
-OFFERS = Offers(cross=True, float64=True)
+OFFERS = Offers(cross=True, nearest=True, float64=True)
 
 
 def unavailable() -> str | None:

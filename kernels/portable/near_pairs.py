@@ -97,6 +97,13 @@ def mask_out(
     return left_out, near.triu(1) if tile.diagonal else near
 
 
+def find_above(x: Tensor, bound: float) -> Tensor | None:
+    """Find elements above a bound; None where there are none, which only a processor is asked."""
+    if answers_at_once(x.device) and not bool(x.amax() > bound):
+        return None
+    return x > bound
+
+
 def answers_at_once(device: torch.device) -> bool:
     """Tell whether a tensor's content can be looked at without waiting for other work."""
     return device.type == "cpu"

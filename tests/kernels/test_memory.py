@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 import comhe_ext
 from comhe_ext import init
+from comhe_ext.kernels import portable
+from comhe_ext.kernels.pair_functions import Riesz
+from comhe_ext.kernels.sweep import NearestRequest, SweepRequest
 
 torch.set_num_threads(1)
 what, n, k, backend, budget = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])
@@ -29,6 +32,25 @@ def energy(weight):
 def naive(weight):
     distance = torch.nn.functional.pdist(torch.nn.functional.normalize(weight))
     (distance**-2).mean().backward()
+
+
+def cross(weight):
+    rows, columns = weight.detach(), weight.detach().flip(0)
+    ones = torch.ones(len(rows))
+    request = SweepRequest(
+        rows, [len(rows)], [1.0], Riesz(2.0), columns=columns, row_weights=ones, row_energies=True
+    )
+    portable.sweep(request)
+
+
+def cross_second(weight):
+    rows, columns = weight.detach(), weight.detach().flip(0)
+    request = SweepRequest(rows, [len(rows)], [1.0], Riesz(2.0), columns=columns)
+    portable.cross_hessian_vector_product(request, rows, columns, torch.ones(len(rows)))
+
+
+def nearest(weight):
+    portable.nearest(NearestRequest(weight.detach(), [len(weight)]))
 
 
 def turn(weight):
@@ -80,6 +102,15 @@ def test_memory_of_energy_and_gradient(n, k, backend):
         pytest.skip("the memory of a GPU is measured elsewhere")
     # eight times the points, gradient included: at 16,384 x 30 that is 15 MiB
     assert is_enough(8 * n * k * 4, "energy", n, k, backend)
+
+
+# cross sets: eight times the rows and columns, and thirty times for the Hessian product
+@pytest.mark.parametrize(
+    ("what", "n", "times"),
+    [("cross", 20000, 16), ("cross_second", 8192, 60), ("nearest", 20000, 8)],
+)
+def test_memory_of_the_portable_tiles(what, n, times):
+    assert is_enough(times * n * 30 * 4, what, n, 30, "torch")
 
 
 def test_the_limit_is_kept():

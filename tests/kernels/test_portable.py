@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from comhe_ext.kernels import portable
 from comhe_ext.kernels.pair_functions import Gaussian, Riesz
 from comhe_ext.kernels.portable import near_pairs
-from comhe_ext.kernels.sweep import SweepRequest
+from comhe_ext.kernels.sweep import NearestRequest, SweepRequest
 from comhe_ext.testing import paired_rows, random_rows, relative_error
 
 PAIRS = [
@@ -108,6 +108,7 @@ def test_a_device_is_asked_once_a_sweep(pair, asynchronous):
         lambda: portable.cross_hessian_vector_product(
             cross_request_of(rows[:500], rows[500:], pair), rows[:500]
         ),
+        lambda: portable.nearest(NearestRequest(rows, [1100])),
     ):
         with Questions() as questions:
             call()
