@@ -17,13 +17,14 @@ from comhe_ext.functional import (
     hyperspherical_energy,
     pair_energy,
 )
-from comhe_ext.kernels.pair_functions import Gaussian, Riesz
+from comhe_ext.kernels.pair_functions import Gaussian, Laplace, Riesz
 from comhe_ext.projections import random_projection
 from comhe_ext.regularizer import CoMHE
 
 __all__ = [
     "CoMHE",
     "Gaussian",
+    "Laplace",
     "Riesz",
     "angle_preserving_loss",
     "compressive_energy",

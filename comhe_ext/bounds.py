@@ -22,7 +22,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from comhe_ext.kernels.pair_functions import PairFunction, Riesz
+from comhe_ext.kernels.pair_functions import Laplace, PairFunction, Riesz
 
 
 def random_energy(n: int, d: int, pair: PairFunction) -> float:
@@ -53,7 +53,7 @@ def _mean_of_random_pairs(d: int, pair: PairFunction) -> float:
     """Compute the expected f of two random directions."""
     if d == 1:
         return (_value(pair, 1.0) + _value(pair, -1.0)) / 2
-    if not isinstance(pair, Riesz):
+    if not isinstance(pair, Riesz) or pair.shift > 0:
         return _mean_over_angles(d, pair)
     s = pair.s
     if pair.min_distance == 0 and s >= d - 1:
@@ -68,7 +68,7 @@ def _mean_of_random_pairs(d: int, pair: PairFunction) -> float:
     signs = [1, 1, -1, -1]
     log = sum(sign * math.lgamma(x) for sign, x in zip(signs, gammas, strict=True))
     mean: float = 2.0**-s * math.exp(log)
-    return mean
+    return -mean if s < 0 else mean
 
 
 def lowest_energy(
@@ -99,6 +99,10 @@ def lowest_energy(
     orthogonal = folded.of_cosine(_number(2.0), _number(2.0))[0]
     welch = max(n - d, 0) / (d * (n - 1)) if n > 1 else 0.0
     convex = _has_supporting_line(welch, folded)
+    if not (pair.convex_in_cosine or _convex_in_angle(pair)):
+        # the sum of both ends is least where c = 0 or where c = 1
+        ends = folded.of_cosine(_number(0.0), _number(4.0))[0]
+        orthogonal, convex = torch.minimum(orthogonal, ends), False
 
     def of_squares(squares: Tensor) -> Tensor:
         """Bound the mean of f(c) + f(-c) where the mean of c^2 is at least `squares`."""
@@ -112,6 +116,8 @@ def lowest_energy(
         mean = (total / n).clamp(max=1)
         # the angle between a row and its antipode, or a line above it where f is not convex in c
         angle = (-mean).acos() if pair.convex_in_cosine else math.pi / 2 * (1 + mean)
+        if not (pair.convex_in_cosine or _convex_in_angle(pair)):
+            angle = torch.full_like(mean, math.pi)
         antipodes = n * single.at_distance(single.distance_of_angle(angle))[0]
         if n == 1:
             return antipodes
@@ -147,6 +153,13 @@ def _value(pair: PairFunction, c: float) -> float:
     return float(pair.one_sided(_number(2 - 2 * c), _number(2 + 2 * c))[0])
 
 
+def _convex_in_angle(pair: PairFunction) -> bool:
+    """Tell whether f is a convex function of the angle, the tangent line included."""
+    if isinstance(pair, Riesz):
+        return pair.s >= -1 and not pair.shift
+    return isinstance(pair, Laplace)
+
+
 def _lowest_of_full_space(n: int, pair: PairFunction) -> float:
     """Bound the mean of f over the pairs of `n` rows from below."""
     c = -1.0 / (n - 1)
@@ -156,10 +169,12 @@ def _lowest_of_full_space(n: int, pair: PairFunction) -> float:
     # the tangent of F at c lies below all of F if F is convex at c, and with it beyond c, if the
     # tangent line of the pair function only takes over at positive cosines, and if F(-1) is above
     supported = (
-        pair.min_distance <= math.pi / 2
+        pair.tangent_below <= math.pi / 2
         and curve >= 0
         and _value(pair, -1.0) >= value - slope * (1 + c)
     )
+    if not _convex_in_angle(pair):
+        return max(value, _value(pair, -1.0)) if supported else _value(pair, -1.0)
     # f is convex in the angle, so the largest possible mean angle gives a bound. A random plane
     # through the origin separates two rows with probability angle/pi, and at most `most` pairs
     most = (n // 2) * (n - n // 2)
@@ -175,7 +190,7 @@ def _has_supporting_line(squares: float, folded: PairFunction) -> bool:
     the tangent line of the pair function takes over. Beyond, it is convex in c, so its derivative
     in c is at least that at b, and its slope in c^2 at least half of that.
     """
-    bound = folded.min_distance
+    bound = folded.tangent_below
     if bound == 0 or squares == 0:
         return True
     near = 4 * math.sin(folded.angle_of_distance(bound) / 2) ** 2
@@ -202,7 +217,7 @@ def _mean_over_angles(d: int, pair: PairFunction) -> float:
 
     Once below and once above the angle where the tangent line takes over, for f has a kink there.
     """
-    bound = pair.min_distance
+    bound = pair.tangent_below
     kink = pair.angle_of_distance(bound)
     u = torch.linspace(-6.0, 6.0, 2001, dtype=torch.float64, device="cpu")
     # the distances of the nodes from the lower end; flipped, from the upper one
@@ -217,13 +232,14 @@ def _mean_over_angles(d: int, pair: PairFunction) -> float:
         log_density = math.log(end - begin) + log_weight
         log_density += (d - 2) * torch.minimum(theta, rest).sin().log()
         t = pair.distance_of_angle(theta)
-        if isinstance(pair, Riesz):
+        if isinstance(pair, Riesz) and not pair.shift:
             reach = t.clamp(min=bound)
             beyond = 1 - t / reach  # how far along the tangent line
             if pair.s == 0:
                 part = (beyond - reach.log()) * log_density.exp()
             else:
                 part = (log_density - pair.s * reach.log()).exp() * (1 + pair.s * beyond)
+                part = -part if pair.s < 0 else part
         else:  # bounded
             part = pair.of_distance(t)[0] * log_density.exp()
         total += float(log_density.exp().sum())

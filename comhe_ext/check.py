@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from comhe_ext import backends
-from comhe_ext.kernels.pair_functions import PairFunction, Riesz, pair_function
+from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.kernels.sweep import Projected, SweepRequest
 from comhe_ext.verdicts import ALL, FEATURES, Verdict, VerdictFile, Verdicts, examine
 
@@ -59,7 +59,7 @@ def requests(device: torch.device, quick: bool = False) -> Iterator[tuple[str, S
             yield "highest", request(k, half, gradient, projected=True)
     for s, by_angle in ((0.0, False), (1.0, False), (1.5, False), (2.0, True)):
         for half_space in (False, True):
-            yield "highest", request(40, pair_function("riesz", (half_space, by_angle, s, 1e-3)))
+            yield "highest", request(40, Riesz(s, half_space=half_space, angular=by_angle))
     for precision in ("high", "medium"):
         for k in (40, 200):
             yield precision, request(k, half)

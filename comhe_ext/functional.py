@@ -42,7 +42,8 @@ def hyperspherical_energy(
     Args:
         weight: [N, d], N neurons of d weights, or [B, N, d], B independent sets; float16, bfloat16,
             float32 or float64, any strides.
-        s: exponent of the pair function r^-s, any finite s >= 0; 0 means log(1/r).
+        s: exponent of the pair function r^-s, any finite s > -2; 0 means log(1/r), and s < 0
+            -r^|s|, whose energy falls as the distances grow.
         half_space: energy of the 2N points {v_i} and {-v_i}, antipodal pairs included.
         angular: measure a pair by its angle in radians instead of the chord r.
         reduction: "mean" over the unordered pairs, or "sum" over the ordered ones (twice the

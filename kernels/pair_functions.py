@@ -21,8 +21,14 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-# F, F'/factor and the factor
-ClosedTile = tuple[Tensor, Tensor, float]
+from .half_space_tiles import (
+    ClosedTile,
+    gaussian_of_chord,
+    laplace_of_angle,
+    laplace_of_chord,
+    riesz_of_angle,
+    riesz_of_chord,
+)
 
 
 class Tangent(NamedTuple):
@@ -48,8 +54,6 @@ class PairFunction:
     # as operators and compiled kernels know it
     name: ClassVar[str]
     number: ClassVar[int]
-    # distance below which f is continued by its tangent; 0 where f has no singularity
-    min_distance = 0.0
 
     def __init_subclass__(cls) -> None:
         PAIR_FUNCTIONS[cls.name] = cls
@@ -96,14 +100,19 @@ class PairFunction:
         """The numbers that define it, as `pair_function` takes them."""
         return tuple(float(getattr(self, x.name)) for x in fields(self))
 
+    @property
+    def tangent_below(self) -> float:
+        """The distance below which f is continued by its tangent line; 0 where it never is."""
+        return 0.0
+
     @cached_property
     def tangent(self) -> Tangent | None:
-        """The tangent line below `min_distance`, computed once on the host."""
-        if self.min_distance <= 0:
+        """The tangent line below `tangent_below`, computed once on the host."""
+        if self.tangent_below <= 0:
             return None
-        at = torch.tensor(self.min_distance, dtype=torch.float64, device="cpu")
+        at = torch.tensor(self.tangent_below, dtype=torch.float64, device="cpu")
         value, slope, _ = self.of_distance(at)
-        return Tangent(self.min_distance, float(value), float(slope))
+        return Tangent(self.tangent_below, float(value), float(slope))
 
     @property
     def two_ended(self) -> bool:
@@ -120,18 +129,19 @@ class PairFunction:
         return theta if self.angular else 2.0 * (theta / 2.0).sin()
 
     def angle_of_distance(self, t: float) -> float:
-        """Convert a distance, as `min_distance`, to the angle in radians."""
+        """Convert a distance, as `tangent_below`, to the angle in radians."""
         return t if self.angular else 2.0 * math.asin(t / 2.0)
 
     def at_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute f, f' and f'' at any distance `t` >= 0, with the tangent line."""
-        if self.min_distance <= 0:
+        bound = self.tangent_below
+        if bound <= 0:
             return self.of_distance(t)
         # the line starts from f at the bound itself; clamp_min keeps NaN
-        value, first, second = self.of_distance(t.clamp_min(self.min_distance))
-        below = t < self.min_distance
+        value, first, second = self.of_distance(t.clamp_min(bound))
+        below = t < bound
         # only below: above, f' may be infinite, and 0 times it NaN
-        value = torch.where(below, value + first * (t - self.min_distance), value)
+        value = torch.where(below, value + first * (t - bound), value)
         return value, first, second.masked_fill(below, 0.0)
 
     def one_sided(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,8 +181,8 @@ class PairFunction:
     def clean_above(self, near: float) -> bool:
         """Tell whether all pairs with `near` and `far` above it are off the tangent line."""
         if self.angular:
-            return self.min_distance <= 2.0 * math.asin(math.sqrt(near) / 2.0)
-        return self.min_distance <= math.sqrt(near)
+            return self.tangent_below <= 2.0 * math.asin(math.sqrt(near) / 2.0)
+        return self.tangent_below <= math.sqrt(near)
 
     def pair_count(self, n: int) -> int:
         """Count the unordered pairs among `n` rows, or in half space among their 2n points."""
@@ -205,17 +215,34 @@ def pair_function(name: str, parameters: Sequence[float]) -> PairFunction:
 
 @dataclass(frozen=True)
 class Riesz(PairFunction):
-    """Riesz' function t^-s, and log(1/t) for s = 0.
+    """Riesz' function of the distance t, and with a shift a > 0 of sqrt(a + t^2).
+
+        s > 0     t^-s           with a shift  (a + t^2)^(-s/2)
+        s = 0     log(1/t)                     -1/2 log(a + t^2)
+        s < 0     -t^|s|                       -(a + t^2)^(|s|/2)
+
+    With s < 0, descent makes the mean distance to the power |s| large. Torch equivalent, s != 0::
+
+        r = torch.nn.functional.pdist(torch.nn.functional.normalize(rows))
+        energy = math.copysign(1, s) * ((shift + r**2) ** (-s / 2)).mean()
+
+    Others' kernels are of this kind: 1/(1 + r^2) of TIMA is Riesz(2, shift=1); of KCL, -1/2
+    log(1 + t r^2) is Riesz(0, shift=1/t) less log(t)/2, and c/sqrt(c^2 + r^2) is c times
+    Riesz(1, shift=c^2).
 
     Args:
-        s: the exponent, any finite s >= 0.
+        s: the exponent, a finite number greater than -2.
+        shift: a, a finite number, at least 0: it takes away the singularity, or the kink, at t = 0.
         min_distance: below it (in the unit of the distance) f continues along its tangent line, so
             that a near-duplicate is pushed away with a finite force; 0 is the pure definition.
+            A shift has no use for it, and none of it then remains.
 
-    Source: Liu et al. (2018), MHE.
+    Source: Liu et al. (2018), MHE; Liu et al. (2024), arXiv 2405.17678: TIMA; Koromilas et al.
+    (2024), arXiv 2405.18045: KCL.
     """
 
     s: float = 2.0
+    shift: float = 0.0
     min_distance: float = 1e-3
 
     name: ClassVar[str] = "riesz"
@@ -223,29 +250,57 @@ class Riesz(PairFunction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.s < math.inf:
-            raise ValueError(f"`s` must be finite and at least 0, got {self.s}")
+        if not -2 < self.s < math.inf:
+            raise ValueError(f"`s` must be finite and greater than -2, got {self.s}")
+        if not 0 <= self.shift < math.inf:
+            raise ValueError(f"`shift` must be finite and at least 0, got {self.shift}")
         if not 0 <= self.min_distance < 2:
             raise ValueError(
                 f"`min_distance` must be at least 0 and less than 2, got {self.min_distance}"
             )
 
+    @property
+    def tangent_below(self) -> float:
+        return 0.0 if self.shift else self.min_distance
+
     def of_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.shift:
+            x = t.square()
+            value, first, second = self._of_shifted(self.shift + x)
+            return value, 2.0 * t * first, 2.0 * first + 4.0 * x * second
         if self.s == 0:
             return -t.log(), -1.0 / t, t.square().reciprocal()
-        value = t.pow(-self.s)
+        value = self._signed(t.pow(-self.s))
         first = -self.s * value / t
         return value, first, -(self.s + 1) * first / t
+
+    def of_square(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        return self._of_shifted(self.shift + x) if self.shift else None
+
+    def _of_shifted(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute f and its derivatives as functions of x = shift + t^2."""
+        if self.s == 0:
+            return -0.5 * x.log(), -0.5 / x, 0.5 / x.square()
+        value = self._signed(x.pow(-self.s / 2.0))
+        first = -self.s / 2.0 * value / x
+        return value, first, -(self.s / 2.0 + 1.0) * first / x
+
+    def _signed(self, power: Tensor) -> Tensor:
+        """Make f of the power of the distance."""
+        return power.neg() if self.s < 0 else power
 
     @property
     def growth(self) -> float:
         return self.s + 2.0
 
     def closed_tile(self, x: Tensor) -> ClosedTile | None:
-        if self.half_space:
-            return self._closed_ends(x)
         if self.angular:
-            return None
+            # with a shift the slope t (shift + t^2)^(-s/2 - 1) may be almost the same at both ends
+            return riesz_of_angle(x, self.s) if self.half_space and not self.shift else None
+        if self.half_space:
+            return riesz_of_chord(x, self.s, self.shift)
+        if self.shift:
+            x.add_(self.shift)
         if self.s == 2:
             value = x.reciprocal_()
             return value, value.square(), 2.0
@@ -254,39 +309,9 @@ class Riesz(PairFunction):
             return value, value.pow(3), 1.0
         if self.s == 0:
             return x.log().mul_(-0.5), x.reciprocal_(), 1.0
-        value = x.pow(-self.s / 2.0)
-        return value, value / x, self.s
-
-    def _closed_ends(self, c: Tensor) -> ClosedTile:
-        """Compute `closed_tile` in half space, without subtracting.
-
-        (1 - z)^-q - (1 + z)^-q = 2 (1 - z^2)^(-q/2) sinh(q artanh z), and with + the same of cosh.
-        """
-        factor = self.s or 1.0
-        if self.angular:
-            # t = pi/2 (1 - z), far t = pi/2 (1 + z)
-            sine = torch.addcmul(c.new_ones(()), c, c, value=-1.0).sqrt_()
-            z, unit, q = c.asin_().mul_(2.0 / math.pi), math.pi / 2.0, self.s + 1.0
-        else:
-            # r^2 = 2 (1 - c), far r^2 = 2 (1 + c)
-            sine, z, unit, q = None, c, 2.0, self.s / 2.0 + 1.0
-        product = torch.addcmul(z.new_ones(()), z, z, value=-1.0)
-        if not self.angular and self.s == 2:
-            value = product.reciprocal_()
-            return value, z.mul_(value).mul_(value), 2.0
-        if not self.angular and self.s == 0:
-            value = product.mul(4.0).log_().mul_(-0.5)
-            return value, z.div_(product), 1.0
-        a = z.atanh_()
-        if self.s == 0:
-            value = product.mul(unit * unit).log_().mul_(-1.0)
-        else:
-            power = self.s if self.angular else self.s / 2.0
-            value = (a * power).cosh_().mul_(product.pow(-power / 2.0)).mul_(2.0 * unit**-power)
-        slope = a.mul_(q).sinh_().mul_(product.pow_(-q / 2.0))
-        if sine is not None:
-            slope.div_(sine)
-        return value, slope, 2.0 * factor * unit**-q
+        power = x.pow(-self.s / 2.0)
+        slope = power / x
+        return self._signed(power), slope, abs(self.s)
 
 
 @dataclass(frozen=True)
@@ -323,14 +348,50 @@ class Gaussian(PairFunction):
         if self.angular:
             return None
         if self.half_space:
-            # with m = |c|: exp(-2 tau (1 - m)) (1 +- exp(-4 tau m))
-            sign = x.sign()
-            larger = x.abs_().sub(1.0).mul_(2.0 * self.tau).exp_()
-            ratio = x.mul_(-4.0 * self.tau)
-            return (
-                ratio.exp().add_(1.0).mul_(larger),
-                ratio.expm1_().mul_(larger).mul_(sign),
-                (-2.0 * self.tau),
-            )
+            return gaussian_of_chord(x, self.tau)
         value = x.mul_(-self.tau).exp_()
         return value, value, 2.0 * self.tau
+
+
+@dataclass(frozen=True)
+class Laplace(PairFunction):
+    """The Laplace potential exp(-tau t), bounded, but with a kink at t = 0.
+
+    Torch equivalent::
+
+        r = torch.nn.functional.pdist(torch.nn.functional.normalize(rows))
+        energy = (-tau * r).exp().mean()
+
+    The dispersion of LM-Dispersion, log mean exp(-theta / (pi tau')), is the logarithm of the mean
+    of Laplace(1 / (pi tau'), angular=True).
+
+    Args:
+        tau: a finite number greater than 0.
+    """
+
+    tau: float = 1.0
+
+    name: ClassVar[str] = "laplace"
+    number: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.tau < math.inf:
+            raise ValueError(f"`tau` must be finite and greater than 0, got {self.tau}")
+
+    def of_distance(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = (-self.tau * t).exp()
+        return value, -self.tau * value, self.tau**2 * value
+
+    @property
+    def growth(self) -> float:
+        return 1.0
+
+    def closed_tile(self, x: Tensor) -> ClosedTile | None:
+        if self.half_space:
+            return (laplace_of_angle if self.angular else laplace_of_chord)(x, self.tau)
+        if self.angular:
+            return None
+        t = x.sqrt_()
+        value = t.mul(-self.tau).exp_()
+        return value, value / t, self.tau

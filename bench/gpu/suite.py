@@ -178,7 +178,7 @@ def accuracy(n: int, k: int, angle: float | None, half_space: bool) -> Result:
     expected, expected_gradient = exact_energy_and_gradient(
         points, 2.0, half_space=half_space, min_distance=0.0
     )
-    pair = Riesz(2.0, 0.0, half_space=half_space)
+    pair = Riesz(2.0, min_distance=0.0, half_space=half_space)
     energy, gradient, *_ = gpu.sweep(SweepRequest(points, [n], [pair.scale(n, "mean")], pair))
     assert gradient is not None
     errors = {

@@ -40,16 +40,22 @@ def _sqrt(x: Tensor) -> Tensor:
     return torch.where(x == 0, 0.0, torch.where(x == 0, 1.0, x).sqrt())
 
 
-def _riesz(t: Tensor, s: float) -> Tensor:
-    return -t.log() if s == 0 else t**-s
+def _riesz(t: Tensor, s: float, shift: float = 0.0) -> Tensor:
+    """Compute t^-s of the shifted distance; log(1/t) for s = 0, -t^|s| for s < 0."""
+    # without a shift not by the square, which underflows first
+    t = (shift + t.square()).sqrt() if shift else t
+    return -t.log() if s == 0 else -(t**-s) if s < 0 else t**-s
 
 
-def _pair_function(t: Tensor, s: float, min_distance: float) -> Tensor:
-    """Compute t^-s, or log(1/t) for s = 0; below `min_distance` the tangent line at it."""
+def _pair_function(t: Tensor, s: float, min_distance: float, shift: float = 0.0) -> Tensor:
+    """Compute Riesz' function; without a shift, below `min_distance`, its tangent line there."""
+    if shift:
+        return _riesz(t, s, shift)
     if min_distance == 0:
-        return torch.where(t == 0, torch.inf, _riesz(torch.where(t == 0, 1.0, t), s))
+        at_zero = 0.0 if s < 0 else torch.inf
+        return torch.where(t == 0, at_zero, _riesz(torch.where(t == 0, 1.0, t), s))
     m = torch.tensor(min_distance, dtype=t.dtype, device=t.device)
-    slope = -1 / m if s == 0 else -s * m ** -(s + 1)
+    slope = -(abs(s) or 1.0) * m ** -(s + 1)
     below = t < m
     return torch.where(below, _riesz(m, s) + slope * (t - m), _riesz(torch.where(below, m, t), s))
 

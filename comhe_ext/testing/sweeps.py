@@ -1,11 +1,11 @@
 """Short ways to call what lies below the public functions: operators and backends."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
-from comhe_ext.kernels.pair_functions import PairFunction, Riesz, pair_function
+from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.kernels.sweep import Backend, Projected, SweepRequest
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.sweep import SweepOptions
@@ -88,4 +88,4 @@ def riesz(
     s: float = 2.0, half_space: bool = False, by_angle: bool = False, min_distance: float = 1e-3
 ) -> Riesz:
     """Make Riesz' pair function by position."""
-    return cast(Riesz, pair_function("riesz", (half_space, by_angle, s, min_distance)))
+    return Riesz(s, min_distance=min_distance, half_space=half_space, angular=by_angle)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..pair_functions import PairFunction
+from ..pair_functions import PairFunction, Riesz
 from ..sweep import Numbers, Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
@@ -51,9 +51,10 @@ class _Pair(ctypes.Structure):
     @lru_cache(maxsize=512)
     def of(cls, pair: PairFunction) -> _Pair:
         """Make what the library takes of a pair function."""
+        # the tangent line says all there is to min_distance, which comes last
         half_space, angular, *parameters = pair.parameters
         tangent = _Tangent(*(pair.tangent or ()))
-        numbers = (ctypes.c_double * 2)(*parameters)
+        numbers = (ctypes.c_double * 2)(*parameters[:2])
         return cls(pair.number, int(half_space), int(angular), numbers, pair.growth, tangent)
 
 
@@ -146,6 +147,8 @@ def _check(name: str, points: Tensor) -> None:
 
 def supports(pair: PairFunction) -> bool:
     """Whether the library knows a pair function; of one that is missing, nothing is held back."""
+    if isinstance(pair, Riesz) and (pair.s < 0 or pair.shift > 0):
+        return False
     return _knows(pair.number)
 
 

@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from ..pair_functions import PairFunction
+from ..pair_functions import PairFunction, Riesz
 from ..sweep import Offers, SweepRequest, SweepResult
 
 OFFERS = Offers(projection=True)
@@ -55,6 +55,8 @@ def supports(pair: PairFunction) -> bool:
     """Whether the kernels know a pair function."""
     from .pair_function import FORMULAS
 
+    if isinstance(pair, Riesz) and (pair.s < 0 or pair.shift > 0):
+        return False
     return type(pair) in FORMULAS
 
 

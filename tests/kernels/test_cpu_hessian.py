@@ -116,7 +116,11 @@ def test_widths(k):
 @pytest.mark.parametrize("eps", [0.0, 1e-4])
 @pytest.mark.parametrize("space", SPACES, ids=str)
 def test_near_pairs(space, angle, eps):
-    for pair in (Riesz(2.0, 0.0), Riesz(0.0, 0.0), Riesz(1.0, 5e-3)):
+    for pair in (
+        Riesz(2.0, min_distance=0.0),
+        Riesz(0.0, min_distance=0.0),
+        Riesz(1.0, min_distance=5e-3),
+    ):
         pair = replace(pair, **space)
         for antipodal in (False, True) if pair.two_ended else (False,):
             rows = paired_rows(250, 24, angle, antipodal=antipodal)
@@ -151,7 +155,9 @@ def test_dead_rows_duplicates_and_multiples(pair):
 @pytest.mark.parametrize("half_space", [False, True])
 @pytest.mark.parametrize("min_distance", [0.3, 1.3, 1.99])
 def test_large_min_distance(min_distance, half_space):
-    check(random_rows(80, 6), Riesz(2.0, min_distance, half_space=half_space), bound=1e-5)
+    check(
+        random_rows(80, 6), Riesz(2.0, min_distance=min_distance, half_space=half_space), bound=1e-5
+    )
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e12])

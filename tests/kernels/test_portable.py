@@ -16,7 +16,7 @@ PAIRS = [
     Riesz(2.0),
     Riesz(0.0, half_space=True),
     Riesz(1.0, angular=True),
-    Riesz(2.0, 0.3, half_space=True),
+    Riesz(2.0, min_distance=0.3, half_space=True),
     Gaussian(2.0),
 ]
 

@@ -1,21 +1,24 @@
 """What energies are compared with: closed forms, known optima, and random draws."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import comhe_ext
 from comhe_ext import bounds, testing
-from comhe_ext.kernels.pair_functions import Riesz
+from comhe_ext.kernels.pair_functions import Laplace, Riesz
 
 
 def random_energy(n, d, s=2.0, *, min_distance=0.0, **space):
-    return bounds.random_energy(n, d, Riesz(s, min_distance, **space))
+    return bounds.random_energy(n, d, Riesz(s, min_distance=min_distance, **space))
 
 
 def lowest_energy(n, d, s=2.0, *, min_distance=1e-3, eps=0.0, dead=None, **space):
-    return bounds.lowest_energy(n, d, Riesz(s, min_distance, **space), eps=eps, dead=dead)
+    return bounds.lowest_energy(
+        n, d, Riesz(s, min_distance=min_distance, **space), eps=eps, dead=dead
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,30 @@ def test_random_rows_have_it(d, s, angular, half_space):
     expected = random_energy(64, d, s, **options)
     assert abs(float(energies.mean()) - expected) <= 5 * float(energies.std()) / 10
     assert float(energies.min()) > lowest_energy(64, d, s, **options)
+
+
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("angular", [False, True])
+@pytest.mark.parametrize(
+    "pair",
+    [Riesz(-1.0), Riesz(-1.8), Riesz(-0.5, min_distance=0.0), Riesz(2.0, shift=0.5), Laplace(2.0)],
+    ids=["s=-1", "s=-1.8", "s=-0.5", "shift", "Laplace"],
+)
+def test_random_rows_of_functions_without_a_singularity(pair, angular, half_space):
+    pair = replace(pair, half_space=half_space, angular=angular)
+    sets = testing.random_rows(100 * 64, 12, dtype=torch.float64).view(100, 64, 12)
+    sets[:50] = torch.nn.functional.normalize(sets[:50]) + 0.5  # closer to each other
+    energies = comhe_ext.pair_energy(sets, pair=pair)
+    expected, lowest = bounds.random_energy(64, 12, pair), bounds.lowest_energy(64, 12, pair)
+    rounding = 1e-12 * abs(expected)
+    random = energies[50:]
+    error = 5 * float(random.std()) / math.sqrt(50)
+    assert abs(float(random.mean()) - expected) <= error + rounding
+    assert float(energies.min()) >= lowest - rounding
+    # all of them in two opposite directions, which large negative exponents prefer
+    poles = torch.ones(64, 12, dtype=torch.float64)
+    poles[::2] *= -1
+    assert float(comhe_ext.pair_energy(poles, pair=pair)) >= lowest - rounding
 
 
 def test_where_the_mean_does_not_exist():

@@ -72,7 +72,7 @@ def test_rows_of_any_length(dtype, scale, width):
     weight[5] /= 16  # rows of one weight may differ
     largest, rest, directions = magnitude_and_directions(weight)
     before = comhe_ext.hyperspherical_energy(directions, half_space=True)
-    random = bounds.random_energy(30, width, Riesz(2.0, 0.0, half_space=True))
+    random = bounds.random_energy(30, width, Riesz(2.0, min_distance=0.0, half_space=True))
     minimum_energy_(weight, steps=100, generator=generator())
     assert weight.isfinite().all()
     assert not weight[4].any()
@@ -298,7 +298,7 @@ def test_progress_bar(capsys):
         (ValueError, "`patience` must be at least 1", dict(patience=0)),
         (ValueError, "`lr` must be at least 0, got -1", dict(lr=-1)),
         (TypeError, "`tolerance` must be a number", dict(tolerance=None)),
-        (ValueError, "`s` must be finite", dict(s=-1.0)),
+        (ValueError, "`s` must be finite", dict(s=-2.0)),
         (ValueError, "`backend` must be one of", dict(backend="numpy")),
     ],
 )

@@ -492,7 +492,7 @@ def test_layers_of_several_dtypes():
         ),
         (TypeError, "`weight` must have patterns for keys", (), dict(weight={nn.Linear: 1.0})),
         (TypeError, "`output_weight` must be a number", (), dict(output_weight="10")),
-        (ValueError, "`s` must be finite", (), dict(s=-1.0)),
+        (ValueError, "`s` must be finite", (), dict(s=-2.0)),
         (ValueError, "`min_distance` must be", (), dict(min_distance=3.0)),
         (ValueError, "`backend` must be one of", (), dict(backend="numpy")),
         (ValueError, "is not initialized", (nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 2)),), {}),

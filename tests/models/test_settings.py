@@ -39,7 +39,7 @@ def test_they_reach_the_energy():
         (regularizer._settings, True),
         (energy_regularizer(**OPTIONS).settings, False),
     ):
-        assert settings.pair == Riesz(1.0, 0.5, angular=True, half_space=half_space)
+        assert settings.pair == Riesz(1.0, min_distance=0.5, angular=True, half_space=half_space)
         assert (settings.reduction, settings.eps, settings.backend) == ("mean", 1e-2, "torch")
 
 

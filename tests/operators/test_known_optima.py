@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import comhe_ext
+from comhe_ext import Gaussian, Laplace, Riesz, backends
 from comhe_ext.testing import (
     cross_polytope,
     e8_roots,
@@ -20,7 +21,7 @@ def energy_of_cosines(cosines, s, angular=False):
 
     def f(c):
         t = math.acos(c) if angular else math.sqrt(2 - 2 * c)
-        return -math.log(t) if s == 0 else t**-s
+        return -math.log(t) if s == 0 else math.copysign(t**-s, s)
 
     return sum(count * f(c) for c, count in cosines.items()) / sum(cosines.values())
 
@@ -37,7 +38,7 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-@pytest.mark.parametrize("s", [0.0, 0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("s", [-1.9, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0])
 @pytest.mark.parametrize("angular", [False, True])
 def test_energy_is_known_and_gradient_zero(name, s, angular, backend, device):
     rows, cosines = CONFIGURATIONS[name]
@@ -52,6 +53,44 @@ def test_energy_is_known_and_gradient_zero(name, s, angular, backend, device):
             (gradient,) = torch.autograd.grad(energy, weight)
             assert energy.item() == pytest.approx(times * expected, rel=bound)
             assert float(gradient.norm()) <= bound * times
+
+
+BOUNDED = {
+    "Laplace": (Laplace(1.5), lambda t: math.exp(-1.5 * t)),
+    "Gaussian": (Gaussian(0.7), lambda t: math.exp(-0.7 * t**2)),
+    "TIMA": (Riesz(2.0, shift=1.0), lambda t: 1 / (1 + t**2)),
+    "shifted logarithm": (Riesz(0.0, shift=0.5), lambda t: -math.log(0.5 + t**2) / 2),
+    "shifted s = -1": (Riesz(-1.0, shift=0.5), lambda t: -math.sqrt(0.5 + t**2)),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("function", BOUNDED)
+def test_the_same_of_functions_without_a_singularity(name, function, backend, device):
+    rows, cosines = CONFIGURATIONS[name]
+    pair, f = BOUNDED[function]
+    if not backends.load(backend).supports(pair):
+        return
+    total = sum(count * f(math.sqrt(2 - 2 * c)) for c, count in cosines.items())
+    expected = total / sum(cosines.values())
+    for dtype, where, bound in ((torch.float64, None, 1e-13), (torch.float32, backend, 1e-6)):
+        weight = rows.to(device, dtype).requires_grad_()
+        energy = comhe_ext.pair_energy(weight, pair=pair, backend=where)
+        (gradient,) = torch.autograd.grad(energy, weight)
+        assert energy.item() == pytest.approx(expected, rel=bound)
+        assert float(gradient.norm()) <= bound
+
+
+@pytest.mark.parametrize("n", [3, 8, 51])
+def test_regular_polygons(n, backend, device):
+    # the chords from a corner add up to 2 cot(pi / 2n); the polygon is optimal for every s > -2
+    angles = 2 * math.pi / n * torch.arange(n, dtype=torch.float64)
+    rows = torch.stack([angles.cos(), angles.sin()], 1).to(device, torch.float32).requires_grad_()
+    energy = comhe_ext.hyperspherical_energy(rows, -1.0, backend=backend)
+    expected = -2 / math.tan(math.pi / (2 * n)) / (n - 1)
+    assert float(energy.detach()) == pytest.approx(expected, rel=1e-6)
+    (gradient,) = torch.autograd.grad(energy, rows)
+    assert float(gradient.norm()) <= 1e-6
 
 
 def test_orthonormal_rows_in_half_space(backend, device):

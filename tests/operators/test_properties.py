@@ -17,7 +17,7 @@ SETTINGS = settings(
 )
 OPTIONS = st.fixed_dictionaries(
     {
-        "s": st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]),
+        "s": st.sampled_from([-1.5, -1.0, 0.0, 0.5, 1.0, 2.0, 3.0]),
         "half_space": st.booleans(),
         "angular": st.booleans(),
     }

@@ -23,7 +23,7 @@ def settings(
     backend, s=2.0, half_space=False, min_distance=1e-3, reduction="mean", eps=0.0, factors=()
 ):
     """Those of an operator, right or wrong."""
-    return "riesz", [float(half_space), 0.0, s, min_distance], reduction, eps, backend, factors
+    return "riesz", [float(half_space), 0.0, s, 0.0, min_distance], reduction, eps, backend, factors
 
 
 # --- registration ---------------------------------------------------------------------------------
@@ -142,8 +142,8 @@ MISTAKES = [
     (
         "sweep",
         ([POINTS[None]], [None], True),
-        changed(s=-1.0),
-        "ValueError: `s` must be finite and at least 0",
+        changed(s=-2.0),
+        "ValueError: `s` must be finite and greater than -2",
     ),
     (
         "sweep",
@@ -239,7 +239,7 @@ MISTAKES = [
         "sweep",
         ([BATCH], [None], True),
         ("riesz", [0.0, 0.0, 2.0], *SETTINGS[2:]),
-        "ValueError: `parameters` of 'riesz' must be 4 numbers, got 3",
+        "ValueError: `parameters` of 'riesz' must be 5 numbers, got 3",
     ),
     ("scale_rows", (POINTS, torch.ones(3), [5, 5]), (), "ValueError: `factors` must be one a set"),
     ("scale_rows", (BATCH, torch.ones(1), []), (), "ValueError: `factors` must be one a set"),
