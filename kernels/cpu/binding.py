@@ -17,7 +17,7 @@ from ..sweep import Numbers, Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
-ABI_VERSION = 3
+ABI_VERSION = 4
 # those of this architecture, in the order of the C enum
 INSTRUCTION_SETS: tuple[str, ...] = ("baseline", "avx2", "avx512")
 if platform.machine() in ("aarch64", "arm64", "ARM64"):
@@ -62,7 +62,8 @@ class _Call(ctypes.Structure):
     _fields_ = [
         ("points", ctypes.c_void_p),
         ("columns", ctypes.c_void_p),
-        ("ids", ctypes.c_void_p),
+        ("row_ids", ctypes.c_void_p),
+        ("column_ids", ctypes.c_void_p),
         ("sizes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("energy", ctypes.c_void_p),
@@ -182,9 +183,6 @@ def _run(call: _Call, request: SweepRequest) -> None:
 def sweep(request: SweepRequest) -> SweepResult:
     """Energies of sets of rows, and their gradient; see `kernels.sweep`.
 
-    Of rows against columns, half space counts a pair as among rows, 2 f(c) + 2 f(-c), and has no
-    antipodal term: with the same rows on both sides that is twice the pair sum of the rows.
-
     Returns:
         float32; the energies alone are about a third of the work.
     """
@@ -235,8 +233,7 @@ def _sweep_sets(request: SweepRequest) -> SweepResult:
     gradient = None
     if request.gradient:
         gradient = torch.empty(request.points.shape, dtype=torch.float32)
-    pointer = None if gradient is None else gradient.data_ptr()
-    _call_on_sets(request, energy=energy.data_ptr(), gradient=pointer)
+    _call_on_sets(request, energy=energy.data_ptr(), gradient=_pointer(gradient))
     return SweepResult(energy, gradient)
 
 
@@ -284,16 +281,10 @@ def _sweep_columns(request: SweepRequest) -> SweepResult:
             f"rows against columns are one set of {rows.shape[0]} rows with one scale, got sizes "
             f"{list(request.sizes)} and {len(request.scales)} scales"
         )
-    ids = []
-    for name, index, points in (
-        ("row_ids", request.row_ids, rows),
-        ("column_ids", request.column_ids, columns),
-    ):
-        if index is None or index.dtype != torch.int32 or index.shape != points.shape[:1]:
-            got = None if index is None else (index.dtype, tuple(index.shape))
-            raise ValueError(f"`{name}` must be int32 of shape ({points.shape[0]},), got {got}")
-        ids.append(index.cpu())
-    numbers = torch.cat(ids)
+    row_ids = _ids("row_ids", request.row_ids, rows)
+    column_ids = _ids("column_ids", request.column_ids, columns)
+    if (row_ids is None) != (column_ids is None):
+        raise ValueError("`row_ids` and `column_ids` must be given both, or neither")
     sizes = (ctypes.c_int64 * 2)(len(rows), len(columns))
     factor = ctypes.c_double(request.scales[0])
     energy = torch.empty(1, dtype=torch.float32)
@@ -304,12 +295,13 @@ def _sweep_columns(request: SweepRequest) -> SweepResult:
     call = _Call(
         points=rows.data_ptr(),
         columns=columns.data_ptr(),
-        ids=numbers.data_ptr(),
+        row_ids=_pointer(row_ids),
+        column_ids=_pointer(column_ids),
         sizes=ctypes.addressof(sizes),
         scales=ctypes.addressof(factor),
         energy=energy.data_ptr(),
-        gradient=None if gradients[0] is None else gradients[0].data_ptr(),
-        columns_gradient=None if gradients[1] is None else gradients[1].data_ptr(),
+        gradient=_pointer(gradients[0]),
+        columns_gradient=_pointer(gradients[1]),
         cross=True,
         sets=2,
         k=rows.shape[1],
@@ -317,3 +309,18 @@ def _sweep_columns(request: SweepRequest) -> SweepResult:
     )
     _run(call, request)
     return SweepResult(energy, *gradients)
+
+
+def _ids(name: str, ids: Tensor | None, points: Tensor) -> Tensor | None:
+    if ids is None:
+        return None
+    if ids.dtype != torch.int32 or ids.shape != points.shape[:1]:
+        raise ValueError(
+            f"`{name}` must be int32 of shape ({points.shape[0]},), got {ids.dtype} "
+            f"{tuple(ids.shape)}"
+        )
+    return ids.cpu().contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -45,7 +45,8 @@ bool valid(const Call &call) {
     }
     if (call.second_order && rows && !(call.tangents && call.known_gradient && call.product)) return false;
     if (!call.cross) return call.points || !rows;
-    return (call.points || !call.sizes[0]) && (call.columns || !call.sizes[1]) && (call.ids || !rows);
+    const int64_t n = call.sizes[0], m = call.sizes[1];
+    return (call.points || !n) && (call.columns || !m) && (!n || !m || !call.row_ids == !call.column_ids);
 }
 
 }  // namespace

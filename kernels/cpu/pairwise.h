@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 // To be raised with every change below that the caller has to know of, binding.py's own with it.
-constexpr int ABI_VERSION = 3;
+constexpr int ABI_VERSION = 4;
 
 enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
 enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -32,7 +32,7 @@ struct Pair {
 struct Call {
     const void *points;     // [sum(sizes), k] raw rows, sets one after another
     const void *columns;    // cross form: `points` against these, sizes = {rows, columns}
-    const int32_t *ids;     // cross form: of the rows, then of the columns; equals do not meet
+    const int32_t *row_ids, *column_ids;  // cross form, both or neither: equals do not meet
     const int64_t *sizes;   // [sets]
     const double *scales;   // [sets]; cross form: [1]
     float *energy;          // [sets]; cross form: [1]

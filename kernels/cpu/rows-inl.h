@@ -107,8 +107,9 @@ INLINE double gather_force(const Sweep &sweep, Scratch &scratch, const Block &bl
 // what is left.
 void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
     const int k = sweep.k, kp = sweep.kp;
-    const bool half = sweep.call.pair.half_space, antipodes = half && !sweep.call.cross;
-    const double factor = block.scale * sweep.functions.slope, both = half ? 2 : 1;
+    // of a cross set every pair counts once, in half space too
+    const bool antipodes = sweep.call.pair.half_space && !sweep.call.cross;
+    const double factor = block.scale * sweep.functions.slope, both = antipodes ? 2 : 1;
     block.energy *= both;
     for (int i = 0; i < block.n; i++) {
         const double deficit = block.deficit[i], inverse = block.inverse[i];

@@ -168,10 +168,10 @@ int cut(const Sweep &sweep, Set &set, Block *blocks) {
     const double scale = set.scale;
     set.row = set.col = blocks;
     set.rows = set.cols = set.rounds =
-        cut(sweep, blocks, call.points, output(sweep), call.ids, set.first, set.n, scale);
+        cut(sweep, blocks, call.points, output(sweep), call.row_ids, set.first, set.n, scale);
     if (!call.cross) return set.rows;
     set.col = blocks + set.rows;
-    set.cols = cut(sweep, set.col, call.columns, call.columns_gradient, call.ids + set.n, 0, set.m, scale);
+    set.cols = cut(sweep, set.col, call.columns, call.columns_gradient, call.column_ids, 0, set.m, scale);
     if (set.cols > set.rounds) set.rounds = set.cols;
     return set.rows + set.cols;
 }

@@ -30,7 +30,7 @@ static_assert(R % NR == 0 && R_TWICE % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS
 // [strip][capacity][width]: NR wide, the last ones VL or LEAST. Columns are padded with zeros to kp.
 struct Block {
     const char *raw;            // first row as the caller stores it
-    const int32_t *given_ids;   // cross form, else null
+    const int32_t *given_ids;   // cross form, where it has some, else null
     int32_t *ids;               // a copy, with room for whole tiles
     int32_t first_id, last_id;  // smallest and largest of them
     float *gradient;            // where the result goes, or null; at second order the product

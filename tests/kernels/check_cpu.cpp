@@ -129,8 +129,8 @@ template <class T> T meet(const Pair &pair, Rows<T> &a, size_t i, Rows<T> &b, si
         far = far + (v + w) * (v + w);
     }
     e = one_end(pair, near, far, first);
-    if (pair.half_space) e = 2 * (e + one_end(pair, far, near, far_first));
-    const T coefficient = scale * (pair.half_space ? 2 : 1) * (first - far_first);
+    if (pair.half_space) e = e + one_end(pair, far, near, far_first);
+    const T coefficient = scale * (first - far_first);
     const bool close = value(near) < value(far);
     push(a, i, b, j, coefficient, close ? near : far, close ? 1 : -1);
     push(b, j, a, i, coefficient, close ? near : far, close ? 1 : -1);
@@ -140,8 +140,9 @@ template <class T> T meet(const Pair &pair, Rows<T> &a, size_t i, Rows<T> &b, si
 // Of one set: the energy, and the gradient inside of `rows`.
 template <class T> T energy_of_set(const Pair &pair, Rows<T> &rows, double scale) {
     T energy = 0;
+    const double both = pair.half_space ? 2 * scale : scale;  // each pair and its mirror image
     for (size_t i = 0; i < rows.count(); i++) {
-        for (size_t j = 0; j < i; j++) energy = energy + meet(pair, rows, j, rows, i, scale);
+        for (size_t j = 0; j < i; j++) energy = energy + meet(pair, rows, j, rows, i, both);
         if (!pair.half_space) continue;
         T first;
         energy = energy + scale * one_end(pair, 4 - 2 * rows.deficit[i], 2 * rows.deficit[i], first);
@@ -314,7 +315,8 @@ void check_cross(std::string name, Call call, int kind, int64_t n, int64_t m) {
     std::vector<float> energy(1), gradient(x.size()), columns_gradient(y.size());
     call.points = points.data();
     call.columns = columns.data();
-    call.ids = ids.data();
+    call.row_ids = ids.data();
+    call.column_ids = ids.data() + n;
     call.cross = 1;
     call.sets = 2;
     call.sizes = sizes;

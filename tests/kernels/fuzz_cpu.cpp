@@ -123,7 +123,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     call.points = points;
     call.cross = cross;
     call.columns = columns;
-    call.ids = ids;
+    call.row_ids = ids;
+    call.column_ids = ids ? ids + first : nullptr;
     call.sizes = exact(sizes, call.sets);
     call.scales = exact(scales, cross ? 1 : call.sets);
     const size_t energies = cross ? 1 : call.sets;

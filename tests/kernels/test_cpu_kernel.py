@@ -391,9 +391,11 @@ def test_cross_is_what_the_union_adds(pair, eps):
         return count * energy, count * gradient
 
     union, own_rows, own_columns = map(exact_sum, (torch.cat([rows, columns]), rows, columns))
-    assert relative_error(energy, union[0] - own_rows[0] - own_columns[0]) <= 1e-6
-    assert relative_error(to_rows, union[1][:200] - own_rows[1]) <= 4e-6
-    assert relative_error(to_columns, union[1][200:] - own_columns[1]) <= 4e-6
+    # half space counts the pairs of a set twice, those of rows and columns once
+    once = 0.5 if pair["half_space"] else 1.0
+    assert relative_error(energy, once * (union[0] - own_rows[0] - own_columns[0])) <= 1e-6
+    assert relative_error(to_rows, once * (union[1][:200] - own_rows[1])) <= 4e-6
+    assert relative_error(to_columns, once * (union[1][200:] - own_columns[1])) <= 4e-6
 
 
 def test_cross_leaves_out_equal_ids():
@@ -406,6 +408,12 @@ def test_cross_leaves_out_equal_ids():
         )
         torch.testing.assert_close(energy, twice[0], rtol=1e-6, atol=0.0)
         assert relative_error(to_rows + to_columns, gradient) <= 2e-6
+    # without ids every pair counts, as where no two are equal
+    different, none = (
+        sweep_columns(binding, points, points, a, b, 1.0, Gaussian(), 0.0, True)
+        for a, b in ((ids, ids + 400), (None, None))
+    )
+    assert all(map(torch.equal, different, none))
     nothing = sweep_columns(binding, points[:0], points, ids[:0], ids, 1.0, pair, 0.0, True)
     assert nothing[0] == 0
     assert nothing[1].shape == (0, 16)
@@ -470,6 +478,8 @@ def test_bad_calls_are_refused(monkeypatch):
         sweep_columns(binding, points, points.half(), ids, ids, 1.0, pair, 0.0, True)
     with pytest.raises(ValueError, match="column_ids"):
         sweep_columns(binding, points, points, ids, ids.long(), 1.0, pair, 0.0, True)
+    with pytest.raises(ValueError, match="both, or neither"):
+        sweep_columns(binding, points, points, ids, None, 1.0, pair, 0.0, True)
     monkeypatch.setenv("COMHE_CPU_ISA", "sse9")
     with pytest.raises(ValueError, match="COMHE_CPU_ISA"):
         sweep_of(binding, points, [4], [1.0], pair, 0.0, True)
