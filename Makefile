@@ -72,7 +72,7 @@ sanitize: $(INSTALLED)
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib \
-		$(BIN)/pytest -m "not long" $(ARGS) tests/kernels/test_cpu_kernel.py tests/kernels/test_cpu_hessian.py
+		$(BIN)/pytest -m "not long" $(ARGS) tests/kernels/test_cpu_*.py
 
 # random calls of its C interface, by libFuzzer
 fuzz:

@@ -17,7 +17,7 @@ from ..sweep import Numbers, Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
-ABI_VERSION = 4
+ABI_VERSION = 5
 # those of this architecture, in the order of the C enum
 INSTRUCTION_SETS: tuple[str, ...] = ("baseline", "avx2", "avx512")
 if platform.machine() in ("aarch64", "arm64", "ARM64"):
@@ -64,11 +64,13 @@ class _Call(ctypes.Structure):
         ("columns", ctypes.c_void_p),
         ("row_ids", ctypes.c_void_p),
         ("column_ids", ctypes.c_void_p),
+        ("row_weights", ctypes.c_void_p),
         ("sizes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("energy", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
         ("columns_gradient", ctypes.c_void_p),
+        ("row_energies", ctypes.c_void_p),
         ("tangents", ctypes.c_void_p),
         ("known_gradient", ctypes.c_void_p),
         ("product", ctypes.c_void_p),
@@ -181,7 +183,7 @@ def _run(call: _Call, request: SweepRequest) -> None:
 
 
 def sweep(request: SweepRequest) -> SweepResult:
-    """Energies of sets of rows, and their gradient; see `kernels.sweep`.
+    """Compute energies of sets of rows, or of rows against columns, and their gradients.
 
     Returns:
         float32; the energies alone are about a third of the work.
@@ -281,10 +283,12 @@ def _sweep_columns(request: SweepRequest) -> SweepResult:
             f"rows against columns are one set of {rows.shape[0]} rows with one scale, got sizes "
             f"{list(request.sizes)} and {len(request.scales)} scales"
         )
-    row_ids = _ids("row_ids", request.row_ids, rows)
-    column_ids = _ids("column_ids", request.column_ids, columns)
+    row_ids = _of_each("row_ids", request.row_ids, rows, torch.int32)
+    column_ids = _of_each("column_ids", request.column_ids, columns, torch.int32)
     if (row_ids is None) != (column_ids is None):
         raise ValueError("`row_ids` and `column_ids` must be given both, or neither")
+    row_weights = _of_each("row_weights", request.row_weights, rows, torch.float32)
+    row_energies = torch.empty(len(rows), dtype=torch.float32) if request.row_energies else None
     sizes = (ctypes.c_int64 * 2)(len(rows), len(columns))
     factor = ctypes.c_double(request.scales[0])
     energy = torch.empty(1, dtype=torch.float32)
@@ -297,29 +301,33 @@ def _sweep_columns(request: SweepRequest) -> SweepResult:
         columns=columns.data_ptr(),
         row_ids=_pointer(row_ids),
         column_ids=_pointer(column_ids),
+        row_weights=_pointer(row_weights),
         sizes=ctypes.addressof(sizes),
         scales=ctypes.addressof(factor),
         energy=energy.data_ptr(),
         gradient=_pointer(gradients[0]),
         columns_gradient=_pointer(gradients[1]),
+        row_energies=_pointer(row_energies),
         cross=True,
         sets=2,
         k=rows.shape[1],
         dtype=DTYPES[rows.dtype],
     )
     _run(call, request)
-    return SweepResult(energy, *gradients)
+    return SweepResult(energy, gradients[0], gradients[1], row_energies)
 
 
-def _ids(name: str, ids: Tensor | None, points: Tensor) -> Tensor | None:
-    if ids is None:
+def _of_each(name: str, values: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Check one value of each row, if there are any, and lay them out one after another."""
+    if values is None:
         return None
-    if ids.dtype != torch.int32 or ids.shape != points.shape[:1]:
+    if values.dtype != dtype or values.shape != rows.shape[:1]:
+        kind = str(dtype).removeprefix("torch.")
         raise ValueError(
-            f"`{name}` must be int32 of shape ({points.shape[0]},), got {ids.dtype} "
-            f"{tuple(ids.shape)}"
+            f"`{name}` must be {kind} of shape ({rows.shape[0]},), got {values.dtype} "
+            f"{tuple(values.shape)}"
         )
-    return ids.cpu().contiguous()
+    return values.cpu().contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -150,17 +150,28 @@ struct Energy {
     }
 };
 
+// What a block keeps of each of its rows while it meets another, from some row on.
+template <class F> struct ByRow {
+    typename F::Energies *energies;
+    const float *weight;
+};
+
 // Cosines become coefficients where every pair of a tile counts and none is near.
-template <class F> INLINE void whole_tile(const F &f, float *c, int rows, Energy &energy) {
+template <class F, bool BY_ROW>
+INLINE void whole_tile(const F &f, float *c, int rows, Energy &energy, ByRow<F> by_row) {
     typename F::Energies total;
-    for (int m = 0; m < rows; m++)
+    for (int m = 0; m < rows; m++) {
+        if (BY_ROW) total = by_row.energies[m];
 #pragma GCC unroll 2
         for (int v = 0; v < NV; v++) {
             vf e;
-            store(c + m * R + v * VL, f.evaluate(load(c + m * R + v * VL), e));
+            const vf coefficient = f.evaluate(load(c + m * R + v * VL), e);
+            store(c + m * R + v * VL, BY_ROW ? by_row.weight[m] * coefficient : coefficient);
             total.add(e);
         }
-    energy.add(total.result());
+        if (BY_ROW) by_row.energies[m] = total;
+    }
+    if (!BY_ROW) energy.add(total.result());
 }
 
 // Which pairs count of row i and the columns from j on, whose cosines are x: those inside of the
@@ -182,14 +193,15 @@ INLINE vi counted(const Sweep &sweep, const Block &a, const Block &b, int i, int
 
 // The same for any tile: coefficients are 0 where a pair does not count, and near pairs are kept for
 // repair(). Returns whether any coefficient is not 0.
-template <class F>
+template <class F, bool BY_ROW>
 bool ragged_tile(const F &f, const Sweep &sweep, Scratch &scratch, const Block &a, const Block &b, int i, int j,
-                 int rows, float *c, Energy &energy) {
+                 int rows, float *c, Energy &energy, ByRow<F> by_row) {
     const int vectors = b.n - j > VL ? NV : 1;
     alignas(64) float sign[MR][NR];
     vi near_ones = {}, others = {};
     typename F::Energies total;
-    for (int m = 0; m < rows; m++)
+    for (int m = 0; m < rows; m++) {
+        if (BY_ROW) total = by_row.energies[m];
         for (int v = 0; v < vectors; v++) {
             float *p = c + m * R + v * VL;
             const vf x = load(p);
@@ -201,10 +213,12 @@ bool ragged_tile(const F &f, const Sweep &sweep, Scratch &scratch, const Block &
             }
             vf e;
             const vf coefficient = f.evaluate(counts ? x : vf{}, e);
-            store(p, counts ? coefficient : vf{});
+            store(p, counts ? BY_ROW ? by_row.weight[m] * coefficient : coefficient : vf{});
             total.add(counts ? e : F::Energies::nothing());
         }
-    energy.add(total.result());
+        if (BY_ROW) by_row.energies[m] = total;
+    }
+    if (!BY_ROW) energy.add(total.result());
     if (any(near_ones)) keep_near(scratch, i, j, rows, vectors * VL, sign);
     return any(others);
 }
@@ -231,26 +245,49 @@ INLINE bool tile_of_cosines(const Sweep &sweep, const Block &a, const Block &b, 
                        : cosines<SHORT, 1>)(sweep, a, b, i, j, q, end, c);
 }
 
-template <class F> void meet(const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
+// What a's rows have met becomes part of their sums. Rows of NaN or infinity make the sums of all that
+// they meet NaN, which logarithms lose.
+template <class F> void add_row_energies(const typename F::Energies *energies, Block &a, const Block &b) {
+    for (int i = 0; i < a.n; i++) {
+        const vf e = energies[i].result();
+        a.row_energy[i] += sum(lower(e) + upper(e));
+    }
+    if (!a.broken && !b.broken) return;
+    for (int i = 0; i < a.n; i++)
+        for (int j = 0; j < b.n; j++) {
+            const bool meet = !b.ids || a.ids[i] != b.ids[j];
+            if (meet && (broken(a, i) || broken(b, j))) a.row_energy[i] = __builtin_nan("");
+        }
+}
+
+template <class F, bool BY_ROW> void meet(const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
     const F f(sweep.call.pair);
     const bool ids_overlap = b.ids && a.first_id <= b.last_id && b.first_id <= a.last_id;
     bool to_push = false;
     Energy energy = {};
+    static_assert(sizeof(typename F::Energies) <= MOST_ENERGIES, "they must fit");
+    typename F::Energies *const row_energies = (typename F::Energies *)scratch.row_energies;
+    for (int i = 0; BY_ROW && i < up(a.n, SHORT); i++) row_energies[i] = {};
     for (int q = 0; q < sweep.k; q += KC) {
         const int end = sweep.k - q < KC ? sweep.k : q + KC;
         each_tile(a, b, [&](int i, int j, int rows, bool wide) {
             float *c = scratch.c + i * R + j;
             const bool near = tile_of_cosines(sweep, a, b, i, j, rows, wide, q, end, c);
             if (end < sweep.k) return;
+            ByRow<F> by_row = {};
+            if (BY_ROW) by_row = {row_energies + i, a.weight + i};
             if (inside(a, b, i, j, rows) && !near && !ids_overlap) {
-                whole_tile(f, c, rows, energy);
+                whole_tile<F, BY_ROW>(f, c, rows, energy, by_row);
                 to_push = true;
             } else {
-                to_push |= ragged_tile(f, sweep, scratch, a, b, i, j, rows, c, energy);
+                to_push |= ragged_tile<F, BY_ROW>(f, sweep, scratch, a, b, i, j, rows, c, energy, by_row);
             }
         });
     }
-    a.energy += sum(energy.low + energy.high);
+    if (BY_ROW)
+        add_row_energies<F>(row_energies, a, b);
+    else
+        a.energy += sum(energy.low + energy.high);
     if (scratch.patch_count) a.energy += repair(f, sweep, scratch, a, b);
     if (to_push && sweep.with_gradient) push(sweep, a, b, a.u, b.u, scratch.c);
 }

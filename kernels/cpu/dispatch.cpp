@@ -44,7 +44,7 @@ bool valid(const Call &call) {
         rows += call.sizes[s];
     }
     if (call.second_order && rows && !(call.tangents && call.known_gradient && call.product)) return false;
-    if (!call.cross) return call.points || !rows;
+    if (!call.cross) return (call.points || !rows) && !call.row_weights && !call.row_energies;
     const int64_t n = call.sizes[0], m = call.sizes[1];
     return (call.points || !n) && (call.columns || !m) && (!n || !m || !call.row_ids == !call.column_ids);
 }

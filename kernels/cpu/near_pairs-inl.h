@@ -145,7 +145,8 @@ INLINE void add_to_rows(double *row, double *cols, vd x) {
     store(cols, load(cols) + x);
 }
 
-// x becomes the coefficient of the force, 0 where a pair is not near. Returns the energy.
+// x becomes the coefficient of the force, 0 where a pair is not near. Returns the energy, but for what
+// is kept row by row.
 template <class F> double near_function(const F &f, const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
     vd energy = {};
     for (int p = 0; p < scratch.patch_count; p++) {
@@ -157,7 +158,13 @@ template <class F> double near_function(const F &f, const Sweep &sweep, Scratch 
             const vd close = patch.x[m] + (a.deficit[i] + load(b.deficit + j)), far = 4.0 - close;
             vd first, second;
             const vd e = f.near(turned ? far : close, turned ? close : far, first, second);
-            energy += near ? e : vd{};
+            const vd e_near = near ? e : vd{};
+            if (a.row_energy) {
+                a.row_energy[i] += sum(e_near);
+                first *= double(a.weight[i]);
+            } else {
+                energy += e_near;
+            }
             patch.x[m] = pushed ? first : vd{};
             if (sweep.call.eps == 0) continue;  // and no deficit
             add_to_rows(a.axial + i, b.axial + j, near ? sign * first : vd{});

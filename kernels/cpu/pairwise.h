@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 // To be raised with every change below that the caller has to know of, binding.py's own with it.
-constexpr int ABI_VERSION = 4;
+constexpr int ABI_VERSION = 5;
 
 enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
 enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -33,11 +33,13 @@ struct Call {
     const void *points;     // [sum(sizes), k] raw rows, sets one after another
     const void *columns;    // cross form: `points` against these, sizes = {rows, columns}
     const int32_t *row_ids, *column_ids;  // cross form, both or neither: equals do not meet
+    const float *row_weights;  // cross form: factors of the rows' sums, or null
     const int64_t *sizes;   // [sets]
     const double *scales;   // [sets]; cross form: [1]
     float *energy;          // [sets]; cross form: [1]
     float *gradient;        // of `points`, or null for the energy alone
     float *columns_gradient;
+    float *row_energies;    // cross form: the sums of the rows, without factors, or null
     // second order, instead of energy and gradient: the derivative of the gradient along the tangents
     const float *tangents;        // [sum(sizes), k]
     const float *known_gradient;  // what the sweep gave

@@ -68,6 +68,7 @@ void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
         const bool dead = nu < __FLT_MIN__;  // NaN is not dead: it must come out
         const double inverse = dead ? 0 : 1 / nu;
         block.energy += square - square;  // NaN in a row of NaN or infinity: logarithms lose it
+        block.broken |= square - square != 0;
         block.inverse[i] = inverse;
         block.deficit[i] = dead ? 1 : eps / (nu * nu);
         block.axial[i] = 0;
@@ -75,6 +76,11 @@ void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
     }
     transpose(sweep, block, block.u, block.ut);
     if (sweep.with_gradient) memset(block.g, 0, sizeof(float) * (int64_t(block.capacity) * kp + block.lost));
+    if (block.row_energy) {
+        memset(block.row_energy, 0, sizeof(double) * block.n);
+        const float *given = sweep.call.row_weights;
+        for (int i = 0; i < block.n; i++) block.weight[i] = given ? given[block.first + i] : 1;
+    }
     if (block.ids && block.n) {
         memcpy(block.ids, block.given_ids, sizeof(int32_t) * block.n);
         block.first_id = block.last_id = block.ids[0];
@@ -84,6 +90,9 @@ void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
         }
     }
 }
+
+// Whether a row has NaN or infinity in it.
+INLINE bool broken(const Block &block, int i) { return !(block.inverse[i] > 0) && block.deficit[i] != 1; }
 
 // G of a row, in double and in order, into scratch.g; returns <v, G>. `raw` is that row.
 INLINE double gather_force(const Sweep &sweep, Scratch &scratch, const Block &block, int i, const float *raw) {
@@ -116,6 +125,10 @@ void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
         double antipode = 0, unused;
         if (antipodes)
             block.energy += sweep.functions.antipode(sweep, 4 - 2 * deficit, 2 * deficit, antipode, unused);
+        if (block.row_energy) {
+            block.energy += block.weight[i] * block.row_energy[i];
+            if (sweep.call.row_energies) sweep.call.row_energies[block.first + i] = float(block.row_energy[i]);
+        }
         if (!block.gradient) continue;
         const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw);
         const double along = both * (block.axial[i] * deficit - gather_force(sweep, scratch, block, i, raw)) -

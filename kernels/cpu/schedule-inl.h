@@ -29,7 +29,7 @@ template <class F> double antipode(const Sweep &sweep, double x, double y, doubl
 
 template <class F, bool HALF, bool ANGULAR> Functions functions(const Pair &pair) {
     using Folded = PairFunction<F, HALF, ANGULAR>;
-    return {F(pair).slope(), meet<Folded>, meet_twice<Folded>, antipode<Folded>};
+    return {F(pair).slope(), meet<Folded, false>, meet<Folded, true>, meet_twice<Folded>, antipode<Folded>};
 }
 
 template <class F> Functions functions(const Pair &pair) {
@@ -66,8 +66,7 @@ void perform(const Sweep &sweep, Scratch &scratch, const Set &set, int stage, in
     if (row) row->stage.wait(stage);
     if (col) col->stage.wait(stage);
     if (meeting) {
-        const auto meet = sweep.twice ? sweep.functions.meet_twice : sweep.functions.meet;
-        if (row && col) meet(sweep, scratch, *row, *col);
+        if (row && col) sweep.meet(sweep, scratch, *row, *col);
     } else {
         if (row) perform_alone(sweep, scratch, *row, stage);
         if (col && col != row) perform_alone(sweep, scratch, *col, stage);
@@ -99,6 +98,10 @@ void place(const Sweep &sweep, Block &block, int64_t n, Arena &arena) {
     block.inverse = arena.take<double>(padded);
     block.deficit = arena.take<double>(padded);
     block.axial = arena.take<double>(padded);
+    if (block.by_row) {
+        block.row_energy = arena.take<double>(padded);
+        block.weight = arena.take<float>(padded);
+    }
     if (block.given_ids) block.ids = arena.take<int32_t>(padded);
     if (!sweep.twice) return;
     block.u_dot = arena.take<float>(capacity * sweep.kp);
@@ -113,6 +116,7 @@ void place(const Sweep &sweep, Scratch &scratch, int largest_block, Arena &arena
     scratch.c = arena.take<float>(size_t(rows) * R);
     scratch.raw = arena.take<float>(sweep.kp);
     scratch.g = arena.take<double>(sweep.kp);
+    scratch.row_energies = arena.take<char>(sweep.by_row ? rows * MOST_ENERGIES : 0);
     scratch.patches = arena.take<NearPatch>((rows / NEAR_ROWS + 2) * (rows / NEAR_COLS));
     scratch.exact_rows = arena.take<Piece>(rows);
     scratch.exact_cols = arena.take<Piece>(rows);
@@ -148,6 +152,7 @@ int cut(const Sweep &sweep, Block *blocks, const void *points, float *gradient, 
     do {
         Block block = {};
         block.raw = (const char *)points + (first + i) * row_bytes;
+        block.first = i;
         block.gradient = gradient ? gradient + (first + i) * sweep.k : nullptr;
         block.given_ids = ids ? ids + i : nullptr;
         if (sweep.twice) {
@@ -170,6 +175,7 @@ int cut(const Sweep &sweep, Set &set, Block *blocks) {
     set.rows = set.cols = set.rounds =
         cut(sweep, blocks, call.points, output(sweep), call.row_ids, set.first, set.n, scale);
     if (!call.cross) return set.rows;
+    for (int a = 0; a < set.rows; a++) blocks[a].by_row = sweep.by_row;
     set.col = blocks + set.rows;
     set.cols = cut(sweep, set.col, call.columns, call.columns_gradient, call.column_ids, 0, set.m, scale);
     if (set.cols > set.rounds) set.rounds = set.cols;
@@ -312,7 +318,11 @@ __attribute__((noinline)) Status set_up_and_work(const Call &call) {
     sweep.near_bits = INT32_MIN;
     if (sweep.near_cosine > 0) memcpy(&sweep.near_bits, &sweep.near_cosine, sizeof sweep.near_bits);
     sweep.closeness_mask = pair.half_space || pair.angular ? 0x7fffffff : -1;
+    sweep.by_row = call.row_energies || call.row_weights;
     sweep.functions = choose(pair);
+    sweep.meet = sweep.twice    ? sweep.functions.meet_twice
+                 : sweep.by_row ? sweep.functions.meet_by_row
+                                : sweep.functions.meet;
 
     sweep.sets = allocate<Set>(call.sets);
     if (!sweep.sets) return OUT_OF_MEMORY;

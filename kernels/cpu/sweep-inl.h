@@ -24,12 +24,15 @@ constexpr int MOSTLY_AXIAL = 600, MOSTLY_AXIAL_HALF = 100;
 constexpr int NEAR_ROWS = 6, NEAR_COLS = VL / 2;
 constexpr int FORCE_ROWS = MR / 2;
 
+constexpr int MOST_ENERGIES = 2 * sizeof(vf);  // bytes of an F::Energies
+
 static_assert(R % NR == 0 && R_TWICE % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS == 0, "tiles must divide blocks");
 
 // Up to R rows of a set, packed. Matrices of row vectors (u, g) are cut into strips of columns,
 // [strip][capacity][width]: NR wide, the last ones VL or LEAST. Columns are padded with zeros to kp.
 struct Block {
     const char *raw;            // first row as the caller stores it
+    int64_t first;              // its number in the set
     const int32_t *given_ids;   // cross form, where it has some, else null
     int32_t *ids;               // a copy, with room for whole tiles
     int32_t first_id, last_id;  // smallest and largest of them
@@ -44,7 +47,13 @@ struct Block {
     double *deficit;  // 1 - |v|^2
     double *axial;    // sum of the coefficients of repaired pairs, see near_pairs-inl.h
     double energy;
+    bool broken;  // some row has NaN or infinity in it
     Stage stage;
+
+    // of a cross set, while its energies are kept row by row, else null
+    bool by_row;
+    double *row_energy;  // E_i
+    float *weight;
 
     // second order alone; _dot is the derivative along the tangents
     const float *tangent, *known_gradient;  // the block's part of the caller's
@@ -83,6 +92,7 @@ struct Scratch {
     float *raw;          // [kp] a row
     double *g;           // [kp] G of a row
     char *memory;        // for the blocks of a set that this thread sees to alone
+    char *row_energies;  // of the rows of a block with the columns that it meets, each one F::Energies
     NearPatch *patches;  // as many as two blocks can have
     int patch_count;
     bool row_used[R + NR], col_used[R + NR];  // touched by a patch
@@ -91,11 +101,14 @@ struct Scratch {
     Piece *dot_rows, *dot_cols;  // second order
 };
 
+typedef void Meet(const struct Sweep &, Scratch &, Block &a, Block &b);
+
 // What depends on the pair function.
 struct Functions {
     double slope;  // F' is slope times the coefficients
-    void (*meet)(const struct Sweep &, Scratch &, Block &a, Block &b);
-    void (*meet_twice)(const struct Sweep &, Scratch &, Block &a, Block &b);  // second order
+    Meet *meet;
+    Meet *meet_by_row;  // the energies of each row apart, and weighted
+    Meet *meet_twice;   // second order
     double (*antipode)(const struct Sweep &, double x, double y, double &first, double &second);
 };
 
@@ -103,11 +116,13 @@ struct Sweep {
     Call call;
     int k, kp;
     bool with_gradient;
-    bool twice;  // second order
+    bool twice;   // second order
+    bool by_row;  // the energies of a cross set are kept row by row
     int most_rows;  // of a block
     float near_cosine;
     int32_t near_bits, closeness_mask;  // for integers: near where (bits of c & mask) > near_bits
     Functions functions;
+    Meet *meet;
     Set *sets;                     // largest first
     int64_t set_count, shared_count;  // the first ones are shared by all threads
     int threads;

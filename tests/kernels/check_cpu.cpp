@@ -312,7 +312,8 @@ void check_cross(std::string name, Call call, int kind, int64_t n, int64_t m) {
     const std::vector<char> points = stored(x, call.dtype), columns = stored(y, call.dtype);
     std::vector<int32_t> ids;
     for (int64_t i = 0; i < n + m; i++) ids.push_back(int32_t(i < n ? i : 2 * (i - n)));
-    std::vector<float> energy(1), gradient(x.size()), columns_gradient(y.size());
+    std::vector<float> energy(1), gradient(x.size()), columns_gradient(y.size()), row_energies(n), weights;
+    for (int64_t i = 0; i < n; i++) weights.push_back(0.5f + i % 3);
     call.points = points.data();
     call.columns = columns.data();
     call.row_ids = ids.data();
@@ -324,15 +325,23 @@ void check_cross(std::string name, Call call, int kind, int64_t n, int64_t m) {
     call.energy = energy.data();
     call.gradient = gradient.data();
     call.columns_gradient = columns_gradient.data();
+    call.row_weights = weights.data();
+    call.row_energies = row_energies.data();
     run(call);
     Rows<double> a({x.begin(), x.end()}, call.k, call.eps), b({y.begin(), y.end()}, call.k, call.eps);
     double e = 0;
-    for (int64_t i = 0; i < n; i++)
+    std::vector<double> sums;
+    for (int64_t i = 0; i < n; i++) {
+        double sum = 0;
         for (int64_t j = 0; j < m; j++)
-            if (ids[i] != ids[n + j]) e += meet(call.pair, a, i, b, j, scale);
+            if (ids[i] != ids[n + j]) sum += meet(call.pair, a, i, b, j, scale * weights[i]);
+        e += sum;
+        sums.push_back(sum / (scale * weights[i]));
+    }
     const double least = 1e-6 * fabs(e) + 1e-30;
     Part energies = {}, gradients = {};
     energies.add(energy.data(), {e}, 1e-30);
+    energies.add(row_energies.data(), sums, 1e-30);
     gradients.add(gradient.data(), a.gradient, least);
     gradients.add(columns_gradient.data(), b.gradient, least);
     report(name, energies, gradients, {});

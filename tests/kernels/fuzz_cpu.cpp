@@ -88,6 +88,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     Bytes bytes = {data, size, 2166136261u};
     Call call = {};
     const bool cross = bytes.next(4) == 0, wild = bytes.next(8) == 0, gradient = bytes.next(4);
+    const bool with_ids = bytes.next(4), weighted = bytes.next(2), by_row = bytes.next(2);
     call.sets = cross ? 2 : bytes.next(5);
     call.k = bytes.next(8) ? 1 + bytes.next(70) : 250 + bytes.next(60);
     call.dtype = bytes.next(3);
@@ -123,8 +124,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     call.points = points;
     call.cross = cross;
     call.columns = columns;
-    call.row_ids = ids;
-    call.column_ids = ids ? ids + first : nullptr;
+    if (cross && with_ids) {
+        call.row_ids = exact(ids, first);
+        call.column_ids = exact(ids + first, second);
+    }
+    float *weights = (float *)malloc(first * sizeof(float) + !first);
+    for (int64_t i = 0; i < first; i++) weights[i] = int(bytes.next(5)) - 1;
+    if (cross && weighted) call.row_weights = weights;
     call.sizes = exact(sizes, call.sets);
     call.scales = exact(scales, cross ? 1 : call.sets);
     const size_t energies = cross ? 1 : call.sets;
@@ -136,8 +142,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         call.energy = poisoned(energies);
         call.gradient = gradient ? poisoned(first * call.k) : nullptr;
         call.columns_gradient = gradient && cross ? poisoned(second * call.k) : nullptr;
+        call.row_energies = cross && by_row ? poisoned(first) : nullptr;
         require(comhe_sweep(&call, isa) == OK);
         written(call.energy, energies, finite);
+        if (call.row_energies) written(call.row_energies, first, finite);
         if (gradient) written(call.gradient, first * call.k, finite);
         if (gradient && cross) written(call.columns_gradient, second * call.k, finite);
         if (gradient && !cross) {
@@ -153,10 +161,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         free(call.energy);
         free(call.gradient);
         free(call.columns_gradient);
+        free(call.row_energies);
     }
     free(points);
     free(columns);
     free(ids);
+    free(weights);
+    free((void *)call.row_ids);
+    free((void *)call.column_ids);
     free(tangents);
     free((void *)call.sizes);
     free((void *)call.scales);
