@@ -9,12 +9,13 @@ if find_spec("comhe_ext.kernels") is None:
         "comhe_ext.kernels is missing: a checkout has to be installed, with `pip install -e .`"
     )
 
-from comhe_ext import init, projections
+from comhe_ext import init, losses, projections
 from comhe_ext.functional import (
     angle_preserving_loss,
     compressive_energy,
     group_energy,
     hyperspherical_energy,
+    nearest,
     pair_energy,
 )
 from comhe_ext.kernels.pair_functions import Gaussian, Laplace, Riesz
@@ -31,6 +32,8 @@ __all__ = [
     "group_energy",
     "hyperspherical_energy",
     "init",
+    "losses",
+    "nearest",
     "pair_energy",
     "projections",
     "random_projection",

@@ -21,6 +21,12 @@ _MODULES = {
     "cpu": "comhe_ext.kernels.cpu.binding",
     "torch": "comhe_ext.kernels.portable",
 }
+# what a backend may lack, by its name in `Offers`
+_KERNELS = {
+    "cross": "kernel for rows against columns",
+    "nearest": "kernel for the nearest rows",
+    "angle_difference": "kernel for differences of angles",
+}
 # torch calls ROCm devices "cuda" too
 _DEVICE_OF = {"triton": "cuda", "cpu": "cpu"}
 _BEST_ON = {device: name for name, device in _DEVICE_OF.items()}
@@ -76,14 +82,16 @@ def asked_by_environment() -> str | None:
 
 def choose(
     name: str | None,
-    pair: PairFunction,
+    pair: PairFunction | None,
     device: torch.device,
     dtype: torch.dtype,
     columns: int = 1,
+    needs: str = "",
 ) -> str:
     """Choose the backend: the one asked for, which must work here, or the best that does.
 
-    `name` is one of BACKENDS, see `checks.check_backend`, or None.
+    `name` is one of BACKENDS, see `checks.check_backend`, or None. `needs` is what the backend has
+    to offer, see `kernels.sweep.Offers`.
     """
     if name is None:
         asked = asked_by_environment()
@@ -96,8 +104,8 @@ def choose(
             raise RuntimeError(f"COMHE_BACKEND={asked}, but {reason}")
         # only a backend that is there can be asked what it takes: Triton may be missing
         if reason is None:
-            return best if misfit(best, pair, dtype, columns) is None else "torch"
-        if best == "cpu" and misfit(best, pair, dtype, columns) is None:
+            return best if misfit(best, pair, dtype, columns, needs) is None else "torch"
+        if best == "cpu" and misfit(best, pair, dtype, columns, needs) is None:
             _tell_what_is_missing(best)
         return "torch"
     if name == "torch":
@@ -110,7 +118,7 @@ def choose(
             f"backend {name!r} needs tensors on {_DEVICE_OF[name]}, got {device}: "
             "use backend='torch'"
         )
-    if (error := misfit(name, pair, dtype, columns)) is not None:
+    if (error := misfit(name, pair, dtype, columns, needs)) is not None:
         raise error
     return name
 
@@ -126,7 +134,9 @@ def check_float64(device: torch.device) -> None:
         )
 
 
-def misfit(name: str, pair: PairFunction, dtype: torch.dtype, columns: int) -> Exception | None:
+def misfit(
+    name: str, pair: PairFunction | None, dtype: torch.dtype, columns: int, needs: str = ""
+) -> Exception | None:
     """Why a backend cannot take a pair function, a dtype or so many columns; None if it can."""
     if name == "torch":
         return None
@@ -138,6 +148,8 @@ def misfit(name: str, pair: PairFunction, dtype: torch.dtype, columns: int) -> E
             f"backend {name!r} takes at most {backend.OFFERS.max_columns} columns, got {columns}: "
             "use backend='torch'"
         )
-    if not backend.supports(pair):
+    if needs and not getattr(backend.OFFERS, needs):
+        return ValueError(f"backend {name!r} has no {_KERNELS[needs]}: use backend='torch'")
+    if pair is not None and not backend.supports(pair):
         return ValueError(f"backend {name!r} does not know {pair}: use backend='torch'")
     return None

@@ -6,6 +6,7 @@ Python's own, where NumPy's is taken, too.
 
 import math
 import operator
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 import torch
@@ -21,10 +22,11 @@ def quote(value: object) -> str:
     return repr(value) if short else type(value).__name__
 
 
-def check_reduction(reduction: str) -> None:
-    """Refuse any reduction that `PairFunction.scale` does not know."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"`reduction` must be 'mean' or 'sum', got {quote(reduction)}")
+def check_reduction(reduction: str, known: Sequence[str] = ("mean", "sum")) -> None:
+    """Refuse any reduction but the `known` ones."""
+    if reduction not in known:
+        names = " or ".join(map(repr, known))
+        raise ValueError(f"`reduction` must be {names}, got {quote(reduction)}")
 
 
 def check_backend(name: str) -> None:
@@ -57,6 +59,43 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         raise ValueError(f"`{name}` must be 2-D or 3-D, got shape {tuple(weight.shape)}")
     if weight.shape[-1] == 0:
         raise ValueError(f"`{name}` must have at least one column, got shape {tuple(weight.shape)}")
+
+
+def check_pairing(
+    rows: Tensor, columns: Tensor | None, row_ids: Tensor | None, column_ids: Tensor | None
+) -> None:
+    """Refuse columns that `rows` cannot meet, and ids that do not belong to them."""
+    if columns is None:
+        if row_ids is not None or column_ids is not None:
+            raise ValueError("`row_ids` and `column_ids` need `columns`, which may be the rows")
+        return
+    check_weight(columns, "columns")
+    if columns.shape[:-2] != rows.shape[:-2] or columns.shape[-1] != rows.shape[-1]:
+        raise ValueError(
+            "`columns` must have as many sets and as wide rows as `rows`, got "
+            f"{tuple(columns.shape)} and {tuple(rows.shape)}"
+        )
+    if columns.device != rows.device:
+        raise ValueError(
+            f"`columns` must be on the device of `rows`, got {columns.device} and {rows.device}"
+        )
+    if (row_ids is None) != (column_ids is None):
+        raise ValueError("`row_ids` and `column_ids` must be given together")
+    for name, ids, points in (("row_ids", row_ids, rows), ("column_ids", column_ids, columns)):
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(ids).__name__}")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"`{name}` must be integers, got {ids.dtype}")
+        shapes = (tuple(points.shape[-2:-1]), tuple(points.shape[:-1]))
+        if tuple(ids.shape) not in shapes:
+            expected = " or ".join(str(shape) for shape in dict.fromkeys(shapes))
+            raise ValueError(f"`{name}` must have shape {expected}, got {tuple(ids.shape)}")
+        if ids.device != points.device:
+            raise ValueError(
+                f"`{name}` must be on the device of the rows, got {ids.device} and {points.device}"
+            )
 
 
 def check_projection(weight: Tensor, projection: Tensor) -> None:

@@ -7,14 +7,31 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from comhe_ext.checks import check_count, check_projection, check_weight, quote
+from comhe_ext import backends
+from comhe_ext.checks import (
+    check_backend,
+    check_count,
+    check_factor,
+    check_flag,
+    check_pairing,
+    check_projection,
+    check_weight,
+    quote,
+)
 from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.operators import angle_loss
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import DTYPES, compute_dtype
-from comhe_ext.operators.rows import project
+from comhe_ext.operators.rows import project, safe_sqrt
 from comhe_ext.packing import set_energies, stack_parts
-from comhe_ext.settings import BackendName, Reduction, energy_settings, pair_settings
+from comhe_ext.pairing import cross_energies, nearest_rows, row_energies
+from comhe_ext.settings import (
+    BackendName,
+    PairReduction,
+    Reduction,
+    energy_settings,
+    pair_settings,
+)
 
 AngleKind = Literal["cosine", "angle"]
 
@@ -77,35 +94,115 @@ def hyperspherical_energy(
 
 def pair_energy(
     rows: Tensor,
-    *,
+    columns: Tensor | None = None,
     pair: PairFunction = Riesz(),  # noqa: B008 (frozen)
-    reduction: Reduction = "mean",
+    *,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    reduction: PairReduction = "mean",
     eps: float = 0.0,
     backend: BackendName | None = None,
 ) -> Tensor:
-    """Compute the energy of `rows` by any pair function.
+    """Compute the energy of `rows`, among themselves or against `columns`, by any pair function.
 
     Torch equivalent, of `Riesz(s)`::
 
-        r = torch.nn.functional.pdist(torch.nn.functional.normalize(rows))
-        energy = (r**-s).mean()
+        r = torch.cdist(torch.nn.functional.normalize(rows), torch.nn.functional.normalize(columns))
+        energy = (r**-s)[row_ids[:, None] != column_ids].mean()    # without columns: pdist
 
-    `hyperspherical_energy` is this function of `Riesz`, with its parameters as keywords.
+    with O((N + M) d) memory, and gradients to both sides. `hyperspherical_energy` is this function
+    of `Riesz` without columns, with its parameters as keywords.
 
     Args:
         rows: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`.
+        columns: [M, d] or [B, M, d] on the device of `rows`; None: each row meets all others once.
         pair: a pair function of `comhe_ext`; half space, the angle and the rest are its own.
-        reduction, eps, backend: see `hyperspherical_energy`.
+        row_ids, column_ids: integers [N] and [M], or of each set [B, N] and [B, M], given together,
+            with columns; a row and a column of equal ids do not meet. Row i and column i of one
+            tensor that is given twice are kept apart by `torch.arange(N)`, labels by the labels.
+        reduction: "mean" over the pairs that count; "sum" over them, without columns over ordered
+            pairs (twice the unordered sum); "rows": each row's sum over all that it meets, [N].
+            In half space a row meets the antipodes, too, without columns its own as well.
+        eps: added to the squared norms.
+        backend: "triton", "cpu" or "torch"; None picks the best that works here.
 
     Returns:
-        The energy, [] or [B], float32 (float64 for float64 rows). Differentiable twice.
+        The energy, [] or [B]; with "rows" [N] or [B, N]. float32 (float64 if a tensor is).
+        Differentiable twice; with "rows" not in forward mode of forward mode.
 
     Raises:
         TypeError, ValueError, RuntimeError: see `hyperspherical_energy`.
+
+    Source: the sums of Liu et al. (2018), and of SphereFace+ there, for any function.
     """
     check_weight(rows, "rows")
-    options = pair_settings(pair, reduction, eps, backend).options((rows,))
-    return set_energies(rows, options)
+    settings = pair_settings(pair, reduction, eps, backend, ("mean", "sum", "rows"))
+    check_pairing(rows, columns, row_ids, column_ids)
+    if columns is not None:
+        options = settings.options((rows, columns), needs="cross")
+        return cross_energies(rows, columns, row_ids, column_ids, options)
+    if reduction == "rows":
+        return row_energies(rows, settings.options((rows,), needs="cross"))
+    return set_energies(rows, settings.options((rows,)))
+
+
+def nearest(
+    rows: Tensor,
+    columns: Tensor | None = None,
+    *,
+    half_space: bool = False,
+    angular: bool = False,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    eps: float = 0.0,
+    backend: BackendName | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find the nearest other row, or the nearest of `columns`, of each row, and its distance.
+
+    Torch equivalent::
+
+        c = normalize(rows) @ normalize(rows).T
+        index = c.fill_diagonal_(-torch.inf).argmax(1)    # with columns: against all of them
+        distance = (normalize(rows) - normalize(rows)[index]).norm(dim=1)
+
+    with O((N + M) d) memory. The distance is exact where rows are near, and differentiable twice in
+    both rows of a pair; the index is a constant. Of columns that are equally near, the index is
+    the lowest.
+
+    Args:
+        rows: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`.
+        columns: [M, d] or [B, M, d], what the rows are compared with instead of each other.
+        half_space: take an antipode for the row itself: the nearest has the largest |cosine|.
+        angular: measure by the angle in radians, not by the chord.
+        row_ids, column_ids: see `pair_energy`.
+        eps: added to the squared norms.
+        backend: "triton", "cpu" or "torch"; None picks the best that works here.
+
+    Returns:
+        distance: [N] or [B, N], float32 (float64 if a tensor is); infinite where a row meets
+            nobody, NaN where it is NaN or meets a row of NaN.
+        index: int64, of the row in its set, or of the column; -1 where a row meets nobody.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: see `hyperspherical_energy`.
+
+    Note:
+        Rows that coincide are at distance 0, which has no direction: no gradient. A dead row is
+        orthogonal to all others.
+
+    Source: Wang et al. (2020), MMA; Oquab et al. (2024), the KoLeo loss of DINOv2.
+    """
+    check_weight(rows, "rows")
+    check_pairing(rows, columns, row_ids, column_ids)
+    half_space, angular = check_flag("half_space", half_space), check_flag("angular", angular)
+    eps = check_factor("eps", eps)
+    tensors = (rows,) if columns is None else (rows, columns)
+    chosen = backends.AUTO
+    if backend is not None:
+        check_backend(backend)
+        dtype, width = compute_dtype(*tensors), rows.shape[-1]
+        chosen = backends.choose(backend, None, rows.device, dtype, width, "nearest")
+    return nearest_rows(rows, columns, row_ids, column_ids, half_space, angular, eps, chosen)
 
 
 def compressive_energy(
@@ -247,12 +344,6 @@ def angle_differences(sets: Tensor, projection: Tensor, kind: str) -> Tensor:
     projected = project(sets, projection).unbind(1)
     totals = [angle_loss.angle_difference(rows, points, kind == "angle") for points in projected]
     return torch.stack(totals, 1)
-
-
-def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root with zero derivatives at 0, where a distance has no direction."""
-    zero = x == 0
-    return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
 def _split_columns(

@@ -64,7 +64,8 @@ def minimum_energy_(
             `tolerance` times the whole decrease so far; tolerance 0 never stops early.
         generator: source of the projections, on the device of `weight`.
         progress: show a progress bar, a string is its title; needs the package tqdm.
-        options: all other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
+        options: `pair`, any pair function, in place of `s`, `angular` and `min_distance`; and all
+            other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
     Returns:
         `weight`.

@@ -80,7 +80,8 @@ class CoMHE(nn.Module):
             in the other steps.
         warm_up: steps over which the factor rises linearly to its full value.
         auto_step: False counts the calls of `step` instead.
-        options: all other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
+        options: `pair`, any pair function, in place of `s`, `angular` and `min_distance`; and all
+            other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
     Raises:
         TypeError: `model` is not a module, a weight that learns is not a dense floating-point

@@ -23,6 +23,7 @@ from comhe_ext.operators.library import compute_dtype
 from comhe_ext.operators.sweep import SweepOptions
 
 Reduction = Literal["mean", "sum"]
+PairReduction = Literal["mean", "sum", "rows"]
 BackendName = Literal["triton", "cpu", "torch"]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,19 +42,22 @@ class Settings:
         """Copy the settings, with a pair function in full space."""
         return replace(self, pair=replace(self.pair, half_space=False))
 
-    def options(self, tensors: Sequence[Tensor], columns: int | None = None) -> SweepOptions:
+    def options(
+        self, tensors: Sequence[Tensor], columns: int | None = None, needs: str = ""
+    ) -> SweepOptions:
         """Make the options that the operators take; a backend asked for has to take `tensors`.
 
         Args:
             tensors: what the energy is computed from.
             columns: of the rows that are swept; None: those of the first tensor.
+            needs: what the backend has to offer, see `kernels.sweep.Offers`.
         """
         first = tensors[0]
         columns = first.shape[-1] if columns is None else columns
         dtype = compute_dtype(*tensors)
         backend = backends.AUTO
         if self.backend is not None:
-            backend = backends.choose(self.backend, self.pair, first.device, dtype, columns)
+            backend = backends.choose(self.backend, self.pair, first.device, dtype, columns, needs)
         if torch.compiler.is_compiling():
             return SweepOptions(self.pair, self.reduction, self.eps, backend)
         return _options(self, backend)
@@ -104,10 +108,12 @@ def _checked(
 class EnergyOptions(TypedDict, total=False):
     """Those keywords of an energy that what is built on energies hands on without naming them.
 
-    They mean what they mean to `comhe_ext.hyperspherical_energy`. A keyword that is new there is
-    added here, and in `energy_settings`.
+    They mean what they mean to `comhe_ext.hyperspherical_energy`, but `pair`, which is a pair
+    function in place of s, angular and min_distance. A keyword that is new there is added here, and
+    in `energy_settings`.
     """
 
+    pair: PairFunction | None
     angular: bool
     eps: float
     min_distance: float
@@ -119,7 +125,18 @@ def mean_settings(s: float, half_space: bool, options: EnergyOptions) -> Setting
     for name in options:
         if name not in EnergyOptions.__annotations__:
             raise TypeError(f"got an unexpected keyword argument {name!r}")
-    return energy_settings(s, half_space, **options)
+    keywords: dict[str, Any] = dict(options)
+    pair = keywords.pop("pair", None)
+    if pair is None:
+        return energy_settings(s, half_space, **keywords)
+    given: list[str] = [name for name in ("angular", "min_distance") if name in keywords]
+    given += ["s"] if s != Riesz.s else []
+    if given:
+        raise ValueError(f"`pair` takes the place of `{given[0]}`: give one of them")
+    # the arguments that both have are checked by the one, the function itself by the other
+    settings = energy_settings(Riesz.s, half_space, **keywords)
+    settings = pair_settings(pair, settings.reduction, settings.eps, settings.backend)
+    return replace(settings, pair=replace(pair, half_space=bool(half_space) or pair.half_space))
 
 
 def take_energy_options(keywords: dict[str, Any]) -> EnergyOptions:
@@ -137,7 +154,12 @@ def lists_energy_options(function: F) -> F:
     *named, rest = signature.parameters.values()
     options = inspect.signature(energy_settings).parameters
     listed = [
-        options[name].replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=options[name].default if name in options else None,
+            annotation=annotation,
+        )
         for name, annotation in EnergyOptions.__annotations__.items()
     ]
     # `rest`, the keywords by which they come, may hold others, too
@@ -147,11 +169,17 @@ def lists_energy_options(function: F) -> F:
     return function
 
 
-def pair_settings(pair: PairFunction, reduction: str, eps: float, backend: str | None) -> Settings:
+def pair_settings(
+    pair: PairFunction,
+    reduction: str,
+    eps: float,
+    backend: str | None,
+    reductions: Sequence[str] = ("mean", "sum"),
+) -> Settings:
     """Check the keywords of an energy whose pair function is given as an object."""
     if not isinstance(pair, PairFunction):
         raise TypeError(f"`pair` must be a pair function, as Riesz(2.0), got {quote(pair)}")
-    check_reduction(reduction)
+    check_reduction(reduction, reductions)
     if backend is not None:
         check_backend(backend)
     return Settings(pair, reduction, check_factor("eps", eps), backend)

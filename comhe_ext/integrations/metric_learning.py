@@ -29,8 +29,9 @@ class EnergyRegularizer(BaseRegularizer):
         num_projections: C, matrices drawn at each call; 0 takes the weights as they are, as the
             paper does with classes.
         dim: k, the dimension projected to.
-        others: all other keywords of `comhe_ext.hyperspherical_energy` but `reduction`, and those
-            of pytorch-metric-learning's own base class.
+        others: `pair`, any pair function, in place of `s`, `angular` and `min_distance`; all other
+            keywords of `comhe_ext.hyperspherical_energy` but `reduction`, and those of
+            pytorch-metric-learning's own base class.
 
     Source: Liu et al. (2018), where it makes SphereFace+ out of SphereFace.
     """

@@ -236,7 +236,9 @@ def differentiable_jvp(jvp: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(jvp)
     def within_outer_levels(ctx: Any, *tangents: Any) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
-            saved = [forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors]
+            saved = [
+                x if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors
+            ]
             return jvp(ctx, *saved, *tangents)
 
     return within_outer_levels

@@ -1,5 +1,6 @@
 """From weights and matrices to the rows of a sweep, weight by weight, set by set."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,6 +15,19 @@ def project(weight: Tensor, matrices: Tensor) -> Tensor:
     rows = weight.to(dtype).flatten(0, 1)
     products = product(rows, matrices.to(dtype).flatten(0, 1).mT)
     return products.unflatten(0, weight.shape[:2]).unflatten(-1, matrices.shape[:2]).transpose(1, 2)
+
+
+def unit_rows(rows: Tensor, eps: float = 0.0) -> Tensor:
+    """Normalize rows [..., N, d] of any magnitude, in float32 or float64; dead rows become 0."""
+    p = rows.to(compute_dtype(rows))
+    # divided by its largest entry first, a row of 1e-30 or 1e30 neither vanishes nor overflows
+    largest = p.detach().abs().amax(-1, keepdim=True)
+    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    p = p / largest
+    rest = (math.sqrt(eps) / largest).square()
+    nu = safe_sqrt(p.square().sum(-1, keepdim=True) + rest)
+    dead = nu.detach() * largest < torch.finfo(p.dtype).tiny  # NaN is not
+    return (p / nu.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
 
 
 def pad(rows: Tensor, width: int) -> Tensor:
@@ -88,3 +102,9 @@ def points_of(
     width = width_of(weights, matrices)
     parts = [rows.reshape(-1, width) for rows in all_rows(weights, matrices)]
     return torch.cat(parts), set_sizes(weights, matrices)
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root with zero derivatives at 0, where a distance has no direction."""
+    zero = x == 0
+    return x.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)

@@ -55,7 +55,8 @@ class SweepOptions:
 
     Args:
         pair: the pair function.
-        reduction: "mean" over the unordered pairs of a set, or "sum" over the ordered ones.
+        reduction: "mean" over the unordered pairs of a set, or "sum" over the ordered ones; of
+            rows against columns over all their pairs, or "rows", the sum of each row.
         eps: added to the squared norms.
         backend: one that can take the rows, or "auto" for the best, see `comhe_ext.backends`.
         factors: of the sets' energies, one a set; none: all 1.
@@ -84,7 +85,7 @@ class SweepOptions:
         """Refuse numbers and names out of range; the types are known to be right."""
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"`eps` must be finite and at least 0, got {self.eps}")
-        check_reduction(self.reduction)
+        check_reduction(self.reduction, ("mean", "sum", "rows"))
         if self.backend != backends.AUTO:
             check_backend(self.backend)
         for factor in self.factors:
@@ -132,7 +133,7 @@ def _scales(sizes: Numbers, options: SweepOptions) -> Numbers:
 
 # --- raw operators --------------------------------------------------------------------------------
 
-_OPTIONS = "str pair, float[] parameters, str reduction, float eps, str backend, float[] factors=[]"
+OPTIONS = "str pair, float[] parameters, str reduction, float eps, str backend, float[] factors=[]"
 
 
 def _count_sets(name: str, points: Tensor, sizes: Sequence[int]) -> int:
@@ -154,6 +155,7 @@ def _check_options(
 ) -> None:
     """Refuse options that do not fit so many sets of rows, made from these tensors."""
     factors = options.factors
+    check_reduction(options.reduction)
     if len(factors) > 0 and len(factors) != sets:
         raise ValueError(f"`factors` must be empty or one a set ({sets}), got {len(factors)}")
     if options.backend in ("torch", backends.AUTO):
@@ -239,7 +241,7 @@ _lay_out_once = lru_cache(maxsize=512)(_lay_out)
 
 
 @define(
-    f"sweep(Tensor[] weights, Tensor?[] matrices, bool gradient, {_OPTIONS}) -> (Tensor, Tensor)"
+    f"sweep(Tensor[] weights, Tensor?[] matrices, bool gradient, {OPTIONS}) -> (Tensor, Tensor)"
 )
 def _sweep(
     weights: Sequence[Tensor], matrices: Sequence[Tensor | None], gradient: bool, *arguments: Any
@@ -253,7 +255,7 @@ def _sweep(
         name = "torch"
         request = _request(name, weights, matrices, layout, options, gradient)
     if name == "torch":
-        _refuse_capture(weights[0].device)
+        refuse_capture(weights[0].device)
     energy, rows_gradient, *_ = backends.load(name).sweep(request)
     return energy, energy.new_empty(0) if rows_gradient is None else rows_gradient
 
@@ -289,7 +291,7 @@ def _request(
     return options.request(source, layout.sizes, gradient)
 
 
-def _refuse_capture(device: torch.device) -> None:
+def refuse_capture(device: torch.device) -> None:
     """Say why a CUDA graph cannot hold what the portable tiles compute."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -300,7 +302,7 @@ def _refuse_capture(device: torch.device) -> None:
 
 @define(
     "hessian_vector_product(Tensor points, Tensor tangents, Tensor gradient, int[] sizes, "
-    f"{_OPTIONS}) -> Tensor"
+    f"{OPTIONS}) -> Tensor"
 )
 def _hessian_vector_product(
     points: Tensor, tangents: Tensor, gradient: Tensor, sizes: Sequence[int], *arguments: Any
@@ -311,7 +313,7 @@ def _hessian_vector_product(
     rows, tangents, gradient = (
         x.reshape(-1, x.shape[-1]).contiguous() for x in (points, tangents, gradient)
     )
-    _refuse_capture(points.device)
+    refuse_capture(points.device)
     request = options.request(rows, sizes, True)
     name = _backend_of(options, points.device, gradient.dtype, points.shape[-1])
     backend = backends.load(name)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from comhe_ext.checks import check_count, check_factor, quote
-from comhe_ext.functional import AngleKind, angle_differences, safe_sqrt
+from comhe_ext.functional import AngleKind, angle_differences
 from comhe_ext.layers import Layer
 from comhe_ext.operators.library import no_autocast
+from comhe_ext.operators.rows import safe_sqrt
 from comhe_ext.packing import Part, total_energy
 from comhe_ext.projections.fixed import Projection, check_dim
 from comhe_ext.settings import Settings

@@ -175,7 +175,7 @@ def near_pairs(points: Tensor, set: Tensor, i: Tensor, j: Tensor, eps: float) ->
     squared = apart.square().sum(1, keepdim=True)
     suspects = (squared < MAYBE_MULTIPLES).squeeze(1).nonzero().squeeze(1)
     if len(suspects):
-        multiples = suspects[_multiples(rows_i.v[suspects], rows_j.v[suspects])]
+        multiples = suspects[are_multiples(rows_i.v[suspects], rows_j.v[suspects])]
         # |v_i| - |v_j|, where |v| is almost 1
         longer = (rows_j.deficit[multiples] - rows_i.deficit[multiples]) / 2.0
         apart[multiples] = longer * rows_i.v[multiples]
@@ -220,8 +220,8 @@ def _exact_rows(points: Tensor, index: Tensor, eps: float) -> Rows:
     return normalize(points[index], eps, torch.float64)
 
 
-def _multiples(u: Tensor, v: Tensor) -> Tensor:
-    """Tell whether two unit rows are equal up to the sign and to the rounding of either."""
-    pivot = u.abs().argmax(1, keepdim=True)
-    left, right = u * v.gather(1, pivot), v * u.gather(1, pivot)
-    return ((left - right).abs() <= MULTIPLES * left.abs()).all(1)
+def are_multiples(u: Tensor, v: Tensor) -> Tensor:
+    """Tell whether unit rows [..., k] are equal up to the sign and to the rounding of either."""
+    pivot = u.abs().argmax(-1, keepdim=True)
+    left, right = u * v.gather(-1, pivot), v * u.gather(-1, pivot)
+    return ((left - right).abs() <= MULTIPLES * left.abs()).all(-1)

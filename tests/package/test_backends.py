@@ -9,7 +9,7 @@ import torch
 
 from comhe_ext import Gaussian, Riesz, backends
 from comhe_ext.kernels import gpu
-from comhe_ext.operators.sweep import _refuse_capture
+from comhe_ext.operators.sweep import refuse_capture
 
 MPS, XPU = torch.device("mps"), torch.device("xpu", 0)
 
@@ -52,8 +52,8 @@ def test_triton_is_asked_for_nothing_where_it_is_missing(monkeypatch):
 def test_a_capture_of_the_portable_tiles_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"'torch' waits for the GPU.*leave this call out"):
-        _refuse_capture(torch.device("cuda"))
-    _refuse_capture(torch.device("cpu"))
+        refuse_capture(torch.device("cuda"))
+    refuse_capture(torch.device("cpu"))
     # and torch.compile leaves the operators out of the graphs that it captures
     if tag := getattr(torch.Tag, "cudagraph_unsafe", None):  # PyTorch before 2.8 has no such word
         for operator in ("sweep", "hessian_vector_product", "angle_difference"):

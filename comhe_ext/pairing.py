@@ -1,0 +1,126 @@
+"""Rows against columns: ids, counts of pairs, and the calls of the operators."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comhe_ext.operators.cross import cross_energy
+from comhe_ext.operators.library import compute_dtype
+from comhe_ext.operators.nearest import antipode_energies, distance_to, nearest_index
+from comhe_ext.operators.sweep import SweepOptions
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """Ids of rows [B, N] and columns [B, M], numbered from 0 on, int32."""
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(
+        cls, row_ids: Tensor | None, column_ids: Tensor | None, rows: Tensor, columns: Tensor
+    ) -> "_Ids | None":
+        """Give the ids of each set, any integers, numbers from 0 on; a GPU is not waited for."""
+        if row_ids is None or column_ids is None:
+            return None
+        n, sets = rows.shape[1], rows.shape[0]
+        both = torch.cat(
+            [row_ids.long().expand(sets, -1), column_ids.long().expand(sets, -1)], dim=1
+        )
+        ordered, order = both.sort(dim=1)
+        new = torch.zeros_like(ordered)
+        new[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
+        numbers = torch.zeros_like(both).scatter(1, order, new.cumsum(1)).int()
+        return cls(numbers[:, :n], numbers[:, n:])
+
+    def sum_of_met(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Sum over each row's columns of another id the value of a column -> like `rows` [B, N].
+
+        Args:
+            rows: [B, N], what it is for.
+            columns: [B, M] values, of the dtype of the result.
+        """
+        total = columns.sum(1, keepdim=True)
+        width = rows.shape[1] + columns.shape[1]
+        of_id = columns.new_zeros(columns.shape[0], width)
+        of_id = of_id.scatter_add(1, self.columns.long(), columns)
+        return total - of_id.gather(1, self.rows.long())
+
+
+def _tensors(ids: _Ids | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if ids is None else (ids.rows, ids.columns)
+
+
+def cross_energies(
+    rows: Tensor,
+    columns: Tensor,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    options: SweepOptions,
+) -> Tensor:
+    """Energy of rows [.., N, d] against columns [.., M, d]; see `functional.pair_energy`."""
+    batched = rows.dim() == 3
+    if not batched:
+        rows, columns = rows.unsqueeze(0), columns.unsqueeze(0)
+    ids = _Ids.of(row_ids, column_ids, rows, columns)
+    energies = cross_energy(rows, columns, *_tensors(ids), options)
+    if ids is not None and options.reduction == "mean":
+        # the operator has divided by the number of all pairs
+        ones = torch.ones(columns.shape[:2], dtype=torch.float64, device=columns.device)
+        met = ids.sum_of_met(rows, ones).sum(1)
+        factor = rows.shape[1] * columns.shape[1] / met.clamp_min(1.0)
+        energies = energies * factor.to(energies.dtype)
+    return energies if batched else energies.squeeze(0)
+
+
+def row_energies(rows: Tensor, options: SweepOptions) -> Tensor:
+    """Sum over all others of each of rows [.., N, d]; see `functional.pair_energy`."""
+    numbers = torch.arange(rows.shape[-2], device=rows.device)
+    energies = cross_energies(rows, rows, numbers, numbers, options)
+    if not options.pair.half_space:
+        return energies
+    antipodes = antipode_energies(rows, options.pair, options.eps)
+    return energies + antipodes.to(energies.dtype)
+
+
+def nearest_rows(
+    rows: Tensor,
+    columns: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    half_space: bool,
+    angular: bool,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Distance and index of the nearest of each row; see `functional.nearest`."""
+    batched = rows.dim() == 3
+    if not batched:
+        rows = rows.unsqueeze(0)
+        columns = None if columns is None else columns.unsqueeze(0)
+    others = rows if columns is None else columns
+    ids = _Ids.of(row_ids, column_ids, rows, others)
+    index = nearest_index(rows, columns, *_tensors(ids), half_space, eps, backend)
+    if others.shape[1] == 0:
+        distance = rows.new_full(index.shape, torch.inf, dtype=compute_dtype(rows, others))
+    else:
+        distance = distance_to(rows, others, index, half_space, angular, eps)
+        distance = distance.to(compute_dtype(rows, others))
+        distance = distance.masked_fill(_meets_nan(rows, columns, ids), torch.nan)
+    return (distance, index) if batched else (distance.squeeze(0), index.squeeze(0))
+
+
+def _meets_nan(rows: Tensor, columns: Tensor | None, ids: _Ids | None) -> Tensor:
+    """Tell which rows are, or meet, a row of NaN or infinity, [B, N]; they have no nearest."""
+    row_is_nan = ~rows.detach().isfinite().all(-1)
+    nan = row_is_nan if columns is None else ~columns.detach().isfinite().all(-1)
+    if columns is None:
+        met = nan.sum(1, keepdim=True) - nan.long()
+    elif ids is None:
+        met = nan.sum(1, keepdim=True)
+    else:
+        met = ids.sum_of_met(rows, nan.long())
+    alone = columns is None and rows.shape[1] == 1
+    return (met > 0) | (row_is_nan & (not alone))
