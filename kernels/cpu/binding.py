@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..pair_functions import PairFunction, Riesz
-from ..sweep import Numbers, Offers, SweepRequest, SweepResult
+from ..sweep import NearestRequest, Numbers, Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
-ABI_VERSION = 5
+ABI_VERSION = 6
 # those of this architecture, in the order of the C enum
 INSTRUCTION_SETS: tuple[str, ...] = ("baseline", "avx2", "avx512")
 if platform.machine() in ("aarch64", "arm64", "ARM64"):
@@ -30,7 +31,7 @@ _MISSING = (
 _REBUILD = "reinstall comhe-ext, or rebuild a checkout: pip install -e ."
 
 
-OFFERS = Offers(cross=True, second_order=True, max_columns=1 << 24)
+OFFERS = Offers(cross=True, nearest=True, second_order=True, max_columns=1 << 24)
 
 
 class _Tangent(ctypes.Structure):
@@ -74,6 +75,7 @@ class _Call(ctypes.Structure):
         ("tangents", ctypes.c_void_p),
         ("known_gradient", ctypes.c_void_p),
         ("product", ctypes.c_void_p),
+        ("nearest", ctypes.c_void_p),
         ("sets", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("eps", ctypes.c_double),
@@ -163,16 +165,16 @@ def _knows(number: int) -> bool:
 _knows._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _run(call: _Call, request: SweepRequest) -> None:
+def _run(call: _Call, pair: PairFunction, eps: float) -> None:
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(reason)
-    if not supports(request.pair):
-        raise ValueError(f"backend 'cpu' does not know {request.pair}")
-    if not 0 <= request.eps < float("inf"):
-        raise ValueError(f"`eps` must be finite and at least 0, got {request.eps}")
-    call.pair = _Pair.of(request.pair)
-    call.eps = request.eps
+    if not supports(pair):
+        raise ValueError(f"backend 'cpu' does not know {pair}")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"`eps` must be finite and at least 0, got {eps}")
+    call.pair = _Pair.of(pair)
+    call.eps = eps
     call.threads = torch.get_num_threads()
     isa = INSTRUCTION_SETS.index(instruction_set())
     status = _library().comhe_sweep(ctypes.byref(call), isa)
@@ -210,10 +212,15 @@ def _sets_of(sizes: Numbers, scales: Numbers) -> _Sets:
     return _Sets(size_array, scale_array, sum(sizes))
 
 
-def _call_on_sets(request: SweepRequest, **pointers: int | None) -> None:
+def _run_on_sets(
+    request: SweepRequest | NearestRequest,
+    scales: Sequence[float],
+    pair: PairFunction,
+    **pointers: int | None,
+) -> None:
     points = request.points
     _check("points", points)
-    sets = _sets_of(Numbers.of(request.sizes), Numbers.of(request.scales))
+    sets = _sets_of(Numbers.of(request.sizes), Numbers.of(scales))
     if sets.num_rows != points.shape[0]:
         raise ValueError(
             f"`sizes` must be at least 0 and sum to {points.shape[0]}, got {list(request.sizes)}"
@@ -227,7 +234,7 @@ def _call_on_sets(request: SweepRequest, **pointers: int | None) -> None:
         dtype=DTYPES[points.dtype],
         **pointers,
     )
-    _run(call, request)
+    _run(call, pair, request.eps)
 
 
 def _sweep_sets(request: SweepRequest) -> SweepResult:
@@ -235,7 +242,8 @@ def _sweep_sets(request: SweepRequest) -> SweepResult:
     gradient = None
     if request.gradient:
         gradient = torch.empty(request.points.shape, dtype=torch.float32)
-    _call_on_sets(request, energy=energy.data_ptr(), gradient=_pointer(gradient))
+    pointers = dict(energy=energy.data_ptr(), gradient=_pointer(gradient))
+    _run_on_sets(request, request.scales, request.pair, **pointers)
     return SweepResult(energy, gradient)
 
 
@@ -258,8 +266,10 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor, gradient: Te
                 f"{rows.dtype} {tuple(rows.shape)}"
             )
     product = torch.empty(request.points.shape, dtype=torch.float32)
-    _call_on_sets(
+    _run_on_sets(
         request,
+        request.scales,
+        request.pair,
         tangents=tangents.data_ptr(),
         known_gradient=gradient.data_ptr(),
         product=product.data_ptr(),
@@ -271,6 +281,37 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor, gradient: Te
 def _sweep_columns(request: SweepRequest) -> SweepResult:
     rows, columns = request.points, request.columns
     assert columns is not None
+    if len(request.scales) != 1:
+        raise ValueError(f"a cross set has one scale, got {len(request.scales)}")
+    row_weights = _of_each("row_weights", request.row_weights, rows, torch.float32)
+    energy = torch.empty(1, dtype=torch.float32)
+    row_energies = torch.empty(len(rows), dtype=torch.float32) if request.row_energies else None
+    gradients = [
+        torch.empty(p.shape, dtype=torch.float32) if request.gradient else None
+        for p in (rows, columns)
+    ]
+    _run_on_columns(
+        request,
+        columns,
+        request.scales[0],
+        request.pair,
+        row_weights=_pointer(row_weights),
+        energy=energy.data_ptr(),
+        gradient=_pointer(gradients[0]),
+        columns_gradient=_pointer(gradients[1]),
+        row_energies=_pointer(row_energies),
+    )
+    return SweepResult(energy, gradients[0], gradients[1], row_energies)
+
+
+def _run_on_columns(
+    request: SweepRequest | NearestRequest,
+    columns: Tensor,
+    scale: float,
+    pair: PairFunction,
+    **pointers: int | None,
+) -> None:
+    rows = request.points
     _check("points", rows)
     _check("columns", columns)
     if columns.dtype != rows.dtype or columns.shape[1] != rows.shape[1]:
@@ -278,43 +319,30 @@ def _sweep_columns(request: SweepRequest) -> SweepResult:
             f"`columns` must have the dtype and width of `points`, got {columns.dtype} "
             f"{tuple(columns.shape)} and {rows.dtype} {tuple(rows.shape)}"
         )
-    if len(request.sizes) != 1 or request.sizes[0] != rows.shape[0] or len(request.scales) != 1:
+    if list(request.sizes) != [len(rows)]:
         raise ValueError(
-            f"rows against columns are one set of {rows.shape[0]} rows with one scale, got sizes "
-            f"{list(request.sizes)} and {len(request.scales)} scales"
+            f"rows against columns are one set of {len(rows)} rows, got sizes {list(request.sizes)}"
         )
     row_ids = _of_each("row_ids", request.row_ids, rows, torch.int32)
     column_ids = _of_each("column_ids", request.column_ids, columns, torch.int32)
     if (row_ids is None) != (column_ids is None):
         raise ValueError("`row_ids` and `column_ids` must be given both, or neither")
-    row_weights = _of_each("row_weights", request.row_weights, rows, torch.float32)
-    row_energies = torch.empty(len(rows), dtype=torch.float32) if request.row_energies else None
     sizes = (ctypes.c_int64 * 2)(len(rows), len(columns))
-    factor = ctypes.c_double(request.scales[0])
-    energy = torch.empty(1, dtype=torch.float32)
-    gradients = [
-        torch.empty(p.shape, dtype=torch.float32) if request.gradient else None
-        for p in (rows, columns)
-    ]
+    factor = ctypes.c_double(scale)
     call = _Call(
         points=rows.data_ptr(),
         columns=columns.data_ptr(),
         row_ids=_pointer(row_ids),
         column_ids=_pointer(column_ids),
-        row_weights=_pointer(row_weights),
         sizes=ctypes.addressof(sizes),
         scales=ctypes.addressof(factor),
-        energy=energy.data_ptr(),
-        gradient=_pointer(gradients[0]),
-        columns_gradient=_pointer(gradients[1]),
-        row_energies=_pointer(row_energies),
         cross=True,
         sets=2,
         k=rows.shape[1],
         dtype=DTYPES[rows.dtype],
+        **pointers,
     )
-    _run(call, request)
-    return SweepResult(energy, gradients[0], gradients[1], row_energies)
+    _run(call, pair, request.eps)
 
 
 def _of_each(name: str, values: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -332,3 +360,27 @@ def _of_each(name: str, values: Tensor | None, rows: Tensor, dtype: torch.dtype)
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+# any pair function without a tangent line: nothing is asked of it but whether it is folded
+_FOLDED = {
+    half_space: Riesz(0.0, min_distance=0.0, half_space=half_space) for half_space in (False, True)
+}
+
+
+def nearest(request: NearestRequest) -> Tensor:
+    """Find the nearest other row of each row, or its nearest column; see `NearestRequest`.
+
+    Pairs that are not near are told apart by their float32 cosines.
+
+    Returns:
+        int64 [T], the index in the set, or of the column; -1 for a row that meets nobody.
+    """
+    num_rows, pair = len(request.points), _FOLDED[request.half_space]
+    index = torch.empty(max(num_rows, 1), dtype=torch.int64)  # the library is asked by its pointer
+    if request.columns is None:
+        scales = (1.0,) * len(request.sizes)
+        _run_on_sets(request, scales, pair, nearest=index.data_ptr())
+    else:
+        _run_on_columns(request, request.columns, 1.0, pair, nearest=index.data_ptr())
+    return index[:num_rows]

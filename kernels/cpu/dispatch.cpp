@@ -36,11 +36,13 @@ bool valid(const Call &call) {
     if (call.sets < 0 || call.k < 1 || call.k > (1 << 24) || call.dtype < FLOAT32 || call.dtype > BFLOAT16)
         return false;
     if (!known(pair) || !(call.eps >= 0)) return false;
-    if (call.sets && (!call.sizes || !call.scales || !(call.energy || call.second_order))) return false;
+    const bool wanted = call.energy || call.second_order || call.nearest;
+    if (call.sets && !(call.sizes && call.scales && wanted)) return false;
+    if (call.nearest && (call.second_order || call.row_weights || call.row_energies)) return false;
     if (call.cross && (call.sets != 2 || call.second_order)) return false;
     int64_t rows = 0;
     for (int64_t s = 0; s < call.sets; s++) {
-        if (call.sizes[s] < 0) return false;
+        if (call.sizes[s] < 0 || (call.nearest && call.sizes[s] > INT32_MAX)) return false;
         rows += call.sizes[s];
     }
     if (call.second_order && rows && !(call.tangents && call.known_gradient && call.product)) return false;

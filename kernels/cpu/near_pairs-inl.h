@@ -245,12 +245,17 @@ void forget_near(Scratch &scratch, const Block &a, const Block &b) {
     memset(scratch.col_used, 0, reach(b));
 }
 
-template <class F> double repair(const F &f, const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
+// |d|^2 of all near pairs.
+void add_squares(const Sweep &sweep, Scratch &scratch, const Block &a, const Block &b) {
     for (int q = 0; q < sweep.kp; q += NR) {
         exact_rows(sweep, a, q, scratch.row_used, scratch.exact_rows);
         exact_rows(sweep, b, q, scratch.col_used, scratch.exact_cols);
         add_squares<false>(sweep, scratch, b, q);
     }
+}
+
+template <class F> double repair(const F &f, const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
+    add_squares(sweep, scratch, a, b);
     const double energy = near_function(f, sweep, scratch, a, b);
     for (int q = 0; q < sweep.kp && sweep.with_gradient; q += NR) {
         exact_rows(sweep, a, q, scratch.row_used, scratch.exact_rows);

@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 // To be raised with every change below that the caller has to know of, binding.py's own with it.
-constexpr int ABI_VERSION = 5;
+constexpr int ABI_VERSION = 6;
 
 enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
 enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -44,6 +44,8 @@ struct Call {
     const float *tangents;        // [sum(sizes), k]
     const float *known_gradient;  // what the sweep gave
     float *product;               // where the result goes
+    // instead of energy and gradient: the index in its set, or of the column, of the nearest of each row
+    int64_t *nearest;  // [rows], or null
     int64_t sets;
     int64_t k;
     double eps;

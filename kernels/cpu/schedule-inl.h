@@ -12,10 +12,11 @@
 // are a good part of all the work are shared in this way; the others go to one thread each.
 //
 // Read on in pair_function-inl.h, rows-inl.h, blocks-inl.h (where nearly all the time goes),
-// near_pairs-inl.h and hessian-inl.h; here follows the order of work.
+// near_pairs-inl.h, hessian-inl.h and nearest-inl.h; here follows the order of work.
 #pragma once
 #include "blocks-inl.h"
 #include "hessian-inl.h"
+#include "nearest-inl.h"
 #include "pair_function-inl.h"
 #include "rows-inl.h"
 #include "sweep-inl.h"
@@ -51,9 +52,11 @@ Functions choose(const Pair &pair) {
 
 // What a block goes through without another: the first stage and the last one.
 void perform_alone(const Sweep &sweep, Scratch &scratch, Block &block, int stage) {
-    if (stage) return (sweep.twice ? finish_twice : finish)(sweep, scratch, block);
+    const bool nearest = sweep.call.nearest;
+    if (stage) return (sweep.twice ? finish_twice : nearest ? finish_nearest : finish)(sweep, scratch, block);
     prepare(sweep, scratch, block);
     if (sweep.twice) prepare_twice(sweep, scratch, block);
+    if (nearest) prepare_nearest(block);
 }
 
 // Task a of a stage: stage 0 prepares blocks, the last one finishes them, rounds are in between.
@@ -103,6 +106,12 @@ void place(const Sweep &sweep, Block &block, int64_t n, Arena &arena) {
         block.weight = arena.take<float>(padded);
     }
     if (block.given_ids) block.ids = arena.take<int32_t>(padded);
+    if (sweep.call.nearest) {
+        block.cosine = arena.take<float>(padded);
+        block.squared = arena.take<double>(padded);
+        block.cosine_index = arena.take<int32_t>(padded);
+        block.squared_index = arena.take<int32_t>(padded);
+    }
     if (!sweep.twice) return;
     block.u_dot = arena.take<float>(capacity * sweep.kp);
     block.ut_dot = arena.take<float>(size_t(up(block.n, NR)) * sweep.k);
@@ -122,6 +131,10 @@ void place(const Sweep &sweep, Scratch &scratch, int largest_block, Arena &arena
     scratch.exact_cols = arena.take<Piece>(rows);
     scratch.row_force = arena.take<Piece>(rows);
     scratch.col_force = arena.take<Piece>(rows);
+    if (sweep.call.nearest) {
+        scratch.row_bound = arena.take<float>(rows);
+        scratch.other_bound = arena.take<float>(rows);
+    }
     if (!sweep.twice) return;
     scratch.c_dot = arena.take<float>(size_t(rows) * R);
     scratch.row_sums = arena.take<float>(size_t(rows) * VL);
@@ -174,8 +187,11 @@ int cut(const Sweep &sweep, Set &set, Block *blocks) {
     set.row = set.col = blocks;
     set.rows = set.cols = set.rounds =
         cut(sweep, blocks, call.points, output(sweep), call.row_ids, set.first, set.n, scale);
+    for (int a = 0; a < set.rows; a++) {
+        blocks[a].by_row = sweep.by_row;
+        blocks[a].nearest = call.nearest ? call.nearest + set.first + blocks[a].first : nullptr;
+    }
     if (!call.cross) return set.rows;
-    for (int a = 0; a < set.rows; a++) blocks[a].by_row = sweep.by_row;
     set.col = blocks + set.rows;
     set.cols = cut(sweep, set.col, call.columns, call.columns_gradient, call.column_ids, 0, set.m, scale);
     if (set.cols > set.rounds) set.rounds = set.cols;
@@ -229,11 +245,12 @@ void list_sets(Sweep &sweep) {
     int64_t first = 0;
     for (int64_t s = 0; s < call.sets; first += call.sizes[s++]) {
         const int64_t n = call.sizes[s];
-        if (n > 1 || (n == 1 && call.pair.half_space)) {
+        if (n > 1 || (n == 1 && call.pair.half_space && !call.nearest)) {
             sweep.sets[sweep.set_count++] = {first, n, n, call.scales[s], s};
             continue;
         }
-        if (!sweep.twice) call.energy[s] = 0;
+        if (call.nearest && n) call.nearest[first] = -1;
+        if (sweep.with_energy) call.energy[s] = 0;
         if (float *rows = output(sweep)) memset(rows + first * call.k, 0, sizeof(float) * n * call.k);
     }
     qsort(sweep.sets, sweep.set_count, sizeof(Set), [](const void *x, const void *y) {
@@ -282,7 +299,7 @@ Status allocate_and_work(Sweep &sweep, Block *blocks, Scratch *scratch) {
             work(sweep, scratch[__atomic_fetch_add(&started, 1, __ATOMIC_RELAXED)]);
         }
     }
-    for (const Set *set = sets; set < end && !sweep.twice; set++) {
+    for (const Set *set = sets; set < end && sweep.with_energy; set++) {
         double total = 0;
         for (int a = 0; a < set->rows; a++) total += set->row[a].energy;
         for (int b = 0; b < set->cols && set->col != set->row; b++) total += set->col[b].energy;
@@ -309,6 +326,7 @@ __attribute__((noinline)) Status set_up_and_work(const Call &call) {
     sweep.call = call;
     sweep.twice = call.second_order;
     sweep.most_rows = sweep.twice ? R_TWICE : R;
+    sweep.with_energy = !sweep.twice && !call.nearest;
     sweep.with_gradient = sweep.twice || call.gradient || call.columns_gradient;
     sweep.k = int(call.k);
     sweep.kp = up(call.k, LEAST);
@@ -320,7 +338,8 @@ __attribute__((noinline)) Status set_up_and_work(const Call &call) {
     sweep.closeness_mask = pair.half_space || pair.angular ? 0x7fffffff : -1;
     sweep.by_row = call.row_energies || call.row_weights;
     sweep.functions = choose(pair);
-    sweep.meet = sweep.twice    ? sweep.functions.meet_twice
+    sweep.meet = call.nearest   ? choose_nearest(pair.half_space, !call.cross)
+                 : sweep.twice  ? sweep.functions.meet_twice
                  : sweep.by_row ? sweep.functions.meet_by_row
                                 : sweep.functions.meet;
 

@@ -55,6 +55,12 @@ struct Block {
     double *row_energy;  // E_i
     float *weight;
 
+    // nearest rows
+    int64_t *nearest;                       // where the result goes, or null
+    float *cosine;                          // the largest with a row that is not near
+    double *squared;                        // the least squared distance from a near one
+    int32_t *cosine_index, *squared_index;  // of these rows in the set
+
     // second order alone; _dot is the derivative along the tangents
     const float *tangent, *known_gradient;  // the block's part of the caller's
     float *u_dot, *ut_dot;                  // v. as u and ut have v
@@ -92,6 +98,8 @@ struct Scratch {
     float *raw;          // [kp] a row
     double *g;           // [kp] G of a row
     char *memory;        // for the blocks of a set that this thread sees to alone
+    // nearest rows: what the cosines of a meeting have to exceed; a block with itself has one for both
+    float *row_bound, *col_bound, *other_bound;
     char *row_energies;  // of the rows of a block with the columns that it meets, each one F::Energies
     NearPatch *patches;  // as many as two blocks can have
     int patch_count;
@@ -115,7 +123,7 @@ struct Functions {
 struct Sweep {
     Call call;
     int k, kp;
-    bool with_gradient;
+    bool with_energy, with_gradient;
     bool twice;   // second order
     bool by_row;  // the energies of a cross set are kept row by row
     int most_rows;  // of a block

@@ -100,6 +100,49 @@ INLINE double sum(vd x) {
     return total[0];
 }
 
+// The larger ones; x is left out where it is NaN.
+INLINE vf maximum(vf x, vf y) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_max_ps(-1, (__m512)x, (__m512)y);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)x, (__m256)y);
+#elif defined(NEON)
+    return (vf)vmaxnmq_f32((float32x4_t)x, (float32x4_t)y);
+#else
+    return x > y ? x : y;
+#endif
+}
+
+INLINE float largest(vf x) {
+#if defined(__AVX512F__)
+    const __m256 half = _mm256_max_ps(*(__m256 *)&x, *((__m256 *)&x + 1));
+#elif defined(__AVX2__)
+    const __m256 half = (__m256)x;
+#endif
+#if defined(__AVX2__)
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+#else
+    float most = x[0];
+    for (int l = 1; l < VL; l++) most = x[l] > most ? x[l] : most;
+    return most;
+#endif
+}
+
+// A bit for each lane of a mask.
+INLINE uint32_t bits(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask);
+#else
+    uint32_t set = 0;
+    for (int l = 0; l < VL; l++) set |= uint32_t(mask[l] & 1) << l;
+    return set;
+#endif
+}
+
 // Whether a mask has a lane set.
 INLINE bool any(vi mask) {
 #if defined(__AVX512F__)

@@ -121,13 +121,19 @@ void push(Rows<T> &rows, size_t i, const Rows<T> &others, size_t j, T coefficien
     }
 }
 
-template <class T> T meet(const Pair &pair, Rows<T> &a, size_t i, Rows<T> &b, size_t j, double scale) {
-    T near = a.deficit[i] + b.deficit[j], far = near, first, far_first = 0, e;
+// near = 2 - 2c and far = 2 + 2c.
+template <class T> void squares(const Rows<T> &a, size_t i, const Rows<T> &b, size_t j, T &near, T &far) {
+    near = far = a.deficit[i] + b.deficit[j];
     for (int q = 0; q < a.k; q++) {
         const T v = a.v[i * a.k + q], w = b.v[j * a.k + q];
         near = near + (v - w) * (v - w);
         far = far + (v + w) * (v + w);
     }
+}
+
+template <class T> T meet(const Pair &pair, Rows<T> &a, size_t i, Rows<T> &b, size_t j, double scale) {
+    T near, far, first, far_first = 0, e;
+    squares(a, i, b, j, near, far);
     e = one_end(pair, near, far, first);
     if (pair.half_space) e = e + one_end(pair, far, near, far_first);
     const T coefficient = scale * (first - far_first);
@@ -347,6 +353,49 @@ void check_cross(std::string name, Call call, int kind, int64_t n, int64_t m) {
     report(name, energies, gradients, {});
 }
 
+// Squared distances of the rows that are called nearest, beside the least ones. A set, or n rows and m others.
+void check_nearest(std::string name, Call call, int kind, int64_t n, int64_t m) {
+    const int64_t sizes[] = {n, m};
+    const double scales[] = {1, 1};
+    std::vector<float> x = make_rows(kind, n, call.k), y = make_rows(kind, m, call.k);
+    const std::vector<char> points = stored(x, call.dtype), columns = stored(y, call.dtype);
+    std::vector<int32_t> ids;
+    for (int64_t i = 0; i < n + m; i++) ids.push_back(int32_t(i < n ? i : 2 * (i - n)));
+    std::vector<int64_t> nearest(n);
+    call.points = points.data();
+    call.sets = m ? 2 : 1;
+    call.cross = m > 0;
+    if (m) {
+        call.columns = columns.data();
+        call.row_ids = ids.data();
+        call.column_ids = ids.data() + n;
+    }
+    call.sizes = sizes;
+    call.scales = scales;
+    call.nearest = nearest.data();
+    run(call);
+    const std::vector<float> &others = m ? y : x;
+    Rows<double> a({x.begin(), x.end()}, call.k, call.eps), b({others.begin(), others.end()}, call.k, call.eps);
+    std::vector<float> found;
+    std::vector<double> least;
+    for (int64_t i = 0; i < n; i++) {
+        double best = INFINITY, at_index = NAN;
+        for (int64_t j = 0; j < (m ? m : n); j++) {
+            if (m ? ids[i] == ids[n + j] : i == j) continue;
+            double near, far;
+            squares(a, i, b, j, near, far);
+            if (call.pair.half_space) near = fmin(near, far);
+            best = fmin(best, near);
+            if (j == nearest[i]) at_index = near;
+        }
+        found.push_back(float(at_index));
+        least.push_back(best);
+    }
+    Part distances = {};
+    distances.add(found.data(), least, 1e-30);
+    report(name, distances, {}, {});
+}
+
 Pair pair_of(int function, double parameter, double at, bool half_space, bool angular) {
     Pair pair = {};
     pair.function = function;
@@ -397,6 +446,9 @@ int main(int argc, char **argv) {
                     const bool blocks = kind == RANDOM;  // 330 rows make two
                     check_sets(name, call, kind, blocks ? sizes_of_blocks : sizes_of_sets);
                     check_cross("cross-" + name, call, kind, 57, 90);
+                    if (f.function != RIESZ || f.parameter || form & 2) continue;
+                    check_nearest("nearest-" + name, call, kind, 330, 0);
+                    check_nearest("nearest-cross-" + name, call, kind, 57, 90);
                 }
     usual.k = 300;  // columns are summed in parts, and rows are shared by threads
     usual.threads = 2;

@@ -148,6 +148,16 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         if (call.row_energies) written(call.row_energies, first, finite);
         if (gradient) written(call.gradient, first * call.k, finite);
         if (gradient && cross) written(call.columns_gradient, second * call.k, finite);
+        Call closest = call;
+        closest.row_weights = nullptr;
+        closest.row_energies = nullptr;
+        closest.nearest = (int64_t *)poisoned(2 * first);
+        require(!first || comhe_sweep(&closest, isa) == OK);
+        for (int64_t i = 0, s = 0, end = sizes[0]; i < first; i++) {
+            while (!cross && i == end) end += sizes[++s];
+            require(closest.nearest[i] >= -1 && closest.nearest[i] < (cross ? second : sizes[s]));
+        }
+        free(closest.nearest);
         if (gradient && !cross) {
             Call twice = call;
             twice.second_order = 1;
