@@ -8,7 +8,7 @@ A backend is a module with
     sweep(request)     -> SweepResult
     hessian_vector_product(request, tangents, gradient)   where it offers `second_order`
     nearest(request)   -> index of the nearest other row of each row, where it offers `nearest`
-    angle_difference(rows, projected, angle, rows_gradient)   where it offers `angle_difference`
+    angle_difference(rows, projected, ...)   where it offers `angle_difference`
 
 Backend "torch" offers all of them, and cross_hessian_vector_product besides, for every backend.
 """
@@ -157,7 +157,12 @@ class Backend(Protocol):
         ...
 
     def angle_difference(
-        self, rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        self,
+        rows: Tensor,
+        projected: Tensor,
+        angle: bool,
+        rows_gradient: bool,
+        projected_gradient: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See `kernels.portable.angle_loss.sweep`."""
         ...

@@ -72,11 +72,11 @@ class _Space:
         return ((self.force - self.v * along) * (2.0 * self.inv_nu)).to(self.v.dtype)
 
     def gradient_dot(self) -> Tensor:
-        """Differentiate `gradient` along the tangents."""
-        along = (self.v * self.force).sum(1, keepdim=True)
+        """Differentiate `gradient` along the tangents; without any, the force does not matter."""
         along_dot = (self.v * self.force_dot).sum(1, keepdim=True)
         product = self.force_dot
         if self.v_dot is not None:
+            along = (self.v * self.force).sum(1, keepdim=True)
             along_dot += (self.v_dot * self.force).sum(1, keepdim=True)
             gradient = self.force - self.v * along
             product = product - self.v_dot * along - gradient * self.tau * self.inv_nu
@@ -152,34 +152,42 @@ def _near(
 
 
 def sweep(
-    rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    rows: Tensor,
+    projected: Tensor,
+    angle: bool,
+    rows_gradient: bool,
+    projected_gradient: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Sum phi over the ordered pairs of each set, and compute its gradient in both arguments.
 
     Args:
         rows: [M, N, d], M sets of raw rows.
         projected: [M, N, k], the same rows projected.
         angle: compare angles, not cosines.
-        rows_gradient: without it the larger part of the work, the gradient in `rows`, is left out.
+        rows_gradient, projected_gradient: which of both are wanted. That in `rows` is the larger
+            part of the work.
 
     Returns:
-        [M], [M, N, d] (or None) and [M, N, k], float32, float64 where an argument is.
+        [M], [M, N, d] and [M, N, k], float32, float64 where an argument is; None for a gradient
+        that is not wanted.
     """
     dtype = torch.promote_types(torch.float32, torch.promote_types(rows.dtype, projected.dtype))
     spaces = [_Space(points, None, dtype) for points in (rows, projected)]
+    wanted = (rows_gradient, projected_gradient)
     total = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     for tile in symmetric_tiles([rows.shape[1]] * rows.shape[0], block_of(rows)):
         phi, near = _tile(tile, spaces, angle)
         total[tile.run.sets] += phi.value.sum((1, 2)).double() * (1.0 if tile.diagonal else 2.0)
-        if rows_gradient:
-            _add_force(spaces[0].force, phi.a, spaces[0].v, tile)
-        _add_force(spaces[1].force, phi.b, spaces[1].v, tile)
+        for space, slope, in_demand in zip(spaces, (phi.a, phi.b), wanted, strict=True):
+            if in_demand:
+                _add_force(space.force, slope, space.v, tile)
         for exact, pairs in _near(near, tile, spaces):
             total.index_put_((pairs[0].set,), 2.0 * exact.value.squeeze(1), accumulate=True)
             for space, slope, pair in zip(spaces, (exact.a, exact.b), pairs, strict=True):
                 push_apart(space.force, pair, slope * pair.apart)
     to_rows = spaces[0].gradient().view(rows.shape) if rows_gradient else None
-    return total.to(dtype), to_rows, spaces[1].gradient().view(projected.shape)
+    to_projected = spaces[1].gradient().view(projected.shape) if projected_gradient else None
+    return total.to(dtype), to_rows, to_projected
 
 
 def hessian_vector_product(
@@ -209,10 +217,10 @@ def hessian_vector_product(
                 slope_dot.diagonal(dim1=1, dim2=2).zero_()
             if near is not None:
                 slope_dot.masked_fill_(near, 0.0)
-            _add_force(space.force, slope, space.v, tile)
             _add_force(space.force_dot, slope_dot, space.v, tile)
             if space.v_dot is not None:
                 _add_force(space.force_dot, slope, space.v_dot, tile)
+                _add_force(space.force, slope, space.v, tile)
         for exact, pairs in _near(near, tile, spaces):
             aparts, dots = zip(
                 *[s.exact_dots(p) for s, p in zip(spaces, pairs, strict=True)], strict=True
