@@ -136,18 +136,24 @@ def group_energy(
 def angle_preserving_loss(weight: Tensor, projection: Tensor, kind: str = "cosine") -> Tensor:
     """Average |cos(P_c W) - cos(W)| over P_c, or the sum of squared differences of angles."""
     weight, projection = weight.double(), projection.double()
-    i, j = torch.triu_indices(weight.shape[0], weight.shape[0], offset=1, device=weight.device)
+    sums = [angle_difference(weight, weight @ p.mT, kind) for p in projection]
+    return torch.stack([_sqrt(x) for x in sums] if kind == "cosine" else sums).mean()
+
+
+def angle_difference(rows: Tensor, projected: Tensor, kind: str = "cosine") -> Tensor:
+    """Sum the squared differences of cosines or angles in two spaces over the ordered pairs."""
+    i, j = torch.triu_indices(rows.shape[0], rows.shape[0], offset=1, device=rows.device)
 
     def compare(rows: Tensor) -> Tensor:
-        norm = rows.norm(dim=1, keepdim=True)
+        norm = rows.double().norm(dim=1, keepdim=True)
         v = torch.where(norm > 0, rows / torch.where(norm > 0, norm, 1.0), 0.0)
         one = torch.ones((), dtype=v.dtype, device=v.device)
-        near = _difference(v[i], v[j], one, one).square().sum(1)
-        far = _difference(v[i], -v[j], one, one).square().sum(1)
+        dead = (norm == 0).double().sum(1)  # orthogonal to all, another dead row too
+        near = _difference(v[i], v[j], one, one).square().sum(1) + dead[i] + dead[j]
+        far = _difference(v[i], -v[j], one, one).square().sum(1) + dead[i] + dead[j]
         return (far - near) / 4 if kind == "cosine" else 2 * torch.atan2(_sqrt(near), _sqrt(far))
 
-    sums = [2 * (compare(weight @ p.mT) - compare(weight)).square().sum() for p in projection]
-    return torch.stack([_sqrt(x) for x in sums] if kind == "cosine" else sums).mean()
+    return 2 * (compare(projected) - compare(rows)).square().sum()
 
 
 # --- for large N ----------------------------------------------------------------------------------

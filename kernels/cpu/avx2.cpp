@@ -1,2 +1,3 @@
 #define ISA avx2
+#include "angle_schedule-inl.h"
 #include "schedule-inl.h"

@@ -1,2 +1,3 @@
 #define ISA avx512
+#include "angle_schedule-inl.h"
 #include "schedule-inl.h"

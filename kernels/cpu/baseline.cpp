@@ -1,2 +1,3 @@
 #define ISA baseline
+#include "angle_schedule-inl.h"
 #include "schedule-inl.h"

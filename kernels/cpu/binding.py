@@ -18,7 +18,7 @@ from ..sweep import NearestRequest, Numbers, Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
-ABI_VERSION = 6
+ABI_VERSION = 7
 # those of this architecture, in the order of the C enum
 INSTRUCTION_SETS: tuple[str, ...] = ("baseline", "avx2", "avx512")
 if platform.machine() in ("aarch64", "arm64", "ARM64"):
@@ -31,7 +31,9 @@ _MISSING = (
 _REBUILD = "reinstall comhe-ext, or rebuild a checkout: pip install -e ."
 
 
-OFFERS = Offers(cross=True, nearest=True, second_order=True, max_columns=1 << 24)
+OFFERS = Offers(
+    cross=True, nearest=True, angle_difference=True, second_order=True, max_columns=1 << 24
+)
 
 
 class _Tangent(ctypes.Structure):
@@ -87,6 +89,25 @@ class _Call(ctypes.Structure):
     ]
 
 
+class _AngleCall(ctypes.Structure):
+    _fields_ = [
+        ("rows", ctypes.c_void_p),
+        ("projected", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+        ("to_rows", ctypes.c_void_p),
+        ("to_projected", ctypes.c_void_p),
+        ("sets", ctypes.c_int64),
+        ("projections", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("d", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("rows_dtype", ctypes.c_int32),
+        ("projected_dtype", ctypes.c_int32),
+        ("angle", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
 @cache
 def _library() -> ctypes.CDLL:
     """Load the library; OSError where it does not load, or is not of these sources."""
@@ -94,6 +115,7 @@ def _library() -> ctypes.CDLL:
     try:
         theirs = library.comhe_abi_version(), library.comhe_call_bytes()
         library.comhe_sweep.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
+        library.comhe_angle_difference.argtypes = [ctypes.POINTER(_AngleCall), ctypes.c_int]
         library.comhe_supports.argtypes = [ctypes.c_int]
         library.comhe_best_isa.argtypes = []
     except AttributeError as error:
@@ -177,7 +199,11 @@ def _run(call: _Call, pair: PairFunction, eps: float) -> None:
     call.eps = eps
     call.threads = torch.get_num_threads()
     isa = INSTRUCTION_SETS.index(instruction_set())
-    status = _library().comhe_sweep(ctypes.byref(call), isa)
+    _raise_for(_library().comhe_sweep(ctypes.byref(call), isa))
+
+
+def _raise_for(status: int) -> None:
+    """Raise what the library's status means, if it is not 0."""
     if status == 2:
         raise MemoryError("the CPU kernel could not allocate its workspace")
     if status:
@@ -384,3 +410,61 @@ def nearest(request: NearestRequest) -> Tensor:
     else:
         _run_on_columns(request, request.columns, 1.0, pair, nearest=index.data_ptr())
     return index[:num_rows]
+
+
+def angle_difference(
+    rows: Tensor,
+    projected: Tensor,
+    angle: bool,
+    rows_gradient: bool,
+    projected_gradient: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sum the squared differences of cosines or angles; see `kernels.portable.angle_loss.sweep`.
+
+    Args:
+        rows: [M, N, d], float32, float16 or bfloat16. Where it is one set, expanded to M, its
+            cosines are computed once.
+        projected: [M, N, k], likewise.
+        angle: compare angles, not cosines.
+        rows_gradient, projected_gradient: without either, what only it needs is left out.
+
+    Returns:
+        float32: [M], [M, N, d] and [M, N, k], None for a gradient that is left out.
+    """
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(reason)
+    sets, n, d = rows.shape
+    make = torch.empty if n > 1 else torch.zeros  # without pairs there is nothing to do
+    total = make(sets, dtype=torch.float32)
+    gradients = [
+        make(x.shape, dtype=torch.float32) if wanted else None
+        for x, wanted in ((rows, rows_gradient), (projected, projected_gradient))
+    ]
+    if n < 2 or sets == 0:
+        return total, gradients[0], gradients[1]
+    one_set = rows.stride(0) == 0
+    rows = (rows[:1] if one_set else rows).contiguous()
+    projected = projected.contiguous()
+    _check("rows", rows.flatten(0, 1))
+    _check("projected", projected.flatten(0, 1))
+    pointers = [None if x is None else x.data_ptr() for x in gradients]
+    call = _AngleCall(
+        rows=rows.data_ptr(),
+        projected=projected.data_ptr(),
+        total=total.data_ptr(),
+        to_rows=pointers[0],
+        to_projected=pointers[1],
+        sets=rows.shape[0],
+        projections=sets // rows.shape[0],
+        n=n,
+        d=d,
+        k=projected.shape[2],
+        rows_dtype=DTYPES[rows.dtype],
+        projected_dtype=DTYPES[projected.dtype],
+        angle=angle,
+        threads=torch.get_num_threads(),
+    )
+    isa = INSTRUCTION_SETS.index(instruction_set())
+    _raise_for(_library().comhe_angle_difference(ctypes.byref(call), isa))
+    return total, gradients[0], gradients[1]

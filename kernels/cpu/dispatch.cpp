@@ -31,10 +31,13 @@ bool known(const Pair &pair) {
     return (pair.function == RIESZ && p >= 0) || (pair.function == GAUSSIAN && p > 0);
 }
 
+bool valid(int64_t columns, int32_t dtype) {
+    return columns >= 1 && columns <= (1 << 24) && dtype >= FLOAT32 && dtype <= BFLOAT16;
+}
+
 bool valid(const Call &call) {
     const Pair &pair = call.pair;
-    if (call.sets < 0 || call.k < 1 || call.k > (1 << 24) || call.dtype < FLOAT32 || call.dtype > BFLOAT16)
-        return false;
+    if (call.sets < 0 || !valid(call.k, call.dtype)) return false;
     if (!known(pair) || !(call.eps >= 0)) return false;
     const bool wanted = call.energy || call.second_order || call.nearest;
     if (call.sets && !(call.sizes && call.scales && wanted)) return false;
@@ -49,6 +52,23 @@ bool valid(const Call &call) {
     if (!call.cross) return (call.points || !rows) && !call.row_weights && !call.row_energies;
     const int64_t n = call.sizes[0], m = call.sizes[1];
     return (call.points || !n) && (call.columns || !m) && (!n || !m || !call.row_ids == !call.column_ids);
+}
+
+bool valid(const AngleCall &call) {
+    return valid(call.d, call.rows_dtype) && valid(call.k, call.projected_dtype) && call.n >= 2 && call.sets >= 1 &&
+           call.projections >= 1 && call.rows && call.projected && call.total;
+}
+
+// The kernel of an instruction set that is here.
+template <class AnyCall> Status run(const AnyCall &call, int isa) {
+    if (!supported(isa)) return UNSUPPORTED;
+#if defined(__x86_64__)
+    if (isa == AVX512) return avx512::run(call);
+    if (isa == AVX2) return avx2::run(call);
+#elif defined(__aarch64__)
+    if (isa == NEON) return neon::run(call);
+#endif
+    return baseline::run(call);
 }
 
 }  // namespace
@@ -72,14 +92,10 @@ __attribute__((visibility("default"))) int comhe_best_isa() {
 }
 
 __attribute__((visibility("default"))) int comhe_sweep(const Call *call, int isa) {
-    if (!call || !valid(*call)) return BAD_ARGUMENT;
-    if (!supported(isa)) return UNSUPPORTED;
-#if defined(__x86_64__)
-    if (isa == AVX512) return avx512::run(*call);
-    if (isa == AVX2) return avx2::run(*call);
-#elif defined(__aarch64__)
-    if (isa == NEON) return neon::run(*call);
-#endif
-    return baseline::run(*call);
+    return call && valid(*call) ? run(*call, isa) : BAD_ARGUMENT;
+}
+
+__attribute__((visibility("default"))) int comhe_angle_difference(const AngleCall *call, int isa) {
+    return call && valid(*call) ? run(*call, isa) : BAD_ARGUMENT;
 }
 }

@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 // To be raised with every change below that the caller has to know of, binding.py's own with it.
-constexpr int ABI_VERSION = 6;
+constexpr int ABI_VERSION = 7;
 
 enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
 enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -56,7 +56,22 @@ struct Call {
     int32_t second_order;
 };
 
-namespace avx512 { Status run(const Call &); }
-namespace avx2 { Status run(const Call &); }
-namespace neon { Status run(const Call &); }
-namespace baseline { Status run(const Call &); }
+// The difference of the cosines, or of the angles, of rows in two spaces; see angle_difference-inl.h.
+struct AngleCall {
+    const void *rows;       // [sets, n, d]
+    const void *projected;  // [sets, projections, n, k]
+    float *total;           // [sets, projections]
+    float *to_rows;         // gradients: [sets, projections, n, d] and like `projected`, or null
+    float *to_projected;
+    int64_t sets;
+    int64_t projections;  // of each set of rows
+    int64_t n, d, k;
+    int32_t rows_dtype, projected_dtype;
+    int32_t angle;
+    int32_t threads;
+};
+
+namespace avx512 { Status run(const Call &); Status run(const AngleCall &); }
+namespace avx2 { Status run(const Call &); Status run(const AngleCall &); }
+namespace neon { Status run(const Call &); Status run(const AngleCall &); }
+namespace baseline { Status run(const Call &); Status run(const AngleCall &); }

@@ -14,7 +14,7 @@ namespace ISA {
 namespace {
 
 constexpr int R = 288;                         // most rows of a block
-constexpr int R_TWICE = 192;                   // at second order, where there are two matrices of R x R
+constexpr int R_TWICE = 192;                   // at second order and in two spaces, where there are more matrices of R x R
 constexpr int LEAST = VL == 16 ? VL / 2 : VL;  // columns of the narrowest strip
 constexpr int KC = 256;                        // columns that stay in cache while cosines are summed
 // Of n random rows' G the projection leaves about 1 / sqrt(n / k) in half space, and a few times more in
