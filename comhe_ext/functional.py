@@ -341,9 +341,16 @@ def angle_preserving_loss(
 def angle_differences(sets: Tensor, projection: Tensor, kind: str) -> Tensor:
     """Squared differences summed over ordered pairs, of sets [V, N, d] -> [V, C]."""
     rows = sets.to(compute_dtype(sets, projection))
-    projected = project(sets, projection).unbind(1)
-    totals = [angle_loss.angle_difference(rows, points, kind == "angle") for points in projected]
-    return torch.stack(totals, 1)
+    projected = project(sets, projection)
+    count, angle = projection.shape[0], kind == "angle"
+    # all projections of a set share its cosines; many sets are worth fewer calls
+    by_set = 0 < rows.shape[0] <= count
+    if by_set:
+        pairs = [(x.expand(count, *x.shape), y) for x, y in zip(rows, projected, strict=True)]
+    else:
+        pairs = [(rows, y) for y in projected.unbind(1)]
+    totals = [angle_loss.angle_difference(x, y, angle) for x, y in pairs]
+    return torch.stack(totals, 0 if by_set else 1)
 
 
 def _split_columns(

@@ -4,10 +4,13 @@
     comhe_ext::angle_difference_hvp  rows, projected, tangents of both -> like rows, like projected
 
 S is a number a set, so its gradient comes out of the forward sweep, and the backward only scales
-it; both modes and the second derivatives are made as in `comhe_ext.operators.energy`.
+it; both modes and the second derivatives are made as in `comhe_ext.operators.energy`. A gradient
+that nobody asks for is left out; where it would be, there is an empty tensor.
+
+Rows may be one set, expanded to M: its cosines are then computed once for all of its projections.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,16 +59,48 @@ def _check_tangents(
         check_like("projected_tangents", projected_tangents, "projected", projected)
 
 
+def _set_by_set(
+    function: Callable[..., Sequence[Tensor | None]],
+    tensors: Sequence[Tensor | None],
+    *rest: bool,
+) -> Sequence[Tensor | None]:
+    """Call a function of M sets, of one set at a time where all have the same rows, expanded.
+
+    The portable tiles would make a copy of them for each of its projections.
+    """
+    rows = tensors[0]
+    assert rows is not None
+    if rows.shape[0] < 2 or rows.stride(0) != 0:
+        return function(*tensors, *rest)
+    sets = [[None] * len(rows) if x is None else x.split(1) for x in tensors]
+    results = [function(*one, *rest) for one in zip(*sets, strict=True)]
+    return [None if x[0] is None else torch.cat(x) for x in zip(*results, strict=True)]
+
+
 @define(
-    "angle_difference(Tensor rows, Tensor projected, bool angle, bool rows_gradient) "
-    "-> (Tensor, Tensor, Tensor)"
+    "angle_difference(Tensor rows, Tensor projected, bool angle, bool rows_gradient, "
+    "bool projected_gradient=True) -> (Tensor, Tensor, Tensor)"
 )
 def _angle_difference(
-    rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
+    rows: Tensor,
+    projected: Tensor,
+    angle: bool,
+    rows_gradient: bool,
+    projected_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(rows, projected)
-    total, to_rows, to_projected = angle_loss.sweep(rows, projected, angle, rows_gradient)
-    return total, to_projected.new_empty(0) if to_rows is None else to_rows, to_projected
+    columns = max(rows.shape[2], projected.shape[2])
+    dtype = compute_dtype(rows, projected)
+    name = backends.choose(None, None, rows.device, dtype, columns, "angle_difference")
+    arguments = angle, rows_gradient, projected_gradient
+    if name == "torch":
+        total, *gradients = _set_by_set(angle_loss.sweep, (rows, projected), *arguments)
+    else:
+        sweep = backends.load(name).angle_difference
+        total, *gradients = sweep(rows, projected, *arguments)
+    assert total is not None
+    to_rows, to_projected = (total.new_empty(0) if x is None else x for x in gradients)
+    return total, to_rows, to_projected
 
 
 @define(
@@ -80,21 +115,27 @@ def _angle_difference_hvp(
     angle: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_tangents(rows, projected, rows_tangents, projected_tangents)
-    return angle_loss.hessian_vector_product(
-        rows, projected, rows_tangents, projected_tangents, angle
-    )
+    tensors = (rows, projected, rows_tangents, projected_tangents)
+    to_rows, to_projected = _set_by_set(angle_loss.hessian_vector_product, tensors, angle)
+    assert to_rows is not None
+    assert to_projected is not None
+    return to_rows, to_projected
 
 
 @torch.library.register_fake("comhe_ext::angle_difference", lib=LIBRARY)
 def _(
-    rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
+    rows: Tensor,
+    projected: Tensor,
+    angle: bool,
+    rows_gradient: bool,
+    projected_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(rows, projected)
     dtype = compute_dtype(rows, projected)
     return (
         rows.new_empty(rows.shape[0], dtype=dtype),
         rows.new_empty(rows.shape if rows_gradient else (0,), dtype=dtype),
-        projected.new_empty(projected.shape, dtype=dtype),
+        projected.new_empty(projected.shape if projected_gradient else (0,), dtype=dtype),
     )
 
 
@@ -125,16 +166,16 @@ class _AngleDifference(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool
+        rows: Tensor, projected: Tensor, angle: bool, rows_gradient: bool, projected_gradient: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         total, to_rows, to_projected = torch.ops.comhe_ext.angle_difference(
-            rows, projected, angle, rows_gradient
+            rows, projected, angle, rows_gradient, projected_gradient
         )
         return total, to_rows, to_projected
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        rows, projected, ctx.angle, ctx.rows_gradient = inputs
+        rows, projected, ctx.angle, *ctx.wanted = inputs
         ctx.mark_non_differentiable(*output[1:])
         allow_missing_gradients(ctx)
         ctx.save_for_backward(rows, projected, *output[1:])
@@ -142,7 +183,7 @@ class _AngleDifference(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_total is None:
-            return None, None, None, None
+            return None, None, None, None, None
         rows, projected, to_rows, to_projected = ctx.saved_tensors
         # as for an energy: without grad mode or tangents the values are enough
         if torch.is_grad_enabled() or forward_mode():
@@ -150,8 +191,9 @@ class _AngleDifference(torch.autograd.Function):
             to_rows, to_projected = _Gradient.apply(rows, projected, *gradients, ctx.angle)
         factor = grad_total[:, None, None]
         return (
-            (to_rows * factor).to(rows.dtype) if ctx.rows_gradient else None,
-            (to_projected * factor).to(projected.dtype),
+            (to_rows * factor).to(rows.dtype) if ctx.wanted[0] else None,
+            (to_projected * factor).to(projected.dtype) if ctx.wanted[1] else None,
+            None,
             None,
             None,
         )
@@ -202,17 +244,18 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        rows, projected, to_rows, _, ctx.angle = inputs
-        # left out where the rows are constant
-        ctx.rows_gradient = to_rows.dim() == rows.dim()
+        rows, projected, to_rows, to_projected, ctx.angle = inputs
+        # which are not left out
+        ctx.made = to_rows.dim() == rows.dim(), to_projected.dim() == projected.dim()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, projected)
         ctx.save_for_forward(rows, projected)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not ctx.rows_gradient:
-            cotangents = (None, cotangents[1])
+        cotangents = tuple(
+            x if made else None for x, made in zip(cotangents, ctx.made, strict=True)
+        )
         points = ctx.saved_tensors
         products = _HessianProducts.apply(*_final(points), *cotangents, ctx.angle)
         to_rows, to_projected = (
@@ -225,10 +268,12 @@ class _Gradient(torch.autograd.Function):
     def jvp(
         ctx: Any, rows: Tensor, projected: Tensor, *tangents: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        to_rows, to_projected = _HessianProducts.apply(
-            *_final((rows, projected)), *tangents[:2], ctx.angle
+        products = _HessianProducts.apply(*_final((rows, projected)), *tangents[:2], ctx.angle)
+        to_rows, to_projected = (
+            product if made else product.new_zeros(0)
+            for product, made in zip(products, ctx.made, strict=True)
         )
-        return to_rows if ctx.rows_gradient else to_rows.new_zeros(0), to_projected
+        return to_rows, to_projected
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
@@ -292,5 +337,6 @@ def angle_difference(rows: Tensor, projected: Tensor, angle: bool) -> Tensor:
     """Squared differences of cosines or angles, summed over ordered pairs, of M sets -> [M]."""
     if forward_mode():
         leave_trace()
-        return _AngleDifferenceWithTangents.apply(rows, projected, angle, True)[0]
-    return apply(_AngleDifference, rows, projected, angle, differentiated(rows))[0]
+        return _AngleDifferenceWithTangents.apply(rows, projected, angle, True, True)[0]
+    wanted = differentiated(rows), differentiated(projected)
+    return apply(_AngleDifference, rows, projected, angle, *wanted)[0]

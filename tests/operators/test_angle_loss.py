@@ -1,9 +1,13 @@
 """The angle-preserving loss: value, both gradients and second order against the dense float64."""
 
+import itertools
+
 import pytest
 import torch
 
 import comhe_ext
+from comhe_ext import backends
+from comhe_ext.operators import angle_loss
 from comhe_ext.testing import collapsed_rows, paired_rows, random_rows, reference, relative_error
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
@@ -214,9 +218,97 @@ def test_opcheck():
         op = torch.ops.comhe_ext.angle_difference.default
         torch.library.opcheck(op, (rows, projected, angle, True))
         torch.library.opcheck(op, (rows, projected, angle, False))
+        torch.library.opcheck(op, (rows, projected, angle, True, False))
+        torch.library.opcheck(op, (rows[:1].expand(4, 5, 3), projected, angle, False, False))
         op = torch.ops.comhe_ext.angle_difference_hvp.default
         torch.library.opcheck(op, (rows, projected, rows.flip(1), None, angle))
         torch.library.opcheck(op, (rows, projected, None, projected.flip(1), angle))
+        torch.library.opcheck(op, (rows[:1].expand(4, 5, 3), projected, None, projected, angle))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_every_backend_shares_the_cosines_of_one_set(backend, kind, monkeypatch):
+    if (reason := backends.unavailable(backend)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("COMHE_BACKEND", backend)
+    weight, projection = inputs(70, 24, 3, 8)
+    compare(weight, projection, kind)
+    # two sets of rows by three matrices, and three by two
+    for sets, count in ((2, 3), (3, 2), (0, 2)):
+        batch = weight.detach()[: 20 * sets].view(sets, 20, 24).requires_grad_()
+        matrices = projection.detach()[:count].clone().requires_grad_()
+        losses = comhe_ext.angle_preserving_loss(batch, matrices, kind=kind)
+        assert losses.shape == (sets,)
+        gradients = torch.autograd.grad(losses.sum(), (batch, matrices))
+        exact = [x.detach().double().requires_grad_() for x in (batch, matrices)]
+        each = [reference.angle_preserving_loss(w, exact[1], kind) for w in exact[0]]
+        expected = torch.stack(each) if each else losses.detach()
+        assert relative_error(losses, expected) <= 1e-6
+        if sets == 0:
+            assert not gradients[1].any()
+            continue
+        for one, other in zip(gradients, torch.autograd.grad(expected.sum(), exact), strict=True):
+            assert relative_error(one, other) <= 3e-6
+
+
+def test_float64_and_a_missing_library_go_by_the_portable_tiles(monkeypatch):
+    weight, projection = inputs()
+    expected = comhe_ext.angle_preserving_loss(weight, projection)
+    double = comhe_ext.angle_preserving_loss(weight.double(), projection.double())
+    assert double.dtype == torch.float64
+    assert relative_error(expected, double) <= 1e-6
+    monkeypatch.setenv("COMHE_BACKEND", "torch")
+    portable = comhe_ext.angle_preserving_loss(weight, projection)
+    monkeypatch.delenv("COMHE_BACKEND")
+    monkeypatch.setattr(backends.load("cpu"), "unavailable", lambda: "there is no library")
+    monkeypatch.setattr(backends, "_tell_what_is_missing", lambda name: None)
+    assert torch.equal(comhe_ext.angle_preserving_loss(weight, projection), portable)
+
+
+@pytest.mark.parametrize("angle", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_only_the_gradients_that_are_asked_for_are_made(backend, angle, monkeypatch):
+    if (reason := backends.unavailable(backend)) is not None:
+        pytest.skip(reason)
+    monkeypatch.setenv("COMHE_BACKEND", backend)
+    rows = random_rows(40, 12).view(2, 20, 12)
+    projected = random_rows(40, 5, seed=1).view(2, 20, 5)
+    op = torch.ops.comhe_ext.angle_difference
+    total, *gradients = op(rows, projected, angle, True, True)
+    made = []
+
+    def recorded(*arguments):
+        made.append(arguments[3:])
+        return op(*arguments)
+
+    monkeypatch.setattr(torch.ops.comhe_ext, "angle_difference", recorded)
+    for wanted in itertools.product([True, False], repeat=2):
+        points = [
+            x.clone().requires_grad_(want)
+            for x, want in zip((rows, projected), wanted, strict=True)
+        ]
+        actual = angle_loss.angle_difference(points[0], points[1], angle)
+        assert made.pop() == wanted
+        assert torch.equal(actual.detach(), total)
+        asked = [x for x in points if x.requires_grad]
+        if not asked:
+            continue
+        results = torch.autograd.grad(actual.sum(), asked, create_graph=True)
+        expected = [g for g, want in zip(gradients, wanted, strict=True) if want]
+        assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+        # of one of them there is a second derivative, too
+        seconds = torch.autograd.grad(torch.cat(results, -1).square().sum(), asked)
+        exact = [
+            x.detach().double().requires_grad_(want) for x, want in zip(points, wanted, strict=True)
+        ]
+        asked = [x for x in exact if x.requires_grad]
+        kind = KINDS[angle]
+        sums = [reference.angle_difference(x, y, kind) for x, y in zip(*exact, strict=True)]
+        firsts = torch.autograd.grad(torch.stack(sums).sum(), asked, create_graph=True)
+        products = torch.autograd.grad(torch.cat(firsts, -1).square().sum(), asked)
+        for one, other in zip(seconds, products, strict=True):
+            assert relative_error(one, other) <= 1e-5
 
 
 @pytest.mark.parametrize(
