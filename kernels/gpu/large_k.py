@@ -158,11 +158,11 @@ def near_block_kernel(
             tl.store(slots.force + offs, finite(before + force), mask=mask_k)
 
 
-# before, a float32 matrix could not take the sum of products of fp16
+# whether a GEMM can add the product of fp16 matrices to a float32 one: older versions refuse
 ADDS_TO_FLOAT32 = torch.__version__ >= "2.10"
 
 
-def splits(device: torch.device) -> bool:
+def takes_halves(device: torch.device) -> bool:
     """Whether GEMMs take the fp16 halves: where they return float32; else they take float32."""
     return device.type != "cuda" or torch.version.hip is None
 
@@ -192,7 +192,7 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, rows: UnitRows, terms: tuple[int, int]) -> "Operands":
         """Arrange unit rows for so many terms of each product, small terms first."""
-        if not splits(rows.hi.device):
+        if not takes_halves(rows.hi.device):
             whole = rows.hi.float() + rows.lo
             return cls([(part, part) for part in whole.split(BLOCK_DEPTH, 1)], [whole])
         cosines = []
@@ -209,7 +209,7 @@ class Operands(NamedTuple):
 
 def coefficient_halves(coefficient: Tensor) -> list[Tensor]:
     """Matrices [rows, cols] of coefficients [rows, H, cols], for the `Operands.columns`."""
-    if not splits(coefficient.device):
+    if not takes_halves(coefficient.device):
         return [coefficient.float().sum(1)]
     if coefficient.shape[1] == 1:
         return [coefficient[:, 0]]

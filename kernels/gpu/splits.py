@@ -1,10 +1,10 @@
 """How many work items a row tile is split into, from the processors of the device.
 
-A device runs `slots` programs at once: its multiprocessors, times the programs that share one
-(`Tiles.programs`). Few long items leave some of them idle at the end; many short ones spend
-their time on what every item does once. So the items of every number of splits are put on the
-slots as the hardware's scheduler would, and the number that ends first is taken. It follows from
-the shapes and the device alone, and so does the order of every sum.
+A device runs so many programs at once: its multiprocessors, times the programs that share one
+(`Tiles.programs`). Few long items leave some of these slots idle at the end; many short ones spend
+their time on what every item does once. So the items of every number of splits are put on the slots
+as the hardware's scheduler would, and the number that ends first is taken. It follows from the
+shapes and the device alone, and so does the order of every sum.
 """
 
 from functools import lru_cache
