@@ -38,9 +38,15 @@ from comhe_ext.kernels.gpu import plan
 
 TABLE = RESULTS / "compile_gpu.csv"
 # kernels with one loop over pairs that has to be fast, and those that multiply on tensor cores
-HOT = ("pairwise_kernel", "direct_kernel", "coefficient_kernel", "project_normalize_kernel")
-COUNTED = HOT[:3]
-ON_TENSOR_CORES = ("pairwise_kernel", "project_normalize_kernel")
+COUNTED = (
+    "pairwise_kernel",
+    "direct_kernel",
+    "coefficient_kernel",
+    "cross_kernel",
+    "cross_direct_kernel",
+)
+HOT = (*COUNTED, "project_normalize_kernel")
+ON_TENSOR_CORES = ("pairwise_kernel", "cross_kernel", "project_normalize_kernel")
 # instructions a pair, at most
 LIMITS = {
     ("sm_90", "pairwise_kernel", "s=2 64x64x32 3+3"): 12.5,
@@ -59,6 +65,10 @@ SMALL = {
     "near_pairs_kernel": r"s=2 \d+x(16|32) \d",
     "coefficient_kernel": r"s=2 \d",
     "near_block_kernel": r"s=2",
+    "cross_kernel": r"s=2 64x64x32 3\+3( ids weights)?",
+    "cross_near_kernel": r"s=2 64x32 3",
+    "cross_direct_kernel": r"s=2 k=4 ids weights",
+    "cross_finish_kernel": r"rows=64 each",
     "finish_kernel": r"s=2 rows=\d+",
     "total_kernel": r"",
     "normalize_kernel": r"float32 rows=.*",

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
+from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import backend, plan
 from comhe_ext.kernels.pair_functions import Gaussian, PairFunction, Riesz
 from comhe_ext.kernels.sweep import Projected, SweepRequest
@@ -80,6 +81,18 @@ def variant_of(kernel: str, pair: str, given: dict[str, Any], args: tuple[Any, .
         return f"{pair} {columns}x{given['WIDTH']} {given['COSINE_TERMS']}{energy}"
     if kernel == "direct_kernel":
         return f"{pair} k={given['K']}{energy}"
+    if kernel.startswith("cross"):
+        energy += " ids" * given.get("WITH_IDS", False) + " weights" * given["WITH_WEIGHTS"]
+    if kernel == "cross_kernel":
+        force = given["FORCE_TERMS"] * given["WITH_FORCE"]
+        tile = f"{given['BLOCK_M']}x{given['BLOCK_N']}x{given['WIDTH']}"
+        return f"{pair} {tile} {given['COSINE_TERMS']}+{force}{energy.removeprefix(' energy')}"
+    if kernel == "cross_near_kernel":
+        return f"{pair} {given['ITEM_M']}x{given['WIDTH']} {given['COSINE_TERMS']}{energy}"
+    if kernel == "cross_direct_kernel":
+        return f"{pair} k={given['K']}{energy}"
+    if kernel == "cross_finish_kernel":
+        return f"rows={given['BLOCK_M']}{energy}" + " each" * given["WITH_ENERGY"]
     if kernel == "coefficient_kernel":
         return pair + (energy or f" {given['FORCE_HALVES']}")
     if kernel == "near_block_kernel":
@@ -105,9 +118,19 @@ class Call:
     dtype: torch.dtype = torch.float32
     precision: str = "highest"  # torch's setting of float32 products
     projected: bool = False
+    # rows against columns, with ids and weights
+    cross: bool = False
+    weighted: bool = False
 
     def make(self) -> None:
-        source: Tensor | Projected = torch.ones(70, self.k, dtype=self.dtype)
+        rows = torch.ones(70, self.k, dtype=self.dtype)
+        source: Tensor | Projected = rows
+        extra: dict[str, Any] = {}
+        if self.cross:
+            extra["columns"] = rows
+        if self.weighted:
+            ids = torch.ones(70, dtype=torch.int32)
+            extra |= {"row_ids": ids, "column_ids": ids, "row_weights": torch.ones(70)}
         sizes = [70]
         if self.projected:
             weights = [torch.ones(2, 48, dtype=self.dtype)] * NUM_WEIGHTS
@@ -118,7 +141,7 @@ class Call:
         try:
             scales = [1.0] * len(sizes)
             pair = PAIRS[self.pair]
-            backend.sweep(SweepRequest(source, sizes, scales, pair, gradient=self.gradient))
+            gpu.sweep(SweepRequest(source, sizes, scales, pair, gradient=self.gradient, **extra))
         finally:
             torch.set_float32_matmul_precision(before)
 
@@ -133,6 +156,9 @@ def calls(pairs: Collection[str]) -> Iterator[Call]:
         # first and the last width of each tile shape
         for k in (128, 40, 32, 24, 16, 200, 8, 5, 4, 1):
             yield Call(k, pair, gradient)
+    for pair, gradient, weighted in itertools.product(pairs, (True, False), (False, True)):
+        for k in (128, 40, 32, 24, 16, 200, 8, 5, 4, 1):
+            yield Call(k, pair, gradient, cross=True, weighted=weighted)
     # neither the cheaper products nor the dtype differ in what depends on the pair function
     for precision, gradient in (("high", True), ("medium", True), ("medium", False)):
         for k in (128, 40, 32, 16):

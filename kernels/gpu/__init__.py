@@ -2,7 +2,8 @@
 
 In the order of a call: splits and plan, project_normalize, then direct, or pairwise with
 near_pairs, or large_k, then finish. pair_function, pair_terms and special_functions hold what they
-share; backend calls them, and variant tells which code a call runs.
+share; backend calls them, and variant tells which code a call runs. A cross set goes through sides,
+cross or cross_direct, and cross_sweep, which calls them.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ import torch
 from ..pair_functions import PairFunction, Riesz
 from ..sweep import Offers, SweepRequest, SweepResult
 
-OFFERS = Offers(projection=True)
+OFFERS = Offers(cross=True, projection=True)
 
 
 def _outdated() -> str | None:
@@ -61,7 +62,7 @@ def supports(pair: PairFunction) -> bool:
 
 
 def sweep(request: SweepRequest) -> SweepResult:
-    """Energy [B] and gradient [T, k] of sets, projected or not; see `kernels.gpu.backend`."""
-    from . import backend
+    """Energies and gradients of sets, projected or not, or of rows against columns."""
+    from . import backend, cross_sweep
 
-    return backend.sweep(request)
+    return (backend if request.columns is None else cross_sweep).sweep(request)

@@ -48,10 +48,12 @@ def add_tile(
     WITH_FORCE: tl.constexpr,
     MASKED: tl.constexpr,
     K: tl.constexpr,
+    weights=1.0,
 ):
     """Add one column tile to the running sums of a row tile.
 
     Tiles are heads, tails and deficits as [M] and [N]; the sums energy, axial and force [M, N].
+    `weights` multiply the forces.
     """
     energy, axial, force = sums
     heads, tails, deficit_m = row_tile
@@ -85,7 +87,7 @@ def add_tile(
     energy += value
     moved = force
     if WITH_FORCE:
-        coefficient = coefficient * side
+        coefficient = coefficient * side * weights
         axial += coefficient
         moved = ()
         for column in tl.static_range(K):

@@ -31,6 +31,44 @@ class Units(NamedTuple):
 
 
 @triton.jit
+def store_gradient(
+    gradient, sums, axial, force_unit, factor, k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Store factor (G - v <v, G> + axial v) of a row tile, G the sum of its slots.
+
+    gradient: points and gradient, first entry of each row, which rows count, 1/nu; sums: forces of
+    all slots, first slot of each row, number of slots and width of one.
+    """
+    points_ptr, gradient_ptr, sources, mask_m, inv_nu = gradient
+    force_ptr, first, num_slots, slot_width = sums
+    offs_k = tl.arange(0, BLOCK_K)
+    along = tl.zeros((BLOCK_M,), dtype=tl.float64)
+    for k0 in range(0, k, BLOCK_K):
+        mask = mask_m[:, None] & (k0 + offs_k < k)[None, :]
+        p = tl.load(points_ptr + sources[:, None] + (k0 + offs_k)[None, :], mask=mask, other=0)
+        v = p.to(tl.float64) * inv_nu[:, None]
+        for slot in range(0, num_slots):
+            offs = (first + slot * BLOCK_M)[:, None] * slot_width + (k0 + offs_k)[None, :]
+            g = tl.load(force_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+            along += tl.sum(g * v, axis=1)
+    outward = axial - along * force_unit
+    for k0 in range(0, k, BLOCK_K):
+        mask = mask_m[:, None] & (k0 + offs_k < k)[None, :]
+        p = tl.load(points_ptr + sources[:, None] + (k0 + offs_k)[None, :], mask=mask, other=0)
+        v = p.to(tl.float64) * inv_nu[:, None]
+        force = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float64)
+        for slot in range(0, num_slots):
+            offs = (first + slot * BLOCK_M)[:, None] * slot_width + (k0 + offs_k)[None, :]
+            force += tl.load(force_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+        result = (force * force_unit + outward[:, None] * v) * factor[:, None]
+        tl.store(
+            gradient_ptr + sources[:, None] + (k0 + offs_k)[None, :],
+            result.to(tl.float32),
+            mask=mask,
+        )
+
+
+@triton.jit
 def finish_kernel(
     points_ptr,
     tiles_ptr,
@@ -77,31 +115,9 @@ def finish_kernel(
         if pair.half_space:
             axial -= 2.0 * antipodal_slope * deficit * units.antipode_force
 
-        offs_k = tl.arange(0, BLOCK_K)
-        along = tl.zeros((BLOCK_M,), dtype=tl.float64)
-        for k0 in range(0, k, BLOCK_K):
-            mask = mask_m[:, None] & (k0 + offs_k < k)[None, :]
-            p = tl.load(points_ptr + sources[:, None] + (k0 + offs_k)[None, :], mask=mask, other=0)
-            v = p.to(tl.float64) * inv_nu[:, None]
-            for slot in range(0, num_slots):
-                offs = (first + slot * BLOCK_M)[:, None] * slot_width + (k0 + offs_k)[None, :]
-                g = tl.load(slots.force + offs, mask=mask, other=0.0).to(tl.float64)
-                along += tl.sum(g * v, axis=1)
-        outward = axial - along * units.force
-        for k0 in range(0, k, BLOCK_K):
-            mask = mask_m[:, None] & (k0 + offs_k < k)[None, :]
-            p = tl.load(points_ptr + sources[:, None] + (k0 + offs_k)[None, :], mask=mask, other=0)
-            v = p.to(tl.float64) * inv_nu[:, None]
-            force = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float64)
-            for slot in range(0, num_slots):
-                offs = (first + slot * BLOCK_M)[:, None] * slot_width + (k0 + offs_k)[None, :]
-                force += tl.load(slots.force + offs, mask=mask, other=0.0).to(tl.float64)
-            gradient = (force * units.force + outward[:, None] * v) * (inv_nu * scale)[:, None]
-            tl.store(
-                gradient_ptr + sources[:, None] + (k0 + offs_k)[None, :],
-                gradient.to(tl.float32),
-                mask=mask,
-            )
+        gradient = (points_ptr, gradient_ptr, sources, mask_m, inv_nu)
+        sums = (slots.force, first, num_slots, slot_width)
+        store_gradient(gradient, sums, axial, units.force, inv_nu * scale, k, BLOCK_M, BLOCK_K)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: the checks of `triton_interpreter_checks.py`, one by one.
+"""The Triton kernels without a GPU: the checks of `triton_interpreter_checks*.py`, one by one.
 
 They run in a process of their own, where Triton's interpreter takes the place of the compiler:
 TRITON_INTERPRET=1 is read when kernels are defined.

@@ -1,4 +1,4 @@
-"""Runs checks of `triton_interpreter_checks.py` one by one, as `test_triton_interpreter.py` asks.
+"""Runs checks of `triton_interpreter_checks*.py` one by one, as `test_triton_interpreter.py` asks.
 
 It tells the names of the checks, and whether they take minutes; then, for each name that it reads,
 the outcomes of setting up, of the check and of tearing down. A line of JSON each.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKS = Path(__file__).with_name("triton_interpreter_checks.py")
+CHECKS = sorted(Path(__file__).parent.glob("triton_interpreter_checks*.py"))
 
 
 class Server:
@@ -46,4 +46,4 @@ class Server:
 
 if __name__ == "__main__":
     options = ["-s", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:terminal"]
-    sys.exit(pytest.main([str(CHECKS), *options], plugins=[Server()]))
+    sys.exit(pytest.main([*map(str, CHECKS), *options], plugins=[Server()]))
