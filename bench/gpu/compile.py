@@ -44,15 +44,17 @@ COUNTED = (
     "coefficient_kernel",
     "cross_kernel",
     "cross_direct_kernel",
+    "nearest_kernel",
 )
 HOT = (*COUNTED, "project_normalize_kernel")
-ON_TENSOR_CORES = ("pairwise_kernel", "cross_kernel", "project_normalize_kernel")
+ON_TENSOR_CORES = ("pairwise_kernel", "cross_kernel", "nearest_kernel", "project_normalize_kernel")
 # instructions a pair, at most
 LIMITS = {
     ("sm_90", "pairwise_kernel", "s=2 64x64x32 3+3"): 12.5,
     ("sm_90", "pairwise_kernel", "s=2 128x64x32 3+3"): 12.5,
     ("sm_90", "pairwise_kernel", "s=2 half 64x64x64 3+3"): 16.0,
     ("sm_90", "pairwise_kernel", "s=2 half 128x64x64 3+3"): 16.0,
+    ("sm_90", "nearest_kernel", "set 32x32"): 12.5,
 }
 # registers, columns of tensor memory and bytes of shared memory of a multiprocessor; a program
 # takes registers by eights a thread, and a kilobyte of shared memory beside its own
@@ -69,6 +71,8 @@ SMALL = {
     "cross_near_kernel": r"s=2 64x32 3",
     "cross_direct_kernel": r"s=2 k=4 ids weights",
     "cross_finish_kernel": r"rows=64 each",
+    "nearest_kernel": r"set 32x32",
+    "nearest_choose_kernel": r"columns ids half 32x32",
     "finish_kernel": r"s=2 rows=\d+",
     "total_kernel": r"",
     "normalize_kernel": r"float32 rows=.*",

@@ -21,7 +21,7 @@ from triton.runtime import jit
 from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import backend, plan
 from comhe_ext.kernels.pair_functions import Gaussian, PairFunction, Riesz
-from comhe_ext.kernels.sweep import Projected, SweepRequest
+from comhe_ext.kernels.sweep import NearestRequest, Projected, SweepRequest
 
 # by name, with what is in the name of its matrix instructions
 TARGETS = {
@@ -93,6 +93,9 @@ def variant_of(kernel: str, pair: str, given: dict[str, Any], args: tuple[Any, .
         return f"{pair} k={given['K']}{energy}"
     if kernel == "cross_finish_kernel":
         return f"rows={given['BLOCK_M']}{energy}" + " each" * given["WITH_ENERGY"]
+    if kernel.startswith("nearest"):
+        of = "set" if given["SELF"] else "columns" + " ids" * given["WITH_IDS"]
+        return f"{of}{' half' * given['HALF_SPACE']} {given['BLOCK_N']}x{given['WIDTH']}"
     if kernel == "coefficient_kernel":
         return pair + (energy or f" {given['FORCE_HALVES']}")
     if kernel == "near_block_kernel":
@@ -146,7 +149,24 @@ class Call:
             torch.set_float32_matmul_precision(before)
 
 
-def calls(pairs: Collection[str]) -> Iterator[Call]:
+@dataclass(frozen=True)
+class NearestCall:
+    """The nearest of rows of k columns, or of columns of their own."""
+
+    k: int
+    half_space: bool
+    columns: bool = False
+    ids: bool = False
+    pair: str = ""
+
+    def make(self) -> None:
+        rows = torch.ones(70, self.k)
+        ids = torch.ones(70, dtype=torch.int32) if self.ids else None
+        columns = rows if self.columns else None
+        gpu.nearest(NearestRequest(rows, [70], self.half_space, 0.0, columns, ids, ids))
+
+
+def calls(pairs: Collection[str]) -> Iterator[Call | NearestCall]:
     """Calls that take every branch of every kernel, of some pair functions beside s = 2.
 
     The widest come first: of several launches with one name the first is compiled.
@@ -159,6 +179,9 @@ def calls(pairs: Collection[str]) -> Iterator[Call]:
     for pair, gradient, weighted in itertools.product(pairs, (True, False), (False, True)):
         for k in (128, 40, 32, 24, 16, 200, 8, 5, 4, 1):
             yield Call(k, pair, gradient, cross=True, weighted=weighted)
+    for k, half_space in itertools.product((200, 128, 40, 32, 3), (False, True)):
+        for columns, ids in ((False, False), (True, False), (True, True)):
+            yield NearestCall(k, half_space, columns, ids)
     # neither the cheaper products nor the dtype differ in what depends on the pair function
     for precision, gradient in (("high", True), ("medium", True), ("medium", False)):
         for k in (128, 40, 32, 16):

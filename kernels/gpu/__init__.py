@@ -3,18 +3,19 @@
 In the order of a call: splits and plan, project_normalize, then direct, or pairwise with
 near_pairs, or large_k, then finish. pair_function, pair_terms and special_functions hold what they
 share; backend calls them, and variant tells which code a call runs. A cross set goes through sides,
-cross or cross_direct, and cross_sweep, which calls them.
+cross or cross_direct, and cross_sweep, which calls them; nearest_rows finds the nearest rows.
 """
 
 import importlib.util
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from ..pair_functions import PairFunction, Riesz
-from ..sweep import Offers, SweepRequest, SweepResult
+from ..sweep import NearestRequest, Offers, SweepRequest, SweepResult
 
-OFFERS = Offers(cross=True, projection=True)
+OFFERS = Offers(cross=True, nearest=True, projection=True)
 
 
 def _outdated() -> str | None:
@@ -66,3 +67,10 @@ def sweep(request: SweepRequest) -> SweepResult:
     from . import backend, cross_sweep
 
     return (backend if request.columns is None else cross_sweep).sweep(request)
+
+
+def nearest(request: NearestRequest) -> Tensor:
+    """Index of the nearest other row of each row of its set, or of its nearest column."""
+    from . import nearest_rows
+
+    return nearest_rows.nearest(request)
