@@ -5,7 +5,7 @@ from torch import Tensor
 
 from comhe_ext.functional import pair_energy
 from comhe_ext.kernels.pair_functions import Gaussian, Riesz
-from comhe_ext.losses.common import as_row, check_labels, check_matrix
+from comhe_ext.losses.common import as_row, check_labels, check_matrix, positive
 from comhe_ext.operators.nearest import distance_to
 from comhe_ext.settings import BackendName
 
@@ -39,13 +39,16 @@ def sphereface_plus(
     check_labels(labels, weight)
     numbers = torch.arange(weight.shape[0], device=weight.device)
     rows = weight.index_select(0, labels)
-    return pair_energy(
-        rows, weight, Riesz(s=s), row_ids=labels, column_ids=numbers, backend=backend
-    )
+    return pair_energy(rows, weight, Riesz(s), row_ids=labels, column_ids=numbers, backend=backend)
 
 
 def polarization(
-    weight: Tensor, pole: Tensor, s: float = 2.0, *, backend: BackendName | None = None
+    weight: Tensor,
+    pole: Tensor,
+    s: float = 2.0,
+    *,
+    half_space: bool = False,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """Compute the mean potential of rows at a pole, which the pole lowers and the rows raise.
 
@@ -58,6 +61,7 @@ def polarization(
         weight: [N, d].
         pole: [d], a point that learns to lie where the rows do not.
         s: exponent of the potential.
+        half_space: take the mean over the rows and their antipodes, as for hidden layers.
         backend: see `comhe_ext.pair_energy`.
 
     Returns:
@@ -66,13 +70,22 @@ def polarization(
     Raises:
         TypeError, ValueError, RuntimeError: see `comhe_ext.pair_energy`.
 
-    Source: Liu et al. (2021), MHP: the pole minimizes what the weights maximize.
+    Source: Liu et al. (2021), MHP: the pole minimizes what the weights maximize. In their code a
+        step of the weights comes after ten of the pole, with weight 1 for hidden layers, 10 for the
+        output layer.
     """
-    return pair_energy(weight, as_row("pole", pole), Riesz(s=s), backend=backend)
+    check_matrix("weight", weight)
+    pair = Riesz(s, half_space=half_space)
+    return pair_energy(weight, as_row("pole", pole), pair, backend=backend)
 
 
 def covering(
-    weight: Tensor, pole: Tensor, gamma: float = 10.0, *, backend: BackendName | None = None
+    weight: Tensor,
+    pole: Tensor,
+    gamma: float = 10.0,
+    *,
+    half_space: bool = False,
+    backend: BackendName | None = None,
 ) -> Tensor:
     """Compute the soft least squared distance of rows to a pole, which the pole raises.
 
@@ -84,14 +97,20 @@ def covering(
     Args:
         weight: [N, d].
         pole: [d], a point that learns to lie far from all rows.
-        gamma: how sharp the minimum is, greater than 0; up to about 20 nothing underflows.
+        gamma: how sharp the minimum is, greater than 0; up to 20 nothing underflows in float32.
+        half_space: take the mean over the rows and their antipodes, as for hidden layers.
         backend: see `comhe_ext.pair_energy`.
 
     Returns, raises: see `polarization`.
 
-    Source: Liu et al. (2021), MHC, with gamma = 10.
+    Source: Liu et al. (2021), MHC: the pole maximizes what the weights minimize, with gamma = 10.
+        In their code a step of the weights comes after ten of the pole, with weight 0.01 for hidden
+        layers, 0.1 for the output layer.
     """
-    energy = pair_energy(weight, as_row("pole", pole), Gaussian(tau=gamma), backend=backend)
+    check_matrix("weight", weight)
+    gamma = positive("gamma", gamma)
+    pair = Gaussian(gamma, half_space=half_space)
+    energy = pair_energy(weight, as_row("pole", pole), pair, backend=backend)
     return -energy.log() / gamma if weight.shape[0] > 0 else energy
 
 
@@ -123,7 +142,7 @@ def angular_visual_hardness(
     check_matrix("features", features)
     check_matrix("weight", weight)
     check_labels(labels, weight, features)
-    by_angle = Riesz(s=-1.0, min_distance=0.0, angular=True)  # minus the angle
+    by_angle = Riesz(-1.0, min_distance=0.0, angular=True)  # minus the angle
     total = -pair_energy(features, weight, by_angle, reduction="rows", backend=backend)
     numbers = torch.arange(features.shape[0], device=features.device)
     sets = features.unsqueeze(0), weight.index_select(0, labels).unsqueeze(0)

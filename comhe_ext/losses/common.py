@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from comhe_ext.checks import check_number, check_tensor, check_weight
+from comhe_ext.operators.library import compute_dtype
 
 
-def nothing(losses: Tensor) -> Tensor:
-    """Make the loss of sets without a pair, which still belongs to the graph."""
-    return losses.masked_fill(~losses.isnan(), 0.0).sum(-1)
+def nothing(rows: Tensor) -> Tensor:
+    """Make the loss of sets without a pair: 0, with a gradient of 0, even of NaN."""
+    every = torch.ones_like(rows, dtype=torch.bool)
+    return rows.to(compute_dtype(rows)).masked_fill(every, 0.0).sum((-2, -1))
 
 
 def positive(name: str, value: float) -> float:

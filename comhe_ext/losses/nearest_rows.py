@@ -27,11 +27,12 @@ def koleo(x: Tensor, eps: float = 1e-8, *, backend: BackendName | None = None) -
     Raises:
         TypeError, ValueError, RuntimeError: see `comhe_ext.nearest`.
 
-    Source: Sablayrolles et al. (2019); Oquab et al. (2024), DINOv2, with weight 0.1.
+    Source: Sablayrolles et al. (2019); Oquab et al. (2024), DINOv2, where the losses of the two
+        global views, as B = 2 groups, are added with weight 0.1.
     """
     eps = check_factor("eps", eps)
     distance, _ = nearest(x, backend=backend)
-    return _mean_of_rows(-(distance + eps).log())
+    return _mean_of_rows(-(distance + eps).log(), x)
 
 
 def minimal_angle(
@@ -54,7 +55,7 @@ def minimal_angle(
     Source: Wang et al. (2020), MMA, with weight 0.07, or 0.03 for networks with skip connections.
     """
     angle, _ = nearest(w, half_space=half_space, angular=True, backend=backend)
-    return _mean_of_rows(-angle)
+    return _mean_of_rows(-angle, w)
 
 
 def separation(
@@ -73,11 +74,12 @@ def separation(
 
     Returns, raises: see `koleo`.
 
-    Source: Liu et al. (2021), MHS, with weight 0.1 for hidden layers and 1 for the output layer.
+    Source: Liu et al. (2021), MHS. In their code hidden layers have weight 0.1, in half space,
+        where a pair counts once more as its mirror image: 0.2 of this loss; the output layer has 1.
     """
     distance, _ = nearest(w, half_space=half_space, backend=backend)
     if w.shape[-2] < 2:
-        return nothing(distance)
+        return nothing(w)
     least = distance.argmin(-1, keepdim=True)  # of one pair: min would share the gradient of equals
     return -distance.gather(-1, least).squeeze(-1).square()
 
@@ -99,9 +101,9 @@ def regular_face(w: Tensor, *, backend: BackendName | None = None) -> Tensor:
     Source: Zhao et al. (2019), RegularFace; Mettes et al. (2019) place prototypes by it.
     """
     distance, _ = nearest(w, backend=backend)
-    return _mean_of_rows(1.0 - distance.square() / 2.0)
+    return _mean_of_rows(1.0 - distance.square() / 2.0, w)
 
 
-def _mean_of_rows(losses: Tensor) -> Tensor:
+def _mean_of_rows(losses: Tensor, rows: Tensor) -> Tensor:
     """Take the mean over the rows of each set, 0 where a row has no other."""
-    return losses.mean(-1) if losses.shape[-1] > 1 else nothing(losses)
+    return losses.mean(-1) if rows.shape[-2] > 1 else nothing(rows)

@@ -35,10 +35,10 @@ def uniformity(x: Tensor, t: float = 2.0, *, backend: BackendName | None = None)
 
     Source: Wang and Isola (2020), equation 4, with t = 2.
     """
-    return _log_of_mean(x, Gaussian(tau=t), backend)
+    return _log_of_mean(x, Gaussian(positive("t", t)), backend)
 
 
-def dispersion(x: Tensor, tau: float = 1.0, *, backend: BackendName | None = None) -> Tensor:
+def dispersion(x: Tensor, tau: float = 0.5, *, backend: BackendName | None = None) -> Tensor:
     """Compute the logarithm of the mean Laplace potential of the angles between rows.
 
     Torch equivalent::
@@ -53,15 +53,15 @@ def dispersion(x: Tensor, tau: float = 1.0, *, backend: BackendName | None = Non
 
     Returns, raises: see `uniformity`.
 
-    Source: the dispersion loss of LM-Dispersion (KrishnaswamyLab).
+    Source: the angular spread of LM-Dispersion (KrishnaswamyLab), with tau = 0.5.
     """
     tau = positive("tau", tau)
-    return _log_of_mean(x, Laplace(tau=1.0 / (math.pi * tau), angular=True), backend)
+    return _log_of_mean(x, Laplace(1.0 / (math.pi * tau), angular=True), backend)
 
 
 def _log_of_mean(x: Tensor, pair: PairFunction, backend: BackendName | None) -> Tensor:
     energy = pair_energy(x, pair=pair, backend=backend)
-    return energy.log() if x.shape[-2] > 1 else energy
+    return energy.log() if x.shape[-2] > 1 else nothing(x)
 
 
 # --- closed forms: no pair is visited -------------------------------------------------------------
@@ -86,14 +86,14 @@ def frame_potential(w: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: see `comhe_ext.hyperspherical_energy`.
 
-    Source: Benedetto and Fickus (2003). The same up to a factor: soft orthogonality, the
-        global orthogonal regularization of EmbeddingGemma, and that of VQ codebooks.
+    Source: Benedetto and Fickus (2003). It is the global orthogonal regularization of
+        EmbeddingGemma, and up to a factor soft orthogonality and that of VQ codebooks.
     """
     check_weight(w, "w")
     n, d = w.shape[-2:]
     v = unit_rows(w)
     if n < 2:
-        return nothing(v.flatten(-2))
+        return nothing(w)
     if n <= d:
         gram = product(v, v.mT)
         off_diagonal = ~torch.eye(n, dtype=torch.bool, device=w.device)
@@ -129,7 +129,7 @@ def mean_cosine(w: Tensor) -> Tensor:
     n = w.shape[-2]
     v = unit_rows(w)
     if n < 2:
-        return nothing(v.flatten(-2))
+        return nothing(w)
     alive = v.detach().any(-1).sum(-1)
     # rows in all directions cancel each other, and their sum may be less than their number
     total = v.sum(-2, dtype=torch.float64).square().sum(-1)

@@ -17,7 +17,7 @@ from comhe_ext.settings import BackendName
 def kcl(
     anchors: Tensor,
     positives: Tensor,
-    pair: PairFunction = Gaussian(tau=2.0),  # noqa: B008 (frozen)
+    pair: PairFunction = Gaussian(2.0),  # noqa: B008 (frozen)
     gamma: float = 16.0,
     *,
     backend: BackendName | None = None,
@@ -31,7 +31,7 @@ def kcl(
 
     Args:
         anchors, positives: [N, d], row i of the one belongs to row i of the other.
-        pair: the kernel, any pair function.
+        pair: the kernel, any pair function in full space.
         gamma: weight of the uniformity.
         backend: see `comhe_ext.pair_energy`.
 
@@ -41,10 +41,12 @@ def kcl(
     Raises:
         TypeError, ValueError, RuntimeError: see `comhe_ext.pair_energy`.
 
-    Source: Koromilas et al. (2024), KCL.
+    Source: Koromilas et al. (2024), KCL, with the Gaussian, t = 2, and gamma = 16.
     """
     check_views(anchors, positives)
     gamma = check_number("gamma", gamma)
+    if isinstance(pair, PairFunction) and pair.half_space:
+        raise ValueError("`pair` must be in full space: an anchor has one positive, no antipode")
     spread = pair_energy(anchors, pair=pair, backend=backend)
     spread = spread + pair_energy(positives, pair=pair, backend=backend)
     numbers = torch.arange(anchors.shape[0], device=anchors.device)
@@ -60,7 +62,7 @@ def kcl(
 def dhel(
     anchors: Tensor,
     positives: Tensor,
-    temperature: float = 0.3,
+    tau: float = 0.3,
     *,
     backend: BackendName | None = None,
 ) -> Tensor:
@@ -68,14 +70,14 @@ def dhel(
 
     Torch equivalent::
 
-        e = lambda x: ((x @ x.T) / temperature).exp().fill_diagonal_(0).sum(1).log()
-        loss = (e(anchors) + e(positives) - (anchors * positives).sum(1) / temperature).mean()
+        e = lambda x: (x @ x.T / tau).exp().fill_diagonal_(0).sum(1).log()
+        loss = (e(anchors) + e(positives) - (anchors * positives).sum(1) / tau).mean()
 
     of normalized rows.
 
     Args:
         anchors, positives: [N, d], row i of the one belongs to row i of the other.
-        temperature: greater than 0; below about 0.05 rows at right angles underflow in float32.
+        tau: temperature of the cosine, greater than 0; from 0.025 on nothing underflows in float32.
         backend: see `comhe_ext.pair_energy`.
 
     Returns:
@@ -84,20 +86,20 @@ def dhel(
     Raises:
         TypeError, ValueError, RuntimeError: see `comhe_ext.pair_energy`.
 
-    Source: Koromilas et al. (2024), DHEL.
+    Source: Koromilas et al. (2024), DHEL, with tau = 0.3 and the positives' own negatives.
     """
     check_views(anchors, positives)
-    temperature = positive("temperature", temperature)
+    tau = positive("tau", tau)
     cosine = (unit_rows(anchors) * unit_rows(positives)).sum(1)
     if anchors.shape[0] < 2:
-        return nothing(cosine)
-    # exp(c / T) is exp(1 / T) times the Gaussian of rate 1 / 2T
-    pair = Gaussian(tau=0.5 / temperature)
+        return nothing(anchors) + nothing(positives)
+    # exp(c / tau) is exp(1 / tau) times the Gaussian of rate 1 / (2 tau)
+    pair = Gaussian(0.5 / tau)
     others = [
         pair_energy(view, pair=pair, reduction="rows", backend=backend).log()
         for view in (anchors, positives)
     ]
-    return (others[0] + others[1] + (2.0 - cosine) / temperature).mean()
+    return (others[0] + others[1] + (2.0 - cosine) / tau).mean()
 
 
 def gram(student: Tensor, teacher: Tensor) -> Tensor:
@@ -121,7 +123,8 @@ def gram(student: Tensor, teacher: Tensor) -> Tensor:
         TypeError: a tensor is not dense and floating-point.
         ValueError: the shapes do not fit.
 
-    Source: Simeoni et al. (2025), the Gram loss of DINOv3.
+    Source: Simeoni et al. (2025), the Gram loss of DINOv3, with `remove_neg` off, as they train.
+        Their mean over images is the mean of this loss over B.
     """
     check_weight(student, "student")
     check_weight(teacher, "teacher")
