@@ -39,7 +39,9 @@ def sphereface_plus(
     check_labels(labels, weight)
     numbers = torch.arange(weight.shape[0], device=weight.device)
     rows = weight.index_select(0, labels)
-    return pair_energy(rows, weight, Riesz(s), row_ids=labels, column_ids=numbers, backend=backend)
+    return pair_energy(
+        rows, weight, Riesz(s=s), row_ids=labels, column_ids=numbers, backend=backend
+    )
 
 
 def polarization(
@@ -75,7 +77,7 @@ def polarization(
         output layer.
     """
     check_matrix("weight", weight)
-    pair = Riesz(s, half_space=half_space)
+    pair = Riesz(s=s, half_space=half_space)
     return pair_energy(weight, as_row("pole", pole), pair, backend=backend)
 
 
@@ -109,7 +111,7 @@ def covering(
     """
     check_matrix("weight", weight)
     gamma = positive("gamma", gamma)
-    pair = Gaussian(gamma, half_space=half_space)
+    pair = Gaussian(tau=gamma, half_space=half_space)
     energy = pair_energy(weight, as_row("pole", pole), pair, backend=backend)
     return -energy.log() / gamma if weight.shape[0] > 0 else energy
 
@@ -142,7 +144,7 @@ def angular_visual_hardness(
     check_matrix("features", features)
     check_matrix("weight", weight)
     check_labels(labels, weight, features)
-    by_angle = Riesz(-1.0, min_distance=0.0, angular=True)  # minus the angle
+    by_angle = Riesz(s=-1.0, min_distance=0.0, angular=True)  # minus the angle
     total = -pair_energy(features, weight, by_angle, reduction="rows", backend=backend)
     numbers = torch.arange(features.shape[0], device=features.device)
     sets = features.unsqueeze(0), weight.index_select(0, labels).unsqueeze(0)

@@ -35,7 +35,7 @@ def uniformity(x: Tensor, t: float = 2.0, *, backend: BackendName | None = None)
 
     Source: Wang and Isola (2020), equation 4, with t = 2.
     """
-    return _log_of_mean(x, Gaussian(positive("t", t)), backend)
+    return _log_of_mean(x, Gaussian(tau=positive("t", t)), backend)
 
 
 def dispersion(x: Tensor, tau: float = 0.5, *, backend: BackendName | None = None) -> Tensor:
@@ -56,7 +56,7 @@ def dispersion(x: Tensor, tau: float = 0.5, *, backend: BackendName | None = Non
     Source: the angular spread of LM-Dispersion (KrishnaswamyLab), with tau = 0.5.
     """
     tau = positive("tau", tau)
-    return _log_of_mean(x, Laplace(1.0 / (math.pi * tau), angular=True), backend)
+    return _log_of_mean(x, Laplace(tau=1.0 / (math.pi * tau), angular=True), backend)
 
 
 def _log_of_mean(x: Tensor, pair: PairFunction, backend: BackendName | None) -> Tensor:

@@ -17,7 +17,7 @@ from comhe_ext.settings import BackendName
 def kcl(
     anchors: Tensor,
     positives: Tensor,
-    pair: PairFunction = Gaussian(2.0),  # noqa: B008 (frozen)
+    pair: PairFunction = Gaussian(tau=2.0),  # noqa: B008 (frozen)
     gamma: float = 16.0,
     *,
     backend: BackendName | None = None,
@@ -94,7 +94,7 @@ def dhel(
     if anchors.shape[0] < 2:
         return nothing(anchors) + nothing(positives)
     # exp(c / tau) is exp(1 / tau) times the Gaussian of rate 1 / (2 tau)
-    pair = Gaussian(0.5 / tau)
+    pair = Gaussian(tau=0.5 / tau)
     others = [
         pair_energy(view, pair=pair, reduction="rows", backend=backend).log()
         for view in (anchors, positives)
