@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..sweep import NearestRequest
+from ..sweep import NearestRequest, Numbers
 from . import backend
 from .cross import tile_cosines
 from .near_pairs import source_rows, squared_difference
@@ -29,9 +29,9 @@ from .plan import (
     load_row_tile,
     make_plan,
     split_tiles,
-    splits_for,
 )
 from .sides import CHUNK, Side, cross_plan, load_ids, make_side, padded_width
+from .splits import multiprocessors, splits_for
 
 TILES = Tiles(64, 32, 4, 3)
 # products of the fp16 halves in a cosine, whatever precision is asked for: an index is right or not
@@ -304,13 +304,14 @@ def _nearest(request: NearestRequest, rows: Tensor, columns: Tensor | None) -> T
     width = padded_width(k)
     row_bytes = 4 * width + 12
     if columns is None:
-        sizes = tuple(request.sizes)
-        splits = splits_for(sizes, block_m, k, row_bytes, False)
+        sizes = Numbers.of(request.sizes)
+        splits = splits_for(sizes, TILES, k, row_bytes, False, multiprocessors(device))
         plan = back = make_plan(sizes, block_m, block_n, splits, False, device)
         m = n = make_side(rows, plan, block_m, request.eps, None, None)
     else:
         columns = columns.contiguous()
-        splits = splits_for((len(rows),), block_m, k, row_bytes, False)
+        size = Numbers((len(rows),))
+        splits = splits_for(size, TILES, k, row_bytes, False, multiprocessors(device))
         plan = cross_plan(len(rows), len(columns), TILES, splits, device)
         back = cross_plan(len(columns), 1, TILES, 1, device)
         m = make_side(rows, plan, block_m, request.eps, request.row_ids, None)
