@@ -212,7 +212,7 @@ INLINE void each_tile_of_cosines(const Sweep &sweep, const Block &a, const Block
 }
 
 template <class Phi, bool TO_ROWS>
-void meet(const Differences &all, TwoScratches &scratch, TwoSpaces &a, TwoSpaces &b) {
+void meet_in_both(const Differences &all, TwoScratches &scratch, TwoSpaces &a, TwoSpaces &b) {
     each_tile_of_cosines(all.rows, *a.rows, *b.rows, scratch.rows.c,
                          [&](int i, int j, int, bool near) { near_flag(scratch, i, j) = near; });
     for (int s = 0; s < all.call.projections; s++) {

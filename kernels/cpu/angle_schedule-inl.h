@@ -209,9 +209,9 @@ __attribute__((noinline)) Status set_up_and_work(const AngleCall &call) {
     all.rows = space(call.rows, call.d, call.rows_dtype, call.to_rows);
     all.projected = space(call.projected, call.k, call.projected_dtype, call.to_projected);
     if (call.angle)
-        all.meet = call.to_rows ? meet<OfAngles, true> : meet<OfAngles, false>;
+        all.meet = call.to_rows ? meet_in_both<OfAngles, true> : meet_in_both<OfAngles, false>;
     else
-        all.meet = call.to_rows ? meet<OfCosines, true> : meet<OfCosines, false>;
+        all.meet = call.to_rows ? meet_in_both<OfCosines, true> : meet_in_both<OfCosines, false>;
     all.block_count = block_count(all.rows, call.n);
     all.block_rows = up((call.n + all.block_count - 1) / all.block_count, NR);
     all.block_count = int((call.n + all.block_rows - 1) / all.block_rows);
