@@ -258,4 +258,6 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match=r"`row_weights` must be float32 of shape \(4,\)"):
         sweep(rows, columns, pair, row_weights=torch.ones(4, dtype=torch.float64))
     with pytest.raises(ValueError, match="one set of 4 rows"):
-        binding.sweep(SweepRequest(rows, [2, 2], [1.0, 1.0], pair, columns=columns))
+        binding.sweep(SweepRequest(rows, [2, 2], [1.0], pair, columns=columns))
+    with pytest.raises(ValueError, match="a cross set has one scale, got 2"):
+        binding.sweep(SweepRequest(rows, [4], [1.0, 1.0], pair, columns=columns))
