@@ -18,7 +18,7 @@ from ..sweep import NearestRequest, Numbers, Offers, SweepRequest, SweepResult
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
-ABI_VERSION = 7
+ABI_VERSION = 8
 # those of this architecture, in the order of the C enum
 INSTRUCTION_SETS: tuple[str, ...] = ("baseline", "avx2", "avx512")
 if platform.machine() in ("aarch64", "arm64", "ARM64"):
@@ -174,8 +174,6 @@ def _check(name: str, points: Tensor) -> None:
 
 def supports(pair: PairFunction) -> bool:
     """Whether the library knows a pair function; of one that is missing, nothing is held back."""
-    if isinstance(pair, Riesz) and (pair.s < 0 or pair.shift > 0):
-        return False
     return _knows(pair.number)
 
 

@@ -26,9 +26,10 @@ bool supported(int isa) {
 }
 
 bool known(const Pair &pair) {
-    const double p = pair.parameters[0];
+    const double p = pair.parameters[0], shift = pair.parameters[1];
     if (!(pair.tangent.at >= 0 && pair.tangent.at < 2)) return false;
-    return (pair.function == RIESZ && p >= 0) || (pair.function == GAUSSIAN && p > 0);
+    if (pair.function == RIESZ) return p > -2 && shift >= 0;
+    return (pair.function == GAUSSIAN || pair.function == LAPLACE) && p > 0;
 }
 
 bool valid(int64_t columns, int32_t dtype) {

@@ -3,15 +3,16 @@
 #include <stdint.h>
 
 // To be raised with every change below that the caller has to know of, binding.py's own with it.
-constexpr int ABI_VERSION = 7;
+constexpr int ABI_VERSION = 8;
 
 enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
 enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 // The pair functions by their numbers, each with its parameters. t is the chord or the angle.
 enum Function {
-    RIESZ = 0,     // t^-s, and -log t for s = 0; parameters: s
+    RIESZ = 0,     // u^-s, -log u for s = 0, -u^|s| for s < 0, u^2 = a + t^2; parameters: s > -2, a
     GAUSSIAN = 1,  // exp(-tau t^2); parameters: tau
+    LAPLACE = 2,   // exp(-tau t); parameters: tau
     FUNCTIONS      // how many there are
 };
 

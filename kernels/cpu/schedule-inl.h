@@ -11,8 +11,8 @@
 // in the same order whatever the number of threads, without a copy of G per thread. Only sets that
 // are a good part of all the work are shared in this way; the others go to one thread each.
 //
-// Read on in pair_function-inl.h, rows-inl.h, blocks-inl.h (where nearly all the time goes),
-// near_pairs-inl.h, hessian-inl.h and nearest-inl.h; here follows the order of work.
+// Read on in distance_functions-inl.h, pair_function-inl.h, rows-inl.h, blocks-inl.h (where nearly all
+// the time goes), near_pairs-inl.h, hessian-inl.h and nearest-inl.h; here follows the order of work.
 #pragma once
 #include "blocks-inl.h"
 #include "hessian-inl.h"
@@ -33,19 +33,30 @@ template <class F, bool HALF, bool ANGULAR> Functions functions(const Pair &pair
     return {F(pair).slope(), meet<Folded, false>, meet<Folded, true>, meet_twice<Folded>, antipode<Folded>};
 }
 
+template <class F> Functions functions_of_chord(const Pair &pair) {
+    return pair.half_space ? functions<F, true, false>(pair) : functions<F, false, false>(pair);
+}
+
 template <class F> Functions functions(const Pair &pair) {
     if (pair.angular) return pair.half_space ? functions<F, true, true>(pair) : functions<F, false, true>(pair);
-    return pair.half_space ? functions<F, true, false>(pair) : functions<F, false, false>(pair);
+    return functions_of_chord<F>(pair);
 }
 
 // The one place that knows all functors.
 Functions choose(const Pair &pair) {
     if (pair.function == GAUSSIAN) return functions<Gaussian>(pair);
+    if (pair.function == LAPLACE) return functions<Laplace>(pair);
     const double s = pair.parameters[0];
+    if (pair.parameters[1] > 0)
+        return s == 0                    ? functions<Shifted<Logarithm>>(pair)
+               : s == 1 && !pair.angular ? functions_of_chord<Shifted<Inverse>>(pair)
+               : s == 2 && !pair.angular ? functions_of_chord<Shifted<InverseSquare>>(pair)
+                                         : functions<Shifted<SignedPower>>(pair);
     return s == 0   ? functions<Logarithm>(pair)
            : s == 1 ? functions<Inverse>(pair)
            : s == 2 ? functions<InverseSquare>(pair)
-                    : functions<Power>(pair);
+           : s > 0  ? functions<Power>(pair)
+                    : functions<SignedPower>(pair);
 }
 
 // --- all sets --------------------------------------------------------------------------------------

@@ -93,12 +93,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     call.k = bytes.next(8) ? 1 + bytes.next(70) : 250 + bytes.next(60);
     call.dtype = bytes.next(3);
     call.threads = 1 + bytes.next(3);
-    const double exponents[] = {0, 1, 2, 0.5, 3.7, 30}, distances[] = {1e-3, 0, 0.5, 1.99};
-    const double s = exponents[bytes.next(6)], at = distances[bytes.next(4)];
-    call.pair.function = RIESZ;
-    call.pair.parameters[0] = s;
-    call.pair.growth = s + 2;
-    if (at > 0) call.pair.tangent = {at, s > 0 ? pow(at, -s) : -log(at), (s > 0 ? -s : -1) * pow(at, -s - 1)};
+    const double exponents[] = {0, 1, 2, 0.5, 3.7, 30, -0.5, -1.9}, distances[] = {1e-3, 0, 0.5, 1.99};
+    const double s = exponents[bytes.next(8)], at = distances[bytes.next(4)];
+    const int function = bytes.next(8) ? RIESZ : bytes.next(2) ? GAUSSIAN : LAPLACE;
+    const double shift = function == RIESZ && bytes.next(3) == 0 ? 0.01 : 0;
+    call.pair.function = function;
+    call.pair.parameters[0] = function == RIESZ ? s : s * s + 0.01;
+    call.pair.parameters[1] = shift;
+    call.pair.growth = function == RIESZ ? s + 2 : function == LAPLACE;
+    const bool has_tangent = function == RIESZ && shift == 0 && at > 0;
+    const double value = s == 0 ? -log(at) : s > 0 ? pow(at, -s) : -pow(at, -s);
+    if (has_tangent) call.pair.tangent = {at, value, -(s == 0 ? 1 : fabs(s)) * pow(at, -s - 1)};
     call.pair.half_space = bytes.next(2);
     call.pair.angular = bytes.next(2);
     call.eps = bytes.next(2) * 1e-4;
@@ -135,7 +140,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     call.scales = exact(scales, cross ? 1 : call.sets);
     const size_t energies = cross ? 1 : call.sets;
     // an infinite energy has no useful gradient, and large powers of close pairs are infinite
-    const bool finite = !wild && at > 0 && s < 4;
+    const bool finite = !wild && (function != RIESZ || ((has_tangent || shift > 0) && s < 4));
     float *tangents = (float *)malloc(first * call.k * sizeof(float) + !first);
     fill(bytes, tangents, first, call.k, FLOAT32, wild);
     for (int isa = 0; isa <= comhe_best_isa(); isa++) {

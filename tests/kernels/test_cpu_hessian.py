@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from comhe_ext.kernels.cpu import binding
-from comhe_ext.kernels.pair_functions import Gaussian, Riesz
+from comhe_ext.kernels.pair_functions import Gaussian, Laplace, Riesz
 from comhe_ext.kernels.sweep import SweepRequest
 from comhe_ext.testing import (
     collapsed_rows,
@@ -28,11 +28,14 @@ def definition(pair):
     """f of the distance, its tangent line included, in torch."""
     if isinstance(pair, Gaussian):
         return lambda t: (-pair.tau * t.square()).exp()
+    if isinstance(pair, Laplace):
+        return lambda t: (-pair.tau * t).exp()
 
     def riesz(t):
-        return -t.log() if pair.s == 0 else t.pow(-pair.s)
+        u = (pair.shift + t.square()).sqrt() if pair.shift else t
+        return -u.log() if pair.s == 0 else math.copysign(1, pair.s) * u.pow(-pair.s)
 
-    if pair.min_distance == 0:
+    if pair.tangent is None:
         return riesz
     at = torch.tensor(pair.min_distance, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(riesz(at), at)
@@ -87,7 +90,10 @@ SPACES = [
 PAIRS = [
     replace(pair, **space)
     for pair, space in itertools.product(
-        [Riesz(s) for s in (0.0, 1.0, 2.0, 0.7, 4.0)] + [Gaussian(0.3), Gaussian(2.0)], SPACES
+        [Riesz(s) for s in (0.0, 1.0, 2.0, 0.7, 4.0, -0.5, -1.9)]
+        + [Riesz(s, shift=a) for s, a in ((0.0, 0.5), (1.0, 4.0), (2.0, 1.0), (-1.5, 0.2))]
+        + [Gaussian(0.3), Gaussian(2.0), Laplace(0.3), Laplace(3.0)],
+        SPACES,
     )
 ]
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids=str)
@@ -143,7 +149,7 @@ def test_dead_rows_duplicates_and_multiples(pair):
     rows[5] = rows[40]
     rows[6] = 2.0 * rows[41]
     rows[7] = -4.0 * rows[42]
-    if pair.min_distance == 0:
+    if pair.tangent is None:
         check(rows, pair, eps=1e-2, bound=1e-5)
         return
     # without eps a kink has no direction: what is left is finite, and 0 in dead rows

@@ -13,7 +13,7 @@ import torch
 from comhe_ext import backends
 from comhe_ext.kernels import portable
 from comhe_ext.kernels.cpu import binding
-from comhe_ext.kernels.pair_functions import PAIR_FUNCTIONS, Gaussian, Riesz
+from comhe_ext.kernels.pair_functions import PAIR_FUNCTIONS, Gaussian, Laplace, Riesz
 from comhe_ext.testing import (
     collapsed_rows,
     exact_energy_and_gradient,
@@ -121,10 +121,52 @@ def test_gaussian_with_near_pairs_duplicates_and_dead_rows(tau, angular, half_sp
     assert relative_error(gradient, truth) <= 5e-6
 
 
+@pytest.mark.parametrize("half_space", [False, True])
+@pytest.mark.parametrize("angular", [False, True])
+@pytest.mark.parametrize(
+    ("pair", "definition"),
+    [
+        (Riesz(-1.9), lambda t: reference._pair_function(t, -1.9, 1e-3)),
+        (Riesz(-0.5), lambda t: reference._pair_function(t, -0.5, 1e-3)),
+        (Riesz(0.0, shift=0.3), lambda t: -(0.3 + t**2).log() / 2),
+        (Riesz(1.0, shift=4.0), lambda t: (4.0 + t**2) ** -0.5),
+        (Riesz(2.0, shift=1.0), lambda t: 1 / (1 + t**2)),
+        (Riesz(-1.5, shift=0.2), lambda t: -((0.2 + t**2) ** 0.75)),
+        (Laplace(0.02), lambda t: (-0.02 * t).exp()),
+        (Laplace(3.0), lambda t: (-3 * t).exp()),
+    ],
+    ids=["s=-1.9", "s=-0.5", "log", "s=1", "s=2", "s=-1.5", "wide", "Laplace"],
+)
+def test_other_functions_with_near_pairs_duplicates_and_dead_rows(
+    pair, definition, angular, half_space
+):
+    pair = replace(pair, half_space=half_space, angular=angular)
+    for k, eps in ((2, 0.0), (9, 0.1), (24, 0.0), (130, 1e-4)):
+        rows = paired_rows(300, k, 1e-3, antipodal=half_space)  # more than one block
+        rows[7] = 0.0
+        rows[281] = rows[100]
+        rows[282] = -3.0 * rows[101]
+        exact = rows.double().requires_grad_()
+        space = dict(half_space=half_space, angular=angular)
+        expected = reference.pair_energy(exact, definition, **space, eps=eps)
+        (truth,) = torch.autograd.grad(expected, exact)
+        scale = pair.scale(len(rows), "mean")
+        energy, gradient = sweep_of(binding, rows, [len(rows)], [scale], pair, eps, True)
+        assert relative_error(energy[0], expected) <= 1e-6
+        assert relative_error(gradient, truth) <= 5e-6
+
+
+CLOSE_ENDS = [
+    *(Riesz(s) for s in (1.0, 0.7, 4.0, -0.5, -1.01, -1.99)),
+    *(Riesz(s, shift=a) for s, a in ((0.0, 0.5), (2.0, 1.0), (-1.9, 30.0), (2.0, 4.0))),
+    *(Gaussian(0.2), Laplace(0.01), Laplace(2.0)),
+]
+
+
 @pytest.mark.parametrize("k", [2, 64, 200, 1000])
 @pytest.mark.parametrize("n", [2, 200])
 @pytest.mark.parametrize("angular", [False, True])
-@pytest.mark.parametrize("pair", [Riesz(1.0), Riesz(0.7), Riesz(4.0), Gaussian(0.2)], ids=str)
+@pytest.mark.parametrize("pair", CLOSE_ENDS, ids=str)
 def test_the_ends_of_nearly_orthogonal_rows_do_not_cancel(pair, angular, n, k):
     pair = replace(pair, half_space=True, angular=angular)
     rows = random_rows(n, k)
@@ -559,13 +601,19 @@ def test_the_library_refuses_what_the_binding_would_not_send():
         setattr(call, field, before)
     call.pair = binding._Pair(function=len(PAIR_FUNCTIONS))
     assert library.comhe_sweep(call, 0) == 1
-    call.pair = binding._Pair(parameters=(-1.0, 0.0))
-    assert library.comhe_sweep(call, 0) == 1
+    for parameters in ((-2.0, 0.0), (math.nan, 0.0), (2.0, -1.0), (2.0, math.nan)):
+        call.pair = binding._Pair(parameters=parameters)
+        assert library.comhe_sweep(call, 0) == 1
+    for kind in (Gaussian, Laplace):
+        call.pair = binding._Pair(function=kind.number, parameters=(0.0, 0.0))
+        assert library.comhe_sweep(call, 0) == 1
 
 
 def test_the_library_says_which_pair_functions_it_knows():
     library = binding._library()
     assert binding.supports(Riesz())
+    assert binding.supports(Riesz(-1.0, shift=1.0))
     assert binding.supports(Gaussian())
+    assert binding.supports(Laplace())
     assert not library.comhe_supports(-1)
     assert not library.comhe_supports(len(PAIR_FUNCTIONS))

@@ -246,6 +246,15 @@ def test_messages(error, message, make):
         make()
 
 
+def test_the_triton_kernels_say_which_pair_functions_they_know():
+    pytest.importorskip("triton")
+    gpu = backends.load("triton")
+    assert gpu.supports(Riesz(0.5))
+    assert gpu.supports(Gaussian())
+    for pair in (Riesz(-0.5), Riesz(2.0, shift=1.0), Laplace()):
+        assert not gpu.supports(pair)
+
+
 def test_a_pair_function_that_the_compiled_kernels_do_not_know():
     class Cubic(PairFunction):
         name, number = "cubic", 10**6
