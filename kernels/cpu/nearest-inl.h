@@ -102,12 +102,13 @@ void nearest_of_tile(const Sweep &sweep, Scratch &scratch, Block &a, Block &b, i
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
             float *p = c + m * R + v * VL;
-            vf x = load(p);
+            const vf given = load(p);
+            vf x = HALF ? magnitude(given) : given;
             if (!WHOLE) {
-                const vi counts = counted<Ends<HALF>>(sweep, a, b, i + m, j + v * VL, x, sign[m] + v * VL, near_ones);
+                float *signs = sign[m] + v * VL;
+                const vi counts = counted<Ends<HALF>>(sweep, a, b, i + m, j + v * VL, given, signs, near_ones);
                 x = counts ? x : all(NOBODY);
             }
-            if (HALF) x = WHOLE ? magnitude(x) : x == NOBODY ? x : magnitude(x);
             if (HALF || !WHOLE) store(p, x);
             top[v] = maximum(x, top[v]);
             most[m] = maximum(x, most[m]);
