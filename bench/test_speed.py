@@ -7,6 +7,7 @@
 
 import time
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from bench.digits import network
 from bench.methods import METHODS, OURS, Mode, run
 from bench.shapes import Shape
 from bench.truth import points
+from comhe_ext.functional import AngleKind
 
 # on one thread the processor's time is less noisy than the wall clock
 pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=9)
@@ -48,6 +50,20 @@ def test_energy(benchmark: BenchmarkFixture, mode: Mode, method: str, shape: str
 @pytest.mark.parametrize("method", BACKENDS)
 def test_second_order(benchmark: BenchmarkFixture, method: str, shape: str) -> None:
     benchmark(run, METHODS[method].load(), points(Shape.parse(shape), "cpu"), "second order")
+
+
+@pytest.mark.parametrize("kind", get_args(AngleKind))
+@pytest.mark.parametrize("projections", [1, 8])
+def test_angle_preserving_loss(
+    benchmark: BenchmarkFixture, projections: int, kind: AngleKind
+) -> None:
+    weight = torch.randn(1024, 576)
+    matrices = torch.randn(projections, 30, 576, requires_grad=True)
+
+    def step() -> None:
+        comhe_ext.angle_preserving_loss(weight, matrices, kind=kind).backward()
+
+    benchmark(step)
 
 
 def test_regularizer(benchmark: BenchmarkFixture) -> None:
