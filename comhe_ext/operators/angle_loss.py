@@ -89,14 +89,13 @@ def _angle_difference(
     projected_gradient: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(rows, projected)
-    columns = max(rows.shape[2], projected.shape[2])
-    dtype = compute_dtype(rows, projected)
-    name = backends.choose(None, None, rows.device, dtype, columns, "angle_difference")
+    columns, dtype = max(rows.shape[2], projected.shape[2]), compute_dtype(rows, projected)
+    name = backends.choose(None, None, rows.device, dtype, columns, needs="angle_difference")
+    sweep = backends.load(name).angle_difference
     arguments = angle, rows_gradient, projected_gradient
     if name == "torch":
-        total, *gradients = _set_by_set(angle_loss.sweep, (rows, projected), *arguments)
+        total, *gradients = _set_by_set(sweep, (rows, projected), *arguments)
     else:
-        sweep = backends.load(name).angle_difference
         total, *gradients = sweep(rows, projected, *arguments)
     assert total is not None
     to_rows, to_projected = (total.new_empty(0) if x is None else x for x in gradients)

@@ -446,13 +446,12 @@ def angle_difference(
     projected = projected.contiguous()
     _check("rows", rows.flatten(0, 1))
     _check("projected", projected.flatten(0, 1))
-    pointers = [None if x is None else x.data_ptr() for x in gradients]
     call = _AngleCall(
         rows=rows.data_ptr(),
         projected=projected.data_ptr(),
         total=total.data_ptr(),
-        to_rows=pointers[0],
-        to_projected=pointers[1],
+        to_rows=_pointer(gradients[0]),
+        to_projected=_pointer(gradients[1]),
         sets=rows.shape[0],
         projections=sets // rows.shape[0],
         n=n,

@@ -15,12 +15,14 @@ Each imports only from those above it. Memory is O(T k): a tile exists only whil
 from ..pair_functions import PairFunction
 from ..sweep import Offers, SweepRequest, SweepResult
 from . import cross, energy
+from .angle_loss import sweep as angle_difference
 from .cross import cross_hessian_vector_product
 from .energy import hessian_vector_product
 from .nearest import nearest
 
 __all__ = [
     "OFFERS",
+    "angle_difference",
     "cross_hessian_vector_product",
     "hessian_vector_product",
     "nearest",
@@ -29,7 +31,7 @@ __all__ = [
     "unavailable",
 ]
 
-OFFERS = Offers(cross=True, nearest=True, float64=True)
+OFFERS = Offers(cross=True, nearest=True, angle_difference=True, float64=True)
 
 
 def unavailable() -> str | None:
