@@ -366,8 +366,7 @@ def cross(
         STEP=step,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        # several loads of a tile, each fetched ahead, would not fit into shared memory
-        STAGES=tiles.num_stages if width == step else 1,
+        STAGES=tiles.num_stages,
         num_warps=tiles.num_warps,
         **options,
     )
@@ -388,5 +387,6 @@ def cross(
         BLOCK_N=NEAR_BLOCK,
         TILES_RATIO=tiles.block_n // NEAR_BLOCK,
         num_warps=4,
+        num_stages=1,
     )
     return slots

@@ -20,7 +20,6 @@ from .finish import Units, store_gradient
 from .pair_function import pair_constants
 from .pair_terms import SMALL_SET, UNIT_SCALE, PairConstants
 from .plan import (
-    LARGE_SET,
     MAX_DIRECT,
     MAX_WIDTH,
     MAX_WITH_REST,
@@ -83,6 +82,18 @@ def cross_finish_kernel(
         )
 
 
+# above MAX_WIDTH columns: a product in parts needs more threads to hold its registers
+_BLACKWELL = Tiles(64, 32, 8, 1, programs=1)
+WIDE_TILES = {"sm_90": Tiles(128, 32, 8, 1, programs=1), "sm_100": _BLACKWELL, "sm_103": _BLACKWELL}
+
+
+def wide_tiles(target: str) -> Tiles:
+    """Launch shape above MAX_WIDTH columns, found by compiling."""
+    tiles = WIDE_TILES.get(target) or tiles_for(target, MAX_WIDTH, 0, False)
+    # several loads of a tile, each fetched ahead, would not fit into shared memory
+    return replace(tiles, num_stages=1)
+
+
 @dataclass(frozen=True)
 class CrossCall:
     """What shapes and settings decide about one sweep of a cross set."""
@@ -108,10 +119,9 @@ class CrossCall:
     @cached_property
     def tiles(self) -> Tiles:
         target = backend.target_of(self.device)
-        largest = max(self.num_rows, self.num_columns)
         if self.k > MAX_WIDTH:
-            # the most threads a tile, for the registers that a product in parts takes
-            return tiles_for(target, MAX_WIDTH, LARGE_SET, False)
+            return wide_tiles(target)
+        largest = max(self.num_rows, self.num_columns)
         # ids and weights take registers, as angles do
         many_registers = self.pair.angle or self.with_ids or self.with_weights
         return tiles_for(target, self.k, largest, many_registers)

@@ -368,4 +368,5 @@ def _launch(request: NearestRequest, m: Side, n: Side, plan: Plan, out: Tensor, 
         BLOCK_M=NEAR_BLOCK,
         BLOCK_N=NEAR_BLOCK,
         num_warps=4,
+        num_stages=1,
     )

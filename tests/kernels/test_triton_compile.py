@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from comhe_ext.kernels import gpu
+from comhe_ext.kernels.sweep import NearestRequest, SweepRequest
 from comhe_ext.testing import (
     random_rows,
     riesz,
@@ -67,6 +68,12 @@ def test_a_new_size_compiles_nothing(monkeypatch):
                 sweep_projected(
                     backend, [random_rows(n, 50)], [matrices], [1.0, 1.0], riesz(), 0.0, True
                 )
+            rows, ids = random_rows(n, k), torch.zeros(n, dtype=torch.int32)
+            for columns in (random_rows(70, k), random_rows(n, k)):
+                gpu.sweep(SweepRequest(rows, [n], [1.0], riesz(), columns=columns))
+                gpu.nearest(NearestRequest(rows, [n], columns=columns))
+            gpu.nearest(NearestRequest(rows, [n], columns=rows, row_ids=ids, column_ids=ids))
+            gpu.nearest(NearestRequest(rows, [n]))
             seen.append(len(variants))
         assert seen[0] > 0, k
         assert seen == seen[:1] * len(seen), k
