@@ -11,20 +11,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from comhe_ext import backends
 from comhe_ext.kernels.pair_functions import PairFunction, Riesz
-from comhe_ext.kernels.sweep import Projected, SweepRequest
+from comhe_ext.kernels.sweep import NearestRequest, Projected, SweepRequest
 from comhe_ext.verdicts import ALL, FEATURES, Verdict, VerdictFile, Verdicts, examine
 
 # seconds that one kernel may take, with its compilation
 PATIENCE = 300.0
 
 
-def requests(device: torch.device, quick: bool = False) -> Iterator[tuple[str, SweepRequest]]:
+def requests(
+    device: torch.device, quick: bool = False
+) -> Iterator[tuple[str, SweepRequest | NearestRequest]]:
     """Make the calls whose variants most users run, each with a precision of float32 products."""
 
     def request(
@@ -60,6 +63,14 @@ def requests(device: torch.device, quick: bool = False) -> Iterator[tuple[str, S
     for s, by_angle in ((0.0, False), (1.0, False), (1.5, False), (2.0, True)):
         for half_space in (False, True):
             yield "highest", request(40, Riesz(s, half_space=half_space, angular=by_angle))
+    for k in (3, 40, 128, 200):
+        rows, ids = torch.empty(70, k, device=device), torch.zeros(70, device=device).int()
+        for pair in (full, half):
+            alone = replace(request(k, pair), columns=rows)
+            yield "highest", alone
+            yield "highest", replace(alone, row_ids=ids, column_ids=ids, row_weights=rows[:, 0])
+            yield "highest", NearestRequest(rows, [70], pair.half_space)
+        yield "highest", NearestRequest(rows, [70], False, 0.0, rows, ids, ids)
     for precision in ("high", "medium"):
         for k in (40, 200):
             yield precision, request(k, half)

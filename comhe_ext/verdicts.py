@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from comhe_ext import backends
-from comhe_ext.kernels.sweep import Projected, SweepRequest, SweepResult
+from comhe_ext.kernels.sweep import NearestRequest, Projected, SweepRequest
+from comhe_ext.samples import integers, sample_columns, sample_nearest
 
 if TYPE_CHECKING:  # imports Triton
     from comhe_ext.kernels.gpu.variant import Variant
@@ -52,7 +53,7 @@ class Verdict(NamedTuple):
     lasting: bool = True
 
 
-def trusted(request: SweepRequest) -> bool:
+def trusted(request: SweepRequest | NearestRequest) -> bool:
     """Whether Triton may serve a request that did not ask for it; checks it at first.
 
     Raises:
@@ -149,7 +150,13 @@ def examine(variant: "Variant", device: torch.device) -> Verdict:
     """Run a variant and compare what it gives with the truth; whatever it raises is a failure."""
     from comhe_ext.kernels.gpu import variant as gpu
 
-    request = sample_request(variant, device)
+    request: SweepRequest | NearestRequest
+    if variant.kind.startswith("nearest"):
+        request = sample_nearest(variant, device)
+    elif variant.kind:
+        request = sample_columns(variant, device)
+    else:
+        request = sample_request(variant, device)
     try:
         first, second = gpu.sweep_as(variant, request), gpu.sweep_as(variant, request)
         results = [_on_host(result) for result in (first, second)]
@@ -161,6 +168,10 @@ def examine(variant: "Variant", device: torch.device) -> Verdict:
     bits = [[x.view(torch.int32) for x in result] for result in results]
     if not all(torch.equal(a, b) for a, b in zip(*bits, strict=True)):
         return Verdict(False, "two runs differ")
+    if isinstance(request, NearestRequest):
+        return _compare_nearest(request, results[0][0])
+    if request.columns is not None:
+        return _compare_columns(variant, request, results[0])
     return _compare(variant, request, results[0])
 
 
@@ -173,28 +184,25 @@ def sample_request(variant: "Variant", device: torch.device) -> SweepRequest:
     sizes = [2 * variant.tiles.block_m + 37, 70]
     scales = [variant.pair.scale(n, "mean") for n in sizes]
     generator = torch.Generator("cpu").manual_seed(0)
-
-    def integers(largest: int, *shape: int) -> Tensor:
-        return torch.randint(
-            -largest, largest + 1, shape, generator=generator, device="cpu", dtype=torch.float64
-        )
-
-    rows = [integers(127, n, FEATURES if variant.projected else variant.k) for n in sizes]
+    width = FEATURES if variant.projected else variant.k
+    rows = [integers(generator, 127, n, width) for n in sizes]
     for part in rows:
         part[-1], part[-2] = part[0], -part[1]
         part[-2:, 0] -= part[-2:, 0].sign() + (part[-2:, 0] == 0)
     source: Tensor | Projected
     if variant.projected:
         weights = [part.to(device, variant.dtype) for part in rows]
-        matrices = [integers(3, 1, variant.k, FEATURES).to(device, torch.float32) for _ in sizes]
+        matrices = [
+            integers(generator, 3, 1, variant.k, FEATURES).to(device, torch.float32) for _ in sizes
+        ]
         source = Projected(weights, list(matrices))
     else:
         source = torch.cat(rows).to(device, variant.dtype)
     return SweepRequest(source, sizes, scales, variant.pair, 0.0, variant.gradient)
 
 
-def _on_host(result: SweepResult) -> list[Tensor]:
-    return [x.cpu() for x in (result.energy, result.gradient) if x is not None]
+def _on_host(result: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x.cpu() for x in result if x is not None]
 
 
 def exact_points(request: SweepRequest) -> Tensor:
@@ -224,16 +232,74 @@ def _compare(variant: "Variant", request: SweepRequest, result: Sequence[Tensor]
                 name = f"gradient of {name} of {n}"
                 compared.append((name, result[1][rows], exact.gradient[rows], bound))
             begin += n
+    return _judge(compared)
+
+
+def _compare_columns(
+    variant: "Variant", request: SweepRequest, result: Sequence[Tensor]
+) -> Verdict:
+    assert request.columns is not None
+    exact = backends.load("torch").sweep(
+        replace(
+            request,
+            source=request.points.cpu().double(),
+            columns=request.columns.cpu().double(),
+            row_ids=None if request.row_ids is None else request.row_ids.cpu(),
+            column_ids=None if request.column_ids is None else request.column_ids.cpu(),
+            row_weights=None if request.row_weights is None else request.row_weights.cpu().double(),
+        )
+    )
+    assert exact.row_energies is not None
+    # cheaper products are as wrong in a row's energy as in its gradient
+    bound = GRADIENT_BOUNDS[variant.precision]
+    of_rows = ENERGY_BOUND if variant.precision == "highest" else bound
+    compared = [
+        ("energy", result[0], exact.energy, ENERGY_BOUND),
+        ("row energies", result[-1], exact.row_energies, of_rows),
+    ]
+    if exact.gradient is not None and exact.columns_gradient is not None:
+        gradients = (
+            ("rows", exact.gradient, slice(2)),
+            ("columns", exact.columns_gradient, slice(-2, None)),
+        )
+        for actual, (name, expected, of_pairs) in zip(result[1:3], gradients, strict=True):
+            near = torch.zeros(len(expected), dtype=torch.bool, device="cpu")
+            near[of_pairs] = True
+            for kind, some in (("near", near), ("other", ~near)):
+                name_of = f"gradient of {kind} {name}"
+                compared.append((name_of, actual[some], expected[some], bound))
+    return _judge(compared)
+
+
+def _compare_nearest(request: NearestRequest, index: Tensor) -> Verdict:
+    exact = backends.load("torch").nearest(
+        replace(
+            request,
+            points=request.points.cpu().double(),
+            columns=None if request.columns is None else request.columns.cpu().double(),
+            row_ids=None if request.row_ids is None else request.row_ids.cpu(),
+            column_ids=None if request.column_ids is None else request.column_ids.cpu(),
+        )
+    )
+    wrong = int((index != exact).sum())
+    if wrong:
+        return Verdict(False, f"{wrong} of {len(exact)} rows have another row for the nearest")
+    return Verdict(True, f"the nearest of {len(exact)} rows")
+
+
+def _judge(compared: Sequence[tuple[str, Tensor, Tensor, float]]) -> Verdict:
+    """Compare results, by name, with the exact ones, each with the bound of its error."""
     worst = []
     for name, actual, expected, bound in compared:
         length = float(torch.linalg.vector_norm(expected))
-        if name == "energy":
+        if "energ" in name:
             length = max(length, 0.5)  # where logarithms cancel, the mean of their sizes
         error = float(torch.linalg.vector_norm(actual.double() - expected)) / (length or 1.0)
         if not error <= bound:  # NaN neither
             return Verdict(False, f"error of {error:.1e} in the {name}, more than {bound:.0e}")
         worst.append(error)
-    gradient = f", gradient {max(worst[1:]):.0e}" if worst[1:] else ""
+    gradients = [error for (name, *_), error in zip(compared, worst, strict=True) if "grad" in name]
+    gradient = f", gradient {max(gradients):.0e}" if gradients else ""
     return Verdict(True, f"errors: energy {worst[0]:.0e}{gradient}")
 
 

@@ -28,6 +28,7 @@ from comhe_ext.operators.library import (
     register_vmap,
 )
 from comhe_ext.operators.sweep import OPTIONS, SweepOptions, refuse_capture
+from comhe_ext.verdicts import trusted
 
 # --- raw operators --------------------------------------------------------------------------------
 
@@ -147,6 +148,9 @@ def _cross_sweep(
     if name == backends.AUTO:
         pair, width = cross.options.pair, rows.shape[2]
         name = backends.choose(None, pair, rows.device, cross.dtype, width, "cross")
+        first = next(iter(cross.requests(gradient, row_energies)))
+        if name == "triton" and not trusted(first):
+            name = "torch"
     if name == "torch":
         refuse_capture(rows.device)
     backend = backends.load(name)

@@ -30,6 +30,7 @@ from comhe_ext.operators.library import (
 )
 from comhe_ext.operators.rows import safe_sqrt
 from comhe_ext.operators.sweep import refuse_capture
+from comhe_ext.verdicts import trusted
 
 
 def _check(
@@ -79,18 +80,12 @@ def _nearest(
     dtype = rows.dtype
     if columns is not None and columns.dtype != rows.dtype:
         dtype = compute_dtype(rows, columns)
-    if backend == backends.AUTO:
-        backend = backends.choose(None, None, rows.device, dtype, width, "nearest")
-    if backend == "torch":
-        refuse_capture(rows.device)
-    module = backends.load(backend)
     rows = rows.to(dtype).contiguous()
     if columns is None:
-        request = NearestRequest(rows.flatten(0, 1), (n,) * sets, half_space, eps)
-        return module.nearest(request).view(sets, n)
-    columns = columns.to(dtype).contiguous()
-    found = [
-        module.nearest(
+        requests = [NearestRequest(rows.flatten(0, 1), (n,) * sets, half_space, eps)]
+    else:
+        columns = columns.to(dtype).contiguous()
+        requests = [
             NearestRequest(
                 rows[index],
                 (n,),
@@ -100,10 +95,16 @@ def _nearest(
                 None if row_ids is None else row_ids[index].contiguous(),
                 None if column_ids is None else column_ids[index].contiguous(),
             )
-        )
-        for index in range(sets)
-    ]
-    return torch.stack(found)
+            for index in range(sets)
+        ]
+    if backend == backends.AUTO:
+        backend = backends.choose(None, None, rows.device, dtype, width, "nearest")
+        if backend == "triton" and not trusted(requests[0]):
+            backend = "torch"
+    if backend == "torch":
+        refuse_capture(rows.device)
+    module = backends.load(backend)
+    return torch.cat([module.nearest(request) for request in requests]).view(sets, n)
 
 
 @torch.library.register_fake("comhe_ext::nearest", lib=LIBRARY)

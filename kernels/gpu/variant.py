@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..pair_functions import Gaussian, PairFunction, Riesz
-from ..sweep import Numbers, Projected, SweepRequest, SweepResult
-from . import backend
+from ..sweep import NearestRequest, Numbers, Projected, SweepRequest, SweepResult
+from . import backend, cross_sweep, nearest_rows
 from .plan import Tiles
 
 
@@ -27,10 +27,13 @@ class Variant:
     # torch.get_float32_matmul_precision()
     precision: str
     tiles: Tiles
+    # which kernels: "" those of sets, else those of cross sets or of the nearest, in words
+    kind: str = ""
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.k, self.dtype, self.projected, self.gradient, self.pair, self.tiles))
+        flags = self.projected, self.gradient, self.kind
+        return hash((self.k, self.dtype, *flags, self.pair, self.tiles))
 
     def __hash__(self) -> int:
         """Hash once: verdicts are looked up at every call."""
@@ -40,6 +43,7 @@ class Variant:
         """Say it in words; the key under which a verdict is kept."""
         t = self.tiles
         return (
+            f"{self.kind + ', ' * bool(self.kind)}"
             f"k={self.k}, {self.pair}, {'gradient' if self.gradient else 'energy'}"
             f"{', projected' if self.projected else ''}, {str(self.dtype).removeprefix('torch.')}, "
             f"{self.precision}, tiles {t.block_m}x{t.block_n}, {t.num_warps} warps, "
@@ -47,8 +51,12 @@ class Variant:
         )
 
 
-def variant_of(request: SweepRequest) -> Variant | None:
+def variant_of(request: SweepRequest | NearestRequest) -> Variant | None:
     """Name the variant that a request runs; None where it runs no kernel."""
+    if isinstance(request, NearestRequest):
+        return _variant_of_nearest(request)
+    if request.columns is not None:
+        return _variant_of_columns(request, request.columns)
     source = request.source
     if isinstance(source, Projected):
         weights, matrices = source
@@ -87,6 +95,29 @@ def _variant(
     return Variant(k, dtype, projected, gradient, _representative(pair), precision, tiles)
 
 
+def _variant_of_columns(request: SweepRequest, columns: Tensor) -> Variant | None:
+    k = columns.shape[1]
+    if 0 in (k, len(request.points), len(columns)):
+        return None
+    call = cross_sweep.make_call(request, columns)
+    kind = "columns" + ", ids" * call.with_ids + ", weights" * call.with_weights
+    pair = _representative(request.pair)
+    return Variant(
+        k, columns.dtype, False, request.gradient, pair, call.precision, call.tiles, kind
+    )
+
+
+def _variant_of_nearest(request: NearestRequest) -> Variant | None:
+    num_rows, k = request.points.shape
+    if num_rows == 0 or k == 0 or (request.columns is not None and len(request.columns) == 0):
+        return None
+    of = "" if request.columns is None else " columns" + ", ids" * (request.row_ids is not None)
+    pair = Riesz(half_space=request.half_space)
+    return Variant(
+        k, request.points.dtype, False, False, pair, "highest", nearest_rows.TILES, f"nearest{of}"
+    )
+
+
 @lru_cache(maxsize=256)
 def _representative(pair: PairFunction) -> PairFunction:
     """Name the pair function that stands for all that run the same code."""
@@ -99,11 +130,15 @@ def _representative(pair: PairFunction) -> PairFunction:
     return pair
 
 
-def sweep_as(variant: Variant, request: SweepRequest) -> SweepResult:
+def sweep_as(
+    variant: Variant, request: SweepRequest | NearestRequest
+) -> SweepResult | tuple[Tensor]:
     """Sweep with the tiles of a variant, whatever the sizes would ask for."""
     token = backend.FORCED_TILES.set(variant.tiles)
     try:
-        return backend.sweep(request)
+        if isinstance(request, NearestRequest):
+            return (nearest_rows.nearest(request),)
+        return (backend if request.columns is None else cross_sweep).sweep(request)
     finally:
         backend.FORCED_TILES.reset(token)
 
@@ -123,7 +158,9 @@ def sources() -> str:
     return content.hexdigest()[:16]
 
 
-def device_of(request: SweepRequest) -> torch.device:
+def device_of(request: SweepRequest | NearestRequest) -> torch.device:
     """Return where the rows of a request are."""
+    if isinstance(request, NearestRequest):
+        return request.points.device
     source: Tensor | Projected = request.source
     return source.weights[0].device if isinstance(source, Projected) else source.device

@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comhe_ext import verdicts
 from comhe_ext.kernels import gpu
-from comhe_ext.kernels.gpu import cross, cross_direct, plan, sides
+from comhe_ext.kernels.gpu import cross, cross_direct, plan, sides, splits, variant
 from comhe_ext.kernels.pair_functions import Gaussian, Riesz
-from comhe_ext.kernels.sweep import SweepRequest
+from comhe_ext.kernels.sweep import NearestRequest, SweepRequest
 from comhe_ext.testing import paired_rows, random_rows, reference, relative_error
 
 pytestmark = [
@@ -246,3 +247,31 @@ def test_cross_weights_of_any_size():
 def test_cross_of_transposed_rows():
     rows, columns = random_rows(20, 40).mT, random_rows(20, 70, seed=1).mT
     check(request_of(rows, columns, Riesz(2.0)))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["columns", "columns, ids", "columns, ids, weights", "nearest", "nearest columns, ids"],
+)
+def test_cross_variants_are_checked_before_they_serve(kind, monkeypatch):
+    device = torch.device("cpu")
+    rows, ids = random_rows(9, 12), torch.arange(9).int()
+    columns = rows if "columns" in kind else None
+    row_ids = ids if "ids" in kind else None
+    request = NearestRequest(rows, [9], True, 0.0, columns, row_ids, row_ids)
+    if not kind.startswith("nearest"):
+        request = request_of(rows, rows, Riesz(2.0, half_space=True), ids="ids" in kind)
+        request = replace(request, row_weights=torch.ones(9) if "weights" in kind else None)
+    which = variant.variant_of(request)
+    assert which.kind == kind
+    verdict = verdicts.examine(which, device)
+    assert verdict.passed, verdict.detail
+    right = variant.sweep_as
+
+    def wrong(*arguments):
+        results = [None if x is None else x.clone() for x in right(*arguments)]
+        results[-1][3] += 1
+        return results
+
+    monkeypatch.setattr(variant, "sweep_as", wrong)
+    assert not verdicts.examine(which, device).passed

@@ -1,0 +1,56 @@
+"""Cross sets, and rows whose nearest are sought, by which `comhe_ext.verdicts` checks a kernel."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from comhe_ext.kernels.sweep import NearestRequest, SweepRequest
+
+if TYPE_CHECKING:  # imports Triton
+    from comhe_ext.kernels.gpu.variant import Variant
+
+
+def integers(generator: torch.Generator, largest: int, *shape: int) -> Tensor:
+    """Draw small integers, which every arithmetic holds exactly."""
+    return torch.randint(
+        -largest, largest + 1, shape, generator=generator, device="cpu", dtype=torch.float64
+    )
+
+
+def sample_columns(variant: "Variant", device: torch.device) -> SweepRequest:
+    """Make rows and columns: several tiles and ragged ones, a near and an antipodal pair."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    n, m = 2 * variant.tiles.block_m + 37, 3 * variant.tiles.block_n + 6
+    rows, columns = (integers(generator, 127, count, variant.k) for count in (n, m))
+    columns[-1], columns[-2] = rows[0], -rows[1]
+    columns[-2:, 0] -= columns[-2:, 0].sign() + (columns[-2:, 0] == 0)
+    rows, columns = (x.to(device, variant.dtype) for x in (rows, columns))
+    request = SweepRequest(
+        rows, [n], [1.0 / (n * m)], variant.pair, 0.0, variant.gradient, columns, row_energies=True
+    )
+    if "ids" in variant.kind:
+        ids = [torch.arange(count, dtype=torch.int32, device=device) % 7 for count in (n, m)]
+        # the rows of the two pairs and their columns have others
+        ids[1][-2:] = 7
+        request = replace(request, row_ids=ids[0], column_ids=ids[1])
+    if "weights" in variant.kind:
+        request = replace(request, row_weights=torch.arange(1.0, n + 1.0, device=device) / n)
+    return request
+
+
+def sample_nearest(variant: "Variant", device: torch.device) -> NearestRequest:
+    """Make such rows, and columns and ids where the variant has them."""
+    columns = sample_columns(variant, device)
+    rows = columns.points
+    rows[-1], rows[-2] = 3 * rows[0], -rows[1]
+    request = NearestRequest(rows, [len(rows)], variant.pair.half_space)
+    if "columns" not in variant.kind:
+        return request
+    return replace(
+        request,
+        columns=columns.columns,
+        row_ids=columns.row_ids,
+        column_ids=columns.column_ids,
+    )
