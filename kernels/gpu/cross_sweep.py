@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..sweep import Numbers, SweepRequest, SweepResult
+from ..sweep import SweepRequest, SweepResult
 from . import backend
 from .cross import cross
 from .cross_direct import cross_direct
@@ -31,7 +31,7 @@ from .plan import (
     tiles_for,
 )
 from .sides import Side, cross_plan, make_side, padded_width
-from .splits import multiprocessors, splits_for
+from .splits import multiprocessors, splits_of_columns
 
 
 @triton.jit
@@ -132,9 +132,14 @@ class CrossCall:
         """Tables of so many rows against columns, with as many work items as fill a GPU."""
         halves = 8 if self.is_direct else 6 if self.with_rest else 4
         row_bytes = halves * (self.k if self.is_direct else padded_width(self.k)) + 12
-        processors = multiprocessors(self.device)
-        splits = splits_for(
-            Numbers((num_rows,)), self.tiles, self.k, row_bytes, self.with_gradient, processors
+        splits = splits_of_columns(
+            num_rows,
+            num_columns,
+            self.tiles,
+            self.k,
+            row_bytes,
+            self.with_gradient,
+            multiprocessors(self.device),
         )
         return cross_plan(num_rows, num_columns, self.tiles, splits, self.device)
 

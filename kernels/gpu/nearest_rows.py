@@ -31,7 +31,7 @@ from .plan import (
     split_tiles,
 )
 from .sides import CHUNK, Side, cross_plan, load_ids, make_side, padded_width
-from .splits import multiprocessors, splits_for
+from .splits import multiprocessors, splits_for, splits_of_columns
 
 TILES = Tiles(64, 32, 4, 3)
 # products of the fp16 halves in a cosine, whatever precision is asked for: an index is right or not
@@ -304,14 +304,16 @@ def _nearest(request: NearestRequest, rows: Tensor, columns: Tensor | None) -> T
     width = padded_width(k)
     row_bytes = 4 * width + 12
     if columns is None:
-        sizes = Numbers.of(request.sizes)
-        splits = splits_for(sizes, TILES, k, row_bytes, False, multiprocessors(device))
+        sizes = tuple(request.sizes)
+        # each row meets all others, as with forces
+        splits = splits_for(Numbers.of(sizes), TILES, k, row_bytes, True, multiprocessors(device))
         plan = back = make_plan(sizes, block_m, block_n, splits, False, device)
         m = n = make_side(rows, plan, block_m, request.eps, None, None)
     else:
         columns = columns.contiguous()
-        size = Numbers((len(rows),))
-        splits = splits_for(size, TILES, k, row_bytes, False, multiprocessors(device))
+        splits = splits_of_columns(
+            len(rows), len(columns), TILES, k, row_bytes, False, multiprocessors(device)
+        )
         plan = cross_plan(len(rows), len(columns), TILES, splits, device)
         back = cross_plan(len(columns), 1, TILES, 1, device)
         m = make_side(rows, plan, block_m, request.eps, request.row_ids, None)

@@ -1,10 +1,10 @@
 """How many work items a row tile is split into, from the processors of the device.
 
-A device runs so many programs at once: its multiprocessors, times the programs that share one
-(`Tiles.programs`). Few long items leave some of these slots idle at the end; many short ones spend
-their time on what every item does once. So the items of every number of splits are put on the slots
-as the hardware's scheduler would, and the number that ends first is taken. It follows from the
-shapes and the device alone, and so does the order of every sum.
+A device runs `slots` programs at once: its multiprocessors, times the programs that share one
+(`Tiles.programs`). Few long items leave some of them idle at the end; many short ones spend
+their time on what every item does once. So the items of every number of splits are put on the
+slots as the hardware's scheduler would, and the number that ends first is taken. It follows from
+the shapes and the device alone, and so does the order of every sum.
 """
 
 from functools import lru_cache
@@ -52,6 +52,35 @@ def splits_for(
         processors: multiprocessors of the device.
     """
     rows = count_row_tiles(sizes, tiles.block_m) * tiles.block_m
+    most = _affordable(rows, k, row_bytes, with_force)
+    slots = processors * tiles.programs
+    return _fastest(sizes, tiles.block_m, tiles.block_n, not with_force, slots, most)
+
+
+@lru_cache(maxsize=512)
+def splits_of_columns(
+    num_rows: int,
+    num_columns: int,
+    tiles: Tiles,
+    k: int,
+    row_bytes: int,
+    with_force: bool,
+    processors: int,
+) -> int:
+    """Work items a row tile, likewise, of rows that meet columns of their own."""
+    row_tiles, column_tiles = -(-num_rows // tiles.block_m), -(-num_columns // tiles.block_n)
+    slots = processors * tiles.programs
+    if row_tiles >= MANY_ITEMS * slots:
+        return 1
+    most = _affordable(row_tiles * tiles.block_m, k, row_bytes, with_force)
+    return min(
+        range(1, min(most, max(column_tiles, 1)) + 1),
+        key=lambda splits: _duration({column_tiles: row_tiles}, splits, slots),
+    )
+
+
+def _affordable(rows: int, k: int, row_bytes: int, with_force: bool) -> int:
+    """Work items a row tile within the bound on working memory."""
     # a row of unit rows and gradient, and of one slot: force, energy, nearest, axial
     fixed, slot = row_bytes + 4 * k, 4 * k + 12
     if not with_force:
@@ -59,10 +88,7 @@ def splits_for(
     affordable = max(
         int((MEMORY_FACTOR * 4 * k - fixed) // slot), SMALL_BYTES // max(rows * slot, 1), 1
     )
-    slots = processors * tiles.programs
-    return _fastest(
-        sizes, tiles.block_m, tiles.block_n, not with_force, slots, min(affordable, MAX_SPLITS)
-    )
+    return min(affordable, MAX_SPLITS)
 
 
 @lru_cache(maxsize=512)

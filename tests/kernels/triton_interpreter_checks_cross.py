@@ -11,7 +11,7 @@ import torch
 
 from comhe_ext import verdicts
 from comhe_ext.kernels import gpu
-from comhe_ext.kernels.gpu import cross, cross_direct, plan, sides, splits, variant
+from comhe_ext.kernels.gpu import cross, cross_direct, splits, variant
 from comhe_ext.kernels.pair_functions import Gaussian, Riesz
 from comhe_ext.kernels.sweep import NearestRequest, SweepRequest
 from comhe_ext.testing import paired_rows, random_rows, reference, relative_error
@@ -150,14 +150,14 @@ def test_cross_of_many_tiles(monkeypatch):
     rows, columns = random_rows(70, 10), random_rows(330, 10, seed=1)
     for kernel in (cross, cross_direct):
         monkeypatch.setattr(kernel, "TILES_PER_SUM", 2)
-    for wanted in (1, 1024):
-        monkeypatch.setattr(plan, "ITEMS_WANTED", wanted)
-        sides.cross_plan.cache_clear()
+    for most in (1, 64):
+        monkeypatch.setattr(splits, "MAX_SPLITS", most)
+        splits.splits_of_columns.cache_clear()
         for k in (10, 2):
             check(request_of(rows[:, :k], columns[:, :k], Riesz(2.0)), gradient_bound=1e-5)
         pair = Riesz(0.0, half_space=True)
         check(request_of(rows, columns, pair, ids=True, weights=True))
-    sides.cross_plan.cache_clear()
+    splits.splits_of_columns.cache_clear()
 
 
 @pytest.mark.parametrize("k", [5, 20, 131])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comhe_ext.kernels import gpu
-from comhe_ext.kernels.gpu import plan, sides
+from comhe_ext.kernels.gpu import splits
 from comhe_ext.kernels.sweep import NearestRequest
 from comhe_ext.testing import collapsed_rows, paired_rows, random_rows, reference
 
@@ -71,11 +71,10 @@ def test_nearest_of_every_size(k, half_space):
     check(rows, columns, half_space=half_space, **ids)
 
 
-@pytest.mark.parametrize("splits", [1, 1024])
-def test_nearest_in_many_sets(splits, monkeypatch):
-    monkeypatch.setattr(plan, "ITEMS_WANTED", splits)
-    for table in (plan.make_plan, sides.cross_plan):
-        table.cache_clear()
+@pytest.mark.parametrize("most", [1, 64])
+def test_nearest_in_many_sets(most, monkeypatch):
+    monkeypatch.setattr(splits, "MAX_SPLITS", most)
+    splits.splits_of_columns.cache_clear()
     sizes = [3, 0, 1, 300, 40, 2, 0]
     parts = [random_rows(n, 10, seed=n + 100 * i) for i, n in enumerate(sizes)]
     # equal but for rounding, in tiles of their own
@@ -84,8 +83,7 @@ def test_nearest_in_many_sets(splits, monkeypatch):
     expected = torch.cat([truth(x) for x in parts if len(x)])
     assert torch.equal(nearest(torch.cat(parts), sizes=sizes), expected)
     check(parts[4], parts[3])
-    for table in (plan.make_plan, sides.cross_plan):
-        table.cache_clear()
+    splits.splits_of_columns.cache_clear()
 
 
 @pytest.mark.parametrize("half_space", [False, True])
