@@ -20,7 +20,7 @@ from triton.runtime import jit
 
 from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import backend, plan
-from comhe_ext.kernels.pair_functions import Gaussian, PairFunction, Riesz
+from comhe_ext.kernels.pair_functions import Gaussian, Laplace, PairFunction, Riesz
 from comhe_ext.kernels.sweep import NearestRequest, Projected, SweepRequest
 
 # by name, with what is in the name of its matrix instructions
@@ -43,6 +43,22 @@ PAIRS: dict[str, PairFunction] = {
 }
 # whose sides are subtracted in another way
 PAIRS["wide gaussian half"] = Gaussian(0.5, half_space=True)
+# bounded ones
+PAIRS |= {
+    "s<0": Riesz(-0.5),
+    "s<0 half": Riesz(-0.5, half_space=True),
+    "s<0 angle": Riesz(-0.5, angular=True),
+    "shift": Riesz(1.5, shift=0.5),
+    "shift half": Riesz(1.5, shift=0.5, half_space=True),
+    "shift angle": Riesz(1.5, shift=0.5, angular=True),
+    "shift s=0": Riesz(0.0, shift=0.5),
+    "shift s=0 half": Riesz(0.0, shift=0.5, half_space=True),
+    "shift s=0 angle": Riesz(0.0, shift=0.5, angular=True),
+    "laplace": Laplace(),
+    "laplace half": Laplace(half_space=True),
+    "laplace angle": Laplace(angular=True),
+    "laplace half angle": Laplace(half_space=True, angular=True),
+}
 # weights of a projecting launch, as many as a ResNet-50 has
 NUM_WEIGHTS = 54
 

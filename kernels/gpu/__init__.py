@@ -1,9 +1,10 @@
 """The sweep in Triton, for CUDA and ROCm. Triton is imported at the first call, not before.
 
 In the order of a call: splits and plan, project_normalize, then direct, or pairwise with
-near_pairs, or large_k, then finish. pair_function, pair_terms and special_functions hold what they
-share; backend calls them, and variant tells which code a call runs. A cross set goes through sides,
-cross or cross_direct, and cross_sweep, which calls them; nearest_rows finds the nearest rows.
+near_pairs, or large_k, then finish. pair_function, bounded_pairs, pair_terms and special_functions
+hold what they share; backend calls them, and variant tells which code a call runs. A cross set goes
+through sides, cross or cross_direct, and cross_sweep, which calls them; nearest_rows finds the
+nearest rows.
 """
 
 import importlib.util
@@ -12,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..pair_functions import PairFunction, Riesz
+from ..pair_functions import PairFunction
 from ..sweep import NearestRequest, Offers, SweepRequest, SweepResult
 
 OFFERS = Offers(cross=True, nearest=True, projection=True)
@@ -55,11 +56,9 @@ def unavailable() -> str | None:
 
 def supports(pair: PairFunction) -> bool:
     """Whether the kernels know a pair function."""
-    from .pair_function import FORMULAS
+    from .pair_function import is_known
 
-    if isinstance(pair, Riesz) and (pair.s < 0 or pair.shift > 0):
-        return False
-    return type(pair) in FORMULAS
+    return is_known(pair)
 
 
 def sweep(request: SweepRequest) -> SweepResult:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..pair_functions import Gaussian, PairFunction, Riesz
+from ..pair_functions import Gaussian, Laplace, PairFunction, Riesz
+from .bounded_pairs import laplace, shifted_riesz
 from .pair_terms import (
     COEFFICIENT_MAX_BITS,
     COEFFICIENT_RANGE_BITS,
@@ -27,7 +28,6 @@ from .pair_terms import (
     SMALL_SET_NEAR_CHORD,
     SMALLEST_CHORD,
     Formula,
-    OddRatio,
     PairArguments,
     PairConstants,
     Tangent,
@@ -36,6 +36,7 @@ from .pair_terms import (
     chord_tile,
     half_space_tile,
     odd_half_space_tile,
+    odd_ratio,
 )
 from .special_functions import log2, negative_power, positive_reciprocal, reciprocal, rsqrt
 
@@ -151,15 +152,33 @@ def power_exact(t, inverse, pair):
     return n.factor * f * inverse, f
 
 
+@triton.jit
+def negative_exact(t, inverse, pair):
+    """-t^|s|; on the tangent line its slope is that at the end, which may be more than its own."""
+    n = pair.numbers
+    if t.dtype == tl.float64:
+        power = tl.exp2(-n.s * log2(t, pair.fast))
+    else:
+        power = negative_power(t, n.s, n.s_head, n.s_tail, 0.0, pair.fast)
+        # 0 of coincident rows, or NaN
+        power = tl.where(t > 0.0, power, t)
+    slope = n.factor * power * inverse
+    return tl.where(t < pair.tangent.at, -pair.tangent.slope, slope), -power
+
+
 def riesz(pair: Riesz) -> Formula:
-    """t^-s; any s that is not 0, 1 or 2 is a number of the launch."""
+    """t^-s, or -t^|s|; any s that is not 0, 1 or 2 is a number of the launch."""
+    if pair.shift:
+        return shifted_riesz(pair)
     s, m, angular = pair.s, pair.min_distance, pair.angular
+    sign, size = math.copysign(1.0, s), abs(s) or 1.0
+    power = s / 2.0 + 1.0
     chord, of_angle, exact, half_space_short = {
         0.0: (log_chord, log_angle, log_exact, log_half_space_tile),
         1.0: (one_chord, one_angle, one_exact, None),
         2.0: (two_chord, two_angle, two_exact, two_half_space_tile),
-    }.get(s, (power_chord, power_angle, power_exact, None))
-    is_power = exact is power_exact
+    }.get(s, (power_chord, power_angle, power_exact if s > 0 else negative_exact, None))
+    is_power = of_angle is power_angle
     tile = half_space_short if pair.half_space and not angular else None
     shortest = 2.0 * math.sin(m / 2.0) if angular else m
     # where F' is 2^COEFFICIENT_RANGE_BITS times that of the typical pair; 1/sin is about 1/theta
@@ -179,20 +198,24 @@ def riesz(pair: Riesz) -> Formula:
         largest = -(s + 2.0) * math.log2(near_chord)
         if angular:
             theta = 2.0 * math.asin(min(near_chord / 2.0, 1.0))
-            largest = -(s + 1.0) * math.log2(theta) - math.log2(max(math.sin(theta), 0.1))
+            # at one of the ends, where the sine is smallest
+            largest = max(-(s + 1.0) * math.log2(t) for t in (theta, math.pi - theta))
+            largest -= math.log2(max(math.sin(theta), 0.1))
         bits = math.floor(COEFFICIENT_MAX_BITS - largest)
-        energy_unit, force_unit = 2.0**-bits, s * 2.0**-bits
-    # -f'(m), the largest there is
-    slope_bits = math.log2(s or 1.0) - (s + 1.0) * math.log2(m) if m > 0 else math.inf
-    far_reaching = slope_bits - math.log2(SMALLEST_CHORD) > PLAIN_BITS
+        energy_unit, force_unit = sign * 2.0**-bits, size * 2.0**-bits
+    # -f'(m), the largest there is for s > -1
+    slope_bits = math.log2(size) - (s + 1.0) * math.log2(m) if m > 0 else math.inf
+    far_reaching = s >= 0 and slope_bits - math.log2(SMALLEST_CHORD) > PLAIN_BITS
     range_bits = float(RANGE_BITS if far_reaching else 0)
     value_bits = range_bits if is_power else 0.0
     value = slope = 0.0
     if m > 0:
-        value = -math.log(m) if s == 0 else _float32_power(-s * math.log2(m) - value_bits)
+        value = -math.log(m) if s == 0 else sign * _float32_power(-s * math.log2(m) - value_bits)
         slope = -_float32_power(slope_bits - value_bits)
     steepest = min(_float32_power(slope_bits - range_bits), LARGEST.value)
-    factor = (s or 1.0) * 2.0 ** (value_bits - range_bits)
+    if s < 0:
+        steepest = LARGEST.value
+    factor = size * 2.0 ** (value_bits - range_bits)
     mantissa, exponent = math.frexp(s)
     head = math.ldexp(round(math.ldexp(mantissa, 16)), exponent - 16)
     return Formula(
@@ -200,7 +223,9 @@ def riesz(pair: Riesz) -> Formula:
         exact=exact,
         numbers=RieszNumbers(s, head, s - head, bits, value_bits, factor),
         # F' is ((1 - c) 2)^-(s/2 + 1)
-        odd=odd_ratio(s / 2.0 + 1.0, 0.0),
+        odd=odd_ratio(power, power / 3.0, power / 5.0),
+        # the chord's sides differ little at any cosine
+        nearly_even=s < 0 and pair.half_space and not angular,
         near_chord=near_chord,
         energy_unit=energy_unit,
         energy_offset=energy_offset,
@@ -211,17 +236,6 @@ def riesz(pair: Riesz) -> Formula:
         range_bits=range_bits,
         value_bits=value_bits,
     )
-
-
-def odd_ratio(power: float, rate: float) -> OddRatio:
-    """Of h = (1 - c)^-power exp(rate c), x = COSINE_SCALE c: tanh(power artanh c + rate c)."""
-    u1, u3, u5 = power + rate, power / 3.0, power / 5.0
-    # tanh u = u - u^3 / 3 + 2 u^5 / 15 - ..., of u = u1 c + u3 c^3 + u5 c^5 + ...
-    a1, a3 = u1, u3 - u1**3 / 3.0
-    a5 = u5 - u1**2 * u3 + 2.0 * u1**5 / 15.0
-    # there the next term is 2e-7 of the first, and the sides differ by an eighth of their sum
-    scale = COSINE_SCALE.value
-    return OddRatio(0.125 / u1 * scale, a1 / scale, a3 / scale**3, a5 / scale**5)
 
 
 def _float32_power(bits: float) -> float:
@@ -279,7 +293,7 @@ def gaussian(pair: Gaussian) -> Formula:
         exact=gaussian_exact,
         numbers=GaussianNumbers(tau * log2e, 2.0 * tau, bits),
         # F' is exp(2 tau c) but for a factor
-        odd=odd_ratio(0.0, 2.0 * tau),
+        odd=odd_ratio(2.0 * tau),
         nearly_even=tau < 1.0 and not pair.angular,
         near_chord=near_chord,
         energy_unit=2.0**-bits,
@@ -287,7 +301,26 @@ def gaussian(pair: Gaussian) -> Formula:
     )
 
 
-FORMULAS: dict[type[PairFunction], Callable[[Any], Formula]] = {Riesz: riesz, Gaussian: gaussian}
+FORMULAS: dict[type[PairFunction], Callable[[Any], Formula]] = {
+    Riesz: riesz,
+    Gaussian: gaussian,
+    Laplace: laplace,
+}
+
+
+def is_known(pair: PairFunction) -> bool:
+    """Whether the kernels know a pair function.
+
+    Half space adds up two slopes of either sign. Where these hardly differ the sum is what rounding
+    leaves of it, so such functions are left to backends that compute it without subtracting.
+    """
+    if isinstance(pair, Riesz) and pair.half_space:
+        if pair.angular:
+            return pair.s >= 0 and not pair.shift
+        return pair.s >= -1
+    if isinstance(pair, Laplace) and pair.half_space and pair.angular:
+        return pair.tau >= 1
+    return type(pair) in FORMULAS
 
 
 @lru_cache(maxsize=256)

@@ -158,6 +158,18 @@ class Formula(NamedTuple):
     value_bits: float = 0.0
 
 
+def odd_ratio(u1: float, u3: float = 0.0, u5: float = 0.0, width: float = 1.0) -> OddRatio:
+    """Make the ratio tanh u from u, the odd part of log h, as a series in z = c / width."""
+    # tanh u = u - u^3 / 3 + 2 u^5 / 15 - ..., of u = u1 z + u3 z^3 + u5 z^5 + ...
+    a1, a3 = u1, u3 - u1**3 / 3.0
+    a5 = u5 - u1**2 * u3 + 2.0 * u1**5 / 15.0
+    # there the next term is 2e-7 of the first, and the sides differ by an eighth of their sum; the
+    # series of u itself goes no further than z = 1/8
+    below = 0.125 / max(u1, 1.0 if u3 else 0.0)
+    scale = COSINE_SCALE.value * width
+    return OddRatio(below * scale, a1 / scale, a3 / scale**3, a5 / scale**5)
+
+
 @triton.jit
 def chord_tile(x, pair):
     """Raw F' and F of a tile, of the chord."""

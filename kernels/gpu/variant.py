@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..pair_functions import Gaussian, PairFunction, Riesz
+from ..pair_functions import Gaussian, Laplace, PairFunction, Riesz
 from ..sweep import NearestRequest, Numbers, Projected, SweepRequest, SweepResult
 from . import backend, cross_sweep, nearest_rows
 from .plan import Tiles
@@ -122,11 +122,15 @@ def _variant_of_nearest(request: NearestRequest) -> Variant | None:
 def _representative(pair: PairFunction) -> PairFunction:
     """Name the pair function that stands for all that run the same code."""
     if isinstance(pair, Riesz):
-        s = pair.s if pair.s in (0.0, 1.0, 2.0) else 1.5
-        return replace(pair, s=s, min_distance=Riesz.min_distance)
+        others = 1.5 if pair.s > 0 or pair.shift else -0.5
+        plain = (0.0,) if pair.shift else (0.0, 1.0, 2.0)
+        s = pair.s if pair.s in plain else others
+        return replace(pair, s=s, shift=0.5 * bool(pair.shift), min_distance=Riesz.min_distance)
     if isinstance(pair, Gaussian):
         # tiles of half space have another form where it is wide
         return replace(pair, tau=0.5 if pair.tau < 1.0 else 2.0)
+    if isinstance(pair, Laplace):
+        return replace(pair, tau=1.0)
     return pair
 
 
