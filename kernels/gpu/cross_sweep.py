@@ -196,7 +196,6 @@ class CrossCall:
             BLOCK_M=block_m,
             BLOCK_K=min(2048 // block_m, triton.next_power_of_2(k)),
         )
-        hold([plan.items, plan.row_tiles])
         return gradient if with_gradient else None
 
 
@@ -257,6 +256,7 @@ def sweep(request: SweepRequest) -> SweepResult:
             columns_gradient = call.finish(n, slots, back, scale, None, False)
             if columns_gradient is not None and largest is not None:
                 columns_gradient.mul_(largest)
+        hold([plan.items, plan.row_tiles, back.items, back.row_tiles])
     return SweepResult(
         energy, gradient, columns_gradient, each.float() if request.row_energies else None
     )

@@ -4,10 +4,13 @@ The definition itself is checked by the other tests: where there is a GPU, the f
 conftest.py runs every one that takes it with backend "triton" too.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import comhe_ext
+from comhe_ext.kernels.sweep import NearestRequest, SweepRequest
 from comhe_ext.testing import (
     exact_energy_and_gradient,
     paired_rows,
@@ -69,6 +72,49 @@ def test_near_pairs(s, half_space, angular, k):
         energy, gradient = energy_and_gradient(weight, **options)
         assert relative_error(energy, expected) <= 1e-6
         assert relative_error(gradient, expected_gradient) <= 1e-5
+
+
+@pytest.mark.parametrize("k", PATHS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_sets(k, weighted):
+    from comhe_ext.kernels import gpu, portable
+
+    both = paired_rows(4000, k, 1e-3, device="cuda")
+    rows, columns = both[:1000], both[1000:]  # twins on either side
+    ids = [torch.arange(n, device="cuda").int() % 7 for n in (1000, 3000)]
+    request = SweepRequest(rows, [1000], [1e-6], RIESZ_2, columns=columns, row_energies=True)
+    if weighted:
+        weights = torch.rand(1000, device="cuda")
+        request = replace(request, row_ids=ids[0], column_ids=ids[1], row_weights=weights)
+    results = gpu.sweep(request)
+    again = gpu.sweep(request)
+    exact = portable.sweep(
+        replace(
+            request,
+            source=rows.double(),
+            columns=columns.double(),
+            row_weights=weights.double() if weighted else None,
+        )
+    )
+    bounds = (1e-6, 1e-5, 1e-5, 1e-6)
+    for result, same, expected, bound in zip(results, again, exact, bounds, strict=True):
+        assert torch.equal(result, same)
+        assert relative_error(result, expected) <= bound
+
+
+@pytest.mark.parametrize("k", PATHS)
+@pytest.mark.parametrize("half_space", [False, True])
+def test_nearest_rows(k, half_space):
+    from comhe_ext.kernels import gpu, portable
+
+    rows = paired_rows(3000, k, 1e-4, device="cuda")
+    ids = torch.arange(3000, device="cuda").int() % 7
+    for columns, of in ((None, None), (rows.flip(0), None), (rows.flip(0), ids)):
+        request = NearestRequest(rows, [3000], half_space, 0.0, columns, of, of)
+        exact = replace(
+            request, points=rows.double(), columns=None if columns is None else columns.double()
+        )
+        assert torch.equal(gpu.nearest(request), portable.nearest(exact))
 
 
 @pytest.mark.parametrize("k", PATHS)
