@@ -192,12 +192,15 @@ def calls(pairs: Collection[str]) -> Iterator[Call | NearestCall]:
         # first and the last width of each tile shape
         for k in (128, 40, 32, 24, 16, 200, 8, 5, 4, 1):
             yield Call(k, pair, gradient)
-    for pair, gradient, weighted in itertools.product(pairs, (True, False), (False, True)):
-        for k in (128, 40, 32, 24, 16, 200, 8, 5, 4, 1):
-            yield Call(k, pair, gradient, cross=True, weighted=weighted)
-    for k, half_space in itertools.product((200, 128, 40, 32, 3), (False, True)):
-        for columns, ids in ((False, False), (True, False), (True, True)):
-            yield NearestCall(k, half_space, columns, ids)
+    # of what depends on the pair function these take the fewest and the most registers
+    for pair in sorted({*pairs} & {"s=2", "any s half angle"}):
+        for k in (128, 40, 32, 16, 200, 4):
+            yield Call(k, pair, cross=True, weighted=True)
+    for k in (40, 32, 4):
+        yield from (Call(k, gradient=gradient, cross=True) for gradient in (True, False))
+    for k in (200, 128, 40, 32):
+        yield NearestCall(k, False)
+        yield NearestCall(k, True, True, True)
     # neither the cheaper products nor the dtype differ in what depends on the pair function
     for precision, gradient in (("high", True), ("medium", True), ("medium", False)):
         for k in (128, 40, 32, 16):
@@ -228,7 +231,7 @@ def launches(target: str, pairs: Collection[str] = tuple(PAIRS)) -> list[Launch]
         )
         source = ASTSource(kernel, signature, constants, attributes)
         num_warps = given.get("num_warps", 4)
-        pair = call.pair if variant.startswith(call.pair) else None
+        pair = call.pair if call.pair and variant.startswith(call.pair) else None
         launch = Launch(target, kernel.__name__, variant, source, options, given, num_warps, pair)
         found[launch.key] = launch
 
