@@ -61,6 +61,13 @@ PUBLISHED = {
     "KCL": (lambda: losses.kcl(X, Y), 1.5737141813373536),
     # kernel "riesz" with t = 1: k = 1 / r
     "KCL, riesz": (lambda: losses.kcl(X, Y, Riesz(1.0)), 23.308060099479405),
+    # kernel "imq" with c = 2: k = c / sqrt(c^2 + r^2)
+    "KCL, imq": (lambda: 2 * losses.kcl(X, Y, Riesz(1.0, shift=4.0)), 24.298386699731683),
+    # kernel "log" with t = 2: k = -log(2 r^2 + 1) / 2 of pairs, but -log(2 r^2 + 1) of x_i and y_i
+    "KCL, log": (
+        lambda: 2 * losses.kcl(X, Y, Riesz(0.0, shift=0.5), gamma=8.0) - 14 * math.log(2.0),
+        -23.8236787241585,
+    ),
     # facebookresearch/dinov3, gram_loss.py, remove_neg off: mean of (x x^T - y y^T)^2
     "dinov3 gram": (lambda: losses.gram(X, Y), 0.20977072310405642),
     # SphereFace+, as the MHE paper writes it: mean over i in (0, 2, 2) and j != i of |x_i - x_j|^-2
