@@ -384,7 +384,6 @@ def test_torch_func_and_forward_mode(name):
 def test_compile_full_graph(name):
     torch._dynamo.reset()
     function, tensors = functools.partial(call, name), LOSSES[name][2](20, 6)
-    # labels are looked up, and rows compared, where the tensors are real
     compiled = torch.compile(
         lambda *x: function(*x).sum(), fullgraph=True, dynamic=False, backend="aot_eager"
     )
