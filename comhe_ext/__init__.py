@@ -9,7 +9,7 @@ if find_spec("comhe_ext.kernels") is None:
         "comhe_ext.kernels is missing: a checkout has to be installed, with `pip install -e .`"
     )
 
-from comhe_ext import init, losses, projections
+from comhe_ext import init, losses, projections, sampled
 from comhe_ext.functional import (
     angle_preserving_loss,
     compressive_energy,
@@ -37,4 +37,5 @@ __all__ = [
     "pair_energy",
     "projections",
     "random_projection",
+    "sampled",
 ]

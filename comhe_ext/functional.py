@@ -5,7 +5,7 @@ from numbers import Integral
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from comhe_ext import backends
 from comhe_ext.checks import (
@@ -23,8 +23,11 @@ from comhe_ext.operators import angle_loss
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import DTYPES, compute_dtype
 from comhe_ext.operators.rows import project, safe_sqrt
+from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.packing import set_energies, stack_parts
 from comhe_ext.pairing import cross_energies, nearest_rows, row_energies
+from comhe_ext.sampled.keywords import Method, Sampling, check_sampling, sampled_energies
+from comhe_ext.sampled.plan import SamplingPlan
 from comhe_ext.settings import (
     BackendName,
     PairReduction,
@@ -46,6 +49,10 @@ def hyperspherical_energy(
     eps: float = 0.0,
     min_distance: float = 1e-3,
     backend: BackendName | None = None,
+    method: Method = "exact",
+    samples: int = 1024,
+    plan: SamplingPlan | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Compute how closely the rows of `weight` crowd on the sphere: the hyperspherical energy.
 
@@ -70,6 +77,11 @@ def hyperspherical_energy(
             tangent line, so near-duplicates are pushed apart with a finite force; 0 is the pure
             definition. At least 0, less than 2.
         backend: "triton", "cpu" or "torch"; None picks the best that works here.
+        method: "exact", or "sampled": an unbiased estimate from random blocks, for very many rows.
+        samples: rows of a block, for "sampled"; where one block holds all rows it is exact.
+        plan: a `comhe_ext.sampled.SamplingPlan` of these rows, which takes most of the estimate's
+            variance; needed where near-duplicates carry the energy.
+        generator: source of the partition, on the device of `weight`.
 
     Returns:
         The energy, [] or [B], float32 (float64 for float64 weights). 0 where there is no pair.
@@ -88,8 +100,8 @@ def hyperspherical_energy(
     """
     check_weight(weight)
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
-    options = settings.options((weight,))
-    return set_energies(weight, options)
+    sampling = check_sampling(method, samples, plan, generator)
+    return _energies_of_sets(weight, settings.options((weight,)), sampling)
 
 
 def pair_energy(
@@ -102,6 +114,10 @@ def pair_energy(
     reduction: PairReduction = "mean",
     eps: float = 0.0,
     backend: BackendName | None = None,
+    method: Method = "exact",
+    samples: int = 1024,
+    plan: SamplingPlan | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Compute the energy of `rows`, among themselves or against `columns`, by any pair function.
 
@@ -125,6 +141,8 @@ def pair_energy(
             In half space a row meets the antipodes, too, without columns its own as well.
         eps: added to the squared norms.
         backend: "triton", "cpu" or "torch"; None picks the best that works here.
+        method, samples, plan, generator: see `hyperspherical_energy`; "sampled" is for rows among
+            themselves, and not for "rows".
 
     Returns:
         The energy, [] or [B]; with "rows" [N] or [B, N]. float32 (float64 if a tensor is).
@@ -138,12 +156,17 @@ def pair_energy(
     check_weight(rows, "rows")
     settings = pair_settings(pair, reduction, eps, backend, ("mean", "sum", "rows"))
     check_pairing(rows, columns, row_ids, column_ids)
+    sampling = check_sampling(method, samples, plan, generator)
+    if sampling is not None and (columns is not None or reduction == "rows"):
+        raise ValueError(
+            "`method` must be 'exact' for rows against columns and for reduction='rows'"
+        )
     if columns is not None:
         options = settings.options((rows, columns), needs="cross")
         return cross_energies(rows, columns, row_ids, column_ids, options)
     if reduction == "rows":
         return row_energies(rows, settings.options((rows,), needs="cross"))
-    return set_energies(rows, settings.options((rows,)))
+    return _energies_of_sets(rows, settings.options((rows,)), sampling)
 
 
 def nearest(
@@ -216,6 +239,10 @@ def compressive_energy(
     eps: float = 0.0,
     min_distance: float = 1e-3,
     backend: BackendName | None = None,
+    method: Method = "exact",
+    samples: int = 1024,
+    plan: SamplingPlan | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Compute the mean energy of the rows of `weight` after each of several projections (CoMHE).
 
@@ -230,6 +257,8 @@ def compressive_energy(
         weight: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`.
         projection: [C, k, d], C matrices P_c on the device of `weight`; see `random_projection`.
         s, half_space, angular, reduction, eps, min_distance, backend: see `hyperspherical_energy`.
+        method, samples, plan, generator: see there; of a plan the list of near pairs serves, and
+            each set is partitioned anew.
 
     Returns:
         The energy, [] or [B], float32 (float64 if either argument is). Differentiable in both.
@@ -247,7 +276,12 @@ def compressive_energy(
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
     options = settings.options((weight, projection), projection.shape[1])
     sets = weight if weight.dim() == 3 else weight.unsqueeze(0)
-    energies = energy([sets], [projection], options)
+    sampling = check_sampling(method, samples, plan, generator)
+    if sampling is None:
+        energies = energy([sets], [projection], options)
+    else:
+        projected = project(sets, projection).flatten(0, 1)
+        energies = sampled_energies(projected, options, sampling, as_planned=False)
     return energies.view(*weight.shape[:-2], projection.shape[0]).mean(-1)
 
 
@@ -262,6 +296,10 @@ def group_energy(
     eps: float = 0.0,
     min_distance: float = 1e-3,
     backend: BackendName | None = None,
+    method: Method = "exact",
+    samples: int = 1024,
+    plan: SamplingPlan | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Compute the mean over groups of coordinates of the energy of the sub-vectors (group CoMHE).
 
@@ -275,6 +313,8 @@ def group_energy(
         groups: how many groups of neighbouring coordinates, as even as they can be; or the
             coordinates of each group, which may overlap.
         s, half_space, angular, reduction, eps, min_distance, backend: see `hyperspherical_energy`.
+        method, samples, plan, generator: see there; of a plan the list of near pairs serves, and
+            each set is partitioned anew.
 
     Returns:
         The energy, [] or [B], float32 (float64 for float64 weights).
@@ -289,7 +329,12 @@ def group_energy(
     parts = stack_parts(_split_columns(weight, groups))
     options = settings.options((weight,), parts.shape[-1])
     sets = parts if parts.dim() == 3 else parts.flatten(0, 1)
-    return set_energies(sets, options).view(parts.shape[:-2]).mean(-1)
+    sampling = check_sampling(method, samples, plan, generator)
+    if sampling is None:
+        energies = set_energies(sets, options)
+    else:
+        energies = sampled_energies(sets, options, sampling, as_planned=False)
+    return energies.view(parts.shape[:-2]).mean(-1)
 
 
 def angle_preserving_loss(
@@ -351,6 +396,15 @@ def angle_differences(sets: Tensor, projection: Tensor, kind: str) -> Tensor:
         pairs = [(rows, y) for y in projected.unbind(1)]
     totals = [angle_loss.angle_difference(x, y, angle) for x, y in pairs]
     return torch.stack(totals, 0 if by_set else 1)
+
+
+def _energies_of_sets(rows: Tensor, options: SweepOptions, sampling: Sampling | None) -> Tensor:
+    """Energy of [N, d] -> [], or of each set of [B, N, d] -> [B], exact or sampled."""
+    if sampling is None:
+        return set_energies(rows, options)
+    sets = rows if rows.dim() == 3 else rows.unsqueeze(0)
+    energies = sampled_energies(sets, options, sampling, as_planned=True)
+    return energies if rows.dim() == 3 else energies.squeeze(0)
 
 
 def _split_columns(

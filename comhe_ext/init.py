@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from comhe_ext.checks import check_count, check_number, check_tensor
 from comhe_ext.layers import NOWHERE_TO_TURN, Layer, survey
 from comhe_ext.operators.library import compute_dtype
 from comhe_ext.packing import Part, total_energy
+from comhe_ext.progress import bar
 from comhe_ext.projections import random_projection
 from comhe_ext.selectors import Selector, Split
 from comhe_ext.settings import EnergyOptions, Settings, lists_energy_options, mean_settings
@@ -121,7 +121,7 @@ def minimum_energy_(
         largest, lengths = _normalize_(rows)
         velocity = torch.zeros_like(rows)
         plateau = _Plateau(patience, tolerance)
-        with _bar(steps, progress) as advance:
+        with bar(steps, progress, "minimum_energy_") as advance:
             for step in range(steps):
                 matrices = None
                 if width > dim:
@@ -275,20 +275,3 @@ def _energy_and_gradient(
         energy = total_energy([Part(leaf.unsqueeze(0), matrices)], settings)
         (gradient,) = torch.autograd.grad(energy, leaf)
     return energy.detach(), gradient
-
-
-@contextmanager
-def _bar(steps: int, progress: bool | str) -> Iterator[Callable[[], object]]:
-    """Show a progress bar, and yield what advances it by a step."""
-    if not progress:
-        yield lambda: None
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "`progress` needs the package tqdm: pip install 'comhe-ext[progress]'"
-        ) from error
-    title = progress if isinstance(progress, str) else "minimum_energy_"
-    with tqdm(total=steps, desc=title) as bar:
-        yield bar.update

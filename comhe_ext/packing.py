@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from comhe_ext.operators.energy import energy
-from comhe_ext.operators.rows import pad
+from comhe_ext.operators.library import compute_dtype
+from comhe_ext.operators.rows import pad, project
 from comhe_ext.operators.sweep import SweepOptions
+from comhe_ext.sampled.estimator import estimated_energies
+from comhe_ext.sampled.polynomials import default_coefficients
 from comhe_ext.settings import Settings
 
 
@@ -20,11 +23,15 @@ class Part:
         rows: [V, N, d], V sets that do not meet each other.
         matrices: [C, k, d] that project them, or None for rows that are taken as they are.
         factor: of the mean energy of the sets.
+        permutation: [sets, N] where the energy is to be sampled, uniform; None: it is exact.
+        samples: rows of a block of what is sampled.
     """
 
     rows: Tensor
     matrices: Tensor | None = None
     factor: float = 1.0
+    permutation: Tensor | None = None
+    samples: int = 0
 
     @property
     def width(self) -> int:
@@ -51,6 +58,8 @@ def total_energy(parts: Sequence[Part], settings: Settings) -> Tensor:
     Parts of one k, dtype and device share a sweep; rows without matrices join the one of projected
     rows if they have no more columns.
     """
+    totals = [_sampled_energy(x, settings) for x in parts if x.permutation is not None]
+    parts = [part for part in parts if part.permutation is None]
     places = [(part.rows.dtype, part.rows.device) for part in parts]
     projected = {
         place: part.width
@@ -64,7 +73,6 @@ def total_energy(parts: Sequence[Part], settings: Settings) -> Tensor:
             width = projected[place]
         packs.setdefault((*place, width), []).append(part)
 
-    totals = []
     for (*_, width), pack in packs.items():
         options = settings.options([x for part in pack for x in part.tensors], width)
         factors = [f for part in pack for f in [part.factor / part.num_sets] * part.num_sets]
@@ -74,6 +82,19 @@ def total_energy(parts: Sequence[Part], settings: Settings) -> Tensor:
         rows, matrices = [part.rows for part in pack], [part.matrices for part in pack]
         totals.append(energy(rows, matrices, options).sum())
     return add(totals)
+
+
+def _sampled_energy(part: Part, settings: Settings) -> Tensor:
+    """Estimate the factor times the mean energy of the sets of a part -> []."""
+    assert part.permutation is not None
+    options = settings.options(part.tensors, part.width)
+    if part.matrices is None:
+        sets = part.rows.to(compute_dtype(part.rows))
+    else:
+        sets = project(part.rows, part.matrices).flatten(0, 1)
+    coefficients = default_coefficients(options.pair, part.width)
+    energies = estimated_energies(sets, part.permutation, part.samples, coefficients, None, options)
+    return part.factor * energies.mean()
 
 
 def add(totals: Sequence[Tensor]) -> Tensor:

@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from comhe_ext import bounds
-from comhe_ext.checks import check_count, check_factor
+from comhe_ext.checks import check_count, check_factor, quote
 from comhe_ext.gradients import accumulate
 from comhe_ext.layers import Layer, LeftOut
 from comhe_ext.packing import Part, add, set_energies, total_energy
@@ -80,6 +80,11 @@ class CoMHE(nn.Module):
             in the other steps.
         warm_up: steps over which the factor rises linearly to its full value.
         auto_step: False counts the calls of `step` instead.
+        method: "exact"; "sampled", an unbiased estimate from random blocks of each layer's rows,
+            partitioned anew for each projection at each step; or "auto", "sampled" for layers of
+            more than `above` rows. On several ranks all draw the same blocks.
+        samples: rows of a block.
+        above: see `method`.
         options: `pair`, any pair function, in place of `s`, `angular` and `min_distance`; and all
             other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
@@ -118,6 +123,9 @@ class CoMHE(nn.Module):
         every: int = 1,
         warm_up: int = 0,
         auto_step: bool = True,
+        method: Literal["exact", "sampled", "auto"] = "exact",
+        samples: int = 256,
+        above: int = 16_384,
         **options: "Unpack[EnergyOptions]",
     ) -> None:
         super().__init__()
@@ -141,6 +149,11 @@ class CoMHE(nn.Module):
         if not isinstance(auto_step, bool):
             raise TypeError(f"`auto_step` must be a bool, got {type(auto_step).__name__}")
         self.auto_step = auto_step
+        if method not in ("exact", "sampled", "auto"):
+            raise ValueError(f"`method` must be 'exact', 'sampled' or 'auto', got {quote(method)}")
+        self.method = method
+        self.samples = check_count("samples", samples, least=2)
+        self.above = check_count("above", above, least=0)
         self._settings = mean_settings(s, half_space, options)
         # of the output layer, which is never in half space
         self._full_space = self._settings.in_full_space()
@@ -398,7 +411,10 @@ class CoMHE(nn.Module):
                     self.projection.step(projected)
             views.update(self.projection.views(projected))
         output = self.output_layer
-        parts = {name: Part(*view, self._factors[name]) for name, view in views.items()}
+        parts = {
+            name: self._part(number, *view, self._factors[name])
+            for number, (name, view) in enumerate(views.items())
+        }
         hidden = [part for name, part in parts.items() if name != output]
         totals = [
             total_energy(some, settings)
@@ -409,6 +425,18 @@ class CoMHE(nn.Module):
             if some
         ]
         return add(totals) if totals else self._zero()
+
+    def _part(self, number: int, rows: Tensor, matrices: Tensor | None, factor: float) -> Part:
+        """Make the part of a layer, with a partition of its rows where it is to be sampled."""
+        part = Part(rows, matrices, factor)
+        n = rows.shape[1]
+        above = self.above if self.method == "auto" else 2 * self.samples
+        if self.method == "exact" or n <= above:
+            return part
+        permutation = torch.ops.comhe_ext.permutations(
+            self._step, number, part.num_sets, n, rows.device
+        )
+        return Part(rows, matrices, factor, permutation, self.samples)
 
     def _zero(self) -> Tensor:
         first = self._layers[0]

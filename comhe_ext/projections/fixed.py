@@ -63,6 +63,15 @@ def random_projection(
 # --- draws that are a function of a seed and a step -----------------------------------------------
 
 
+def refuse_capture_of_draws(device: torch.device) -> None:
+    """Say why a CUDA graph cannot hold random draws."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "random numbers cannot be drawn while a CUDA graph is captured, which would repeat "
+            "one draw for ever: call the regularizer outside of the graph"
+        )
+
+
 @define(
     "gaussian(Tensor state, int every, int stream, SymInt[] shape, ScalarType dtype, Device device)"
     " -> Tensor"
@@ -78,19 +87,35 @@ def _gaussian(
     """Draw the normal numbers of step state[1] and seed state[0], new ones every `every` steps."""
     if device.type == "meta":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "random matrices cannot be drawn while a CUDA graph is captured, which would repeat "
-            "one draw for ever: call the regularizer outside of the graph"
-        )
+    refuse_capture_of_draws(device)
     seed, steps, _ = numbers_of(state)
-    draw = max(steps - 1, 0) // every
-    # three numbers are mixed into one seed, with the constants of the SplitMix64 generator
-    for number in (draw, stream):
+    generator = Generator(device).manual_seed(mixed(seed, max(steps - 1, 0) // every, stream))
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
+
+
+def mixed(seed: int, *numbers: int) -> int:
+    """Mix whole numbers into one seed, with the constants of the SplitMix64 generator."""
+    for number in numbers:
         seed = ((seed ^ number) * 0x9E3779B97F4A7C15 + 0xBF58476D1CE4E5B9) % 2**64
         seed ^= seed >> 31
-    generator = Generator(device).manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device)
+    return seed
+
+
+@define("permutations(Tensor step, int stream, SymInt sets, SymInt n, Device device) -> Tensor")
+def _permutations(step: Tensor, stream: int, sets: int, n: int, device: torch.device) -> Tensor:
+    """Draw a uniform permutation of n rows for each of the sets, a function of step and stream."""
+    if device.type == "meta":
+        return torch.empty(sets, n, dtype=torch.int64, device=device)
+    refuse_capture_of_draws(device)
+    # all ranks count the same steps: they need no common seed
+    generator = Generator(device).manual_seed(mixed(0, int(numbers_of(step)[0]), stream))
+    drawn = [torch.randperm(n, generator=generator, device=device) for _ in range(sets)]
+    return torch.stack(drawn)
+
+
+@torch.library.register_fake("comhe_ext::permutations", lib=LIBRARY)
+def _(step: Tensor, stream: int, sets: int, n: int, device: torch.device) -> Tensor:
+    return torch.empty(sets, n, dtype=torch.int64, device=device)
 
 
 @torch.library.register_fake("comhe_ext::gaussian", lib=LIBRARY)
