@@ -11,7 +11,7 @@ from comhe_ext.operators.library import compute_dtype
 from comhe_ext.operators.rows import pad, project
 from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.sampled.estimator import estimated_energies
-from comhe_ext.sampled.polynomials import default_coefficients
+from comhe_ext.sampled.polynomials import uniform_polynomial
 from comhe_ext.settings import Settings
 
 
@@ -92,8 +92,8 @@ def _sampled_energy(part: Part, settings: Settings) -> Tensor:
         sets = part.rows.to(compute_dtype(part.rows))
     else:
         sets = project(part.rows, part.matrices).flatten(0, 1)
-    coefficients = default_coefficients(options.pair, part.width)
-    energies = estimated_energies(sets, part.permutation, part.samples, coefficients, None, options)
+    polynomial = uniform_polynomial(options.pair, part.width)
+    energies = estimated_energies(sets, part.permutation, part.samples, polynomial, None, options)
     return part.factor * energies.mean()
 
 

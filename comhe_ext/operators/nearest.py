@@ -165,9 +165,13 @@ def distance_to(
     return distance.squeeze(-1).masked_fill(index < 0, torch.inf)
 
 
-def squared_distance(rows: Tensor, others: Tensor, half_space: bool, eps: float) -> Tensor:
-    """Compute 2 - 2c, in half space 2 - 2 |c|, row by row [..., P, k] -> [..., P], in float64."""
-    return _squares(rows, others, half_space, False, eps)[0].squeeze(-1)
+def squared_distances(
+    rows: Tensor, others: Tensor, half_space: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute 2 - 2c and 2 + 2c, in half space of |c|, row by row [..., P, k], in float64."""
+    near, far = _squares(rows, others, half_space, True, eps)
+    assert far is not None
+    return near.squeeze(-1), far.squeeze(-1)
 
 
 def antipode_energies(rows: Tensor, pair: PairFunction, eps: float) -> Tensor:

@@ -9,8 +9,9 @@ from torch import Generator, Tensor
 from comhe_ext.checks import check_count, check_number, check_weight
 from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.operators.energy import energy
+from comhe_ext.operators.library import compute_dtype
 from comhe_ext.progress import bar
-from comhe_ext.sampled.estimator import Blocks, Estimator, permutations
+from comhe_ext.sampled.estimator import Blocks, Estimator, permutations, select
 from comhe_ext.sampled.plan import SamplingPlan
 from comhe_ext.settings import BackendName, pair_settings
 
@@ -85,23 +86,23 @@ def estimate_energy(
         return Estimate(exact, 0.0, exact, exact, 0)
     if plan is None:
         check_count("trees", trees, 2)
-        plan = SamplingPlan.from_rows(
-            rows, degree, trees, pair=pair, generator=generator, progress=progress
-        )
+        plan = SamplingPlan.from_rows(rows, degree, trees, generator=generator, progress=progress)
     plan.check(rows)
-    listed = plan.on(rows.device)
-    sets = rows.to(torch.promote_types(rows.dtype, torch.float32)).unsqueeze(0)
-    estimator = Estimator(sets, samples, plan.coefficients, listed, options)
+    listed, polynomial = plan.on(rows.device), plan.polynomial(pair)
+    sets = rows.to(compute_dtype(rows)).unsqueeze(0)
+    estimator = Estimator(sets, samples, polynomial, listed, options)
+    v = estimator.unit(sets)
+    fixed = float(estimator.fixed(v))
     draws = []
     with bar(partitions, progress, "partitions") as advance:
         for _ in range(partitions):
-            permutation = permutations(1, n, rows.device, generator)
-            draws.append(float(estimator.sampled(permutation)))
+            order = permutations(1, n, rows.device, generator)
+            permuted = None if v is None else select(v, order)
+            draws.append(float(estimator.sampled(order, select(sets, order), permuted)))
             advance()
     sums = torch.tensor(draws, dtype=torch.float64, device="cpu")
-    fixed = float(estimator.fixed())
+    mean = float(estimator.energies(fixed + sums.mean()))
     scale = options.pair.scale(n, "mean") * (2.0 if pair.half_space else 1.0)
-    mean = float(estimator.energies(torch.full_like(estimator.fixed(), fixed + float(sums.mean()))))
     std_error = scale * float(sums.std()) / math.sqrt(partitions)
     missed = 0.0
     if estimator.residuals is not None and plan.trees > 1:

@@ -8,10 +8,11 @@ With any polynomial p of the cosine and any list of pairs,
 
 where the blocks are a random partition of the rows, and W is the number of all pairs over that of
 the pairs in blocks. The polynomial and the list have to be fixed before the partition is drawn;
-what they are good for is the variance alone. Everything is made of differentiable operators.
+what they are good for is the variance alone. Everything is made of differentiable operators, and
+the sweep within the blocks is one of them: it raises at a third derivative, of the whole sum then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +20,15 @@ from torch import Tensor
 
 from comhe_ext.kernels.pair_functions import PairFunction
 from comhe_ext.operators.energy import energy
-from comhe_ext.operators.nearest import antipode_energies, squared_distance
+from comhe_ext.operators.nearest import antipode_energies, squared_distances
 from comhe_ext.operators.rows import unit_rows
 from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.sampled.near_list import NearList
-from comhe_ext.sampled.polynomials import at_cosine, pair_sums
+from comhe_ext.sampled.polynomials import Polynomial, pair_sums
+from comhe_ext.sampled.recompute import recomputed
+
+# rows, or pairs of them, that are computed in float64 at a time
+CHUNK = 1 << 15
 
 
 class Blocks(NamedTuple):
@@ -37,8 +42,7 @@ class Blocks(NamedTuple):
     def of(cls, n: int, samples: int) -> "Blocks":
         """Cut n rows into blocks of about `samples`, of at least 2."""
         count = max(min(round(n / samples), n // 2), 1)
-        size, longer = divmod(n, count)
-        return cls(count, size, longer)
+        return cls(count, n // count, n % count)
 
     @property
     def pairs(self) -> int:
@@ -66,43 +70,27 @@ class Blocks(NamedTuple):
         return torch.where(place < cut, place // (self.size + 1), late)
 
 
-class _Permute(torch.autograd.Function):
-    """rows[s, permutation[s, i]], whose derivative is the inverse, without a scatter."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
-        return rows.gather(1, permutation.unsqueeze(-1).expand(-1, -1, rows.shape[2]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, permutation, inverse = inputs
-        ctx.save_for_backward(permutation, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        permutation, inverse = ctx.saved_tensors
-        return _Permute.apply(grad, inverse, permutation), None, None
-
-
 def permutations(sets: int, n: int, device: torch.device, generator: Any = None) -> Tensor:
     """Draw a uniform permutation of n rows for each of the sets, [S, n]."""
     drawn = [torch.randperm(n, generator=generator, device=device) for _ in range(sets)]
     return torch.stack(drawn) if drawn else torch.empty(0, n, dtype=torch.int64, device=device)
 
 
-def inverse_of(permutation: Tensor) -> Tensor:
-    """Invert permutations [S, n]."""
-    places = torch.arange(permutation.shape[1], device=permutation.device)
-    return torch.empty_like(permutation).scatter_(1, permutation, places.expand_as(permutation))
+def select(rows: Tensor, index: Tensor) -> Tensor:
+    """Select rows of each set, [S, n, k] and [S, m] or [m] -> [S, m, k].
+
+    An embedding, because its backward adds in one order, whatever the threads and the device.
+    """
+    sets, n = rows.shape[:2]
+    offsets = n * torch.arange(sets, device=rows.device)[:, None]
+    return torch.nn.functional.embedding(index + offsets, rows.flatten(0, 1))
 
 
 def estimated_energies(
     rows: Tensor,
     permutation: Tensor,
     samples: int,
-    coefficients: Sequence[float],
+    polynomial: Polynomial | None,
     listed: NearList | None,
     options: SweepOptions,
 ) -> Tensor:
@@ -112,15 +100,19 @@ def estimated_energies(
         rows: float32 or float64, of any length.
         permutation: [S, n] int64, uniform and independent of all else.
         samples: rows of a block; where they are all rows, the energy is exact.
-        coefficients: of the polynomial, see `polynomials`.
+        polynomial: see `polynomials`; None: without one.
         listed: pairs that are taken exactly, of every set the same, or None.
         options: of the energy, without factors.
     """
-    n = rows.shape[1]
-    if n < 2 or Blocks.of(n, samples).number == 1:
+    sets, n = rows.shape[:2]
+    if n < 2 or sets == 0 or Blocks.of(n, samples).number == 1:
         return energy([rows], [None], options)
-    estimator = Estimator(rows, samples, coefficients, listed, options)
-    return estimator.energies(estimator.fixed() + estimator.sampled(permutation)).to(rows.dtype)
+    estimator = Estimator(rows, samples, polynomial, listed, options)
+    # the moments do not mind the order: one copy of the unit rows is enough
+    permuted = select(rows, permutation)
+    v = estimator.unit(permuted)
+    total = estimator.fixed(v) + estimator.sampled(permutation, permuted, v)
+    return estimator.energies(total).to(rows.dtype)
 
 
 class Estimator:
@@ -130,36 +122,48 @@ class Estimator:
         self,
         rows: Tensor,
         samples: int,
-        coefficients: Sequence[float],
+        polynomial: Polynomial | None,
         listed: NearList | None,
         options: SweepOptions,
     ) -> None:
-        self.rows, self.coefficients, self.options = rows, coefficients, options
+        self.polynomial, self.options = polynomial, options
         self.sets, self.n = rows.shape[:2]
         self.blocks = Blocks.of(self.n, samples)
         self.weight = (self.n * (self.n - 1) // 2) / self.blocks.pairs
         pair, eps = options.pair, options.eps
-        self.v = unit_rows(rows, eps) if any(coefficients) else None
         # f of each row and its antipode is known exactly
-        self.antipodes = antipode_energies(rows, pair, eps).sum(1) if pair.half_space else None
+        self.antipodes = _antipodes(rows, pair, eps) if pair.half_space else None
         self.listed = listed if listed is not None and len(listed.i) else None
         self.residuals = None
         if self.listed is not None:
-            self.residuals = listed_residuals(rows, self.listed, coefficients, pair, eps)
+            self.residuals = listed_residuals(rows, self.listed, polynomial, pair, eps)
 
-    def fixed(self) -> Tensor:
-        """Sum what does not depend on the partition -> [S]."""
-        total = self.rows.new_zeros(self.sets, dtype=torch.float64)
-        if self.v is not None:
-            total = total + pair_sums(self.coefficients, self.v)
+    def unit(self, rows: Tensor) -> Tensor | None:
+        """Normalize rows for the polynomial, if there is one."""
+        return None if self.polynomial is None else unit_rows(rows, self.options.eps)
+
+    def fixed(self, v: Tensor | None) -> Tensor | float:
+        """Sum what does not depend on the partition -> [S].
+
+        Args:
+            v: the `unit` rows of the sets, in any order.
+        """
+        total: Tensor | float = 0.0
+        if v is not None and self.polynomial is not None:
+            total = pair_sums(self.polynomial, v)
         if self.residuals is not None:
             total = total + self.residuals.sum(1)
         return total
 
-    def sampled(self, permutation: Tensor) -> Tensor:
-        """Estimate the sum of F - p over the pairs that are not listed -> [S]."""
-        blocks, inverse = self.blocks, inverse_of(permutation)
-        parts = blocks.split(_Permute.apply(self.rows, permutation, inverse))
+    def sampled(self, permutation: Tensor, rows: Tensor, v: Tensor | None) -> Tensor:
+        """Estimate the sum of F - p over the pairs that are not listed -> [S].
+
+        Args:
+            permutation: [S, n].
+            rows: the rows in that order.
+            v: the `unit` rows in that order.
+        """
+        blocks, parts = self.blocks, self.blocks.split(rows)
         pair, eps, backend = self.options.pair, self.options.eps, self.options.backend
         ordered = SweepOptions(pair, "sum", eps, backend)
         sums = energy(parts, [None] * len(parts), ordered).double() / 2.0
@@ -167,14 +171,16 @@ class Estimator:
         if self.antipodes is not None:
             # the sweep has 2 F of a pair, and the antipodes of all rows
             total = (total - self.antipodes) / 2.0
-        if self.v is not None:
-            parts = blocks.split(_Permute.apply(self.v, permutation, inverse))
-            polynomial = [pair_sums(self.coefficients, part) for part in parts]
+        if v is not None and self.polynomial is not None:
+            polynomial = [pair_sums(self.polynomial, part) for part in blocks.split(v)]
             total = total - blocks.per_set(polynomial, self.sets)
         if self.residuals is not None and self.listed is not None:
-            places = inverse[:, self.listed.i], inverse[:, self.listed.j]
-            together = blocks.number_of(places[0]) == blocks.number_of(places[1])
-            total = total - (self.residuals * together).sum(1)
+            places = torch.arange(self.n, device=permutation.device).expand_as(permutation)
+            number = blocks.number_of(permutation.scatter(1, permutation, places))
+            together = number[:, self.listed.i] == number[:, self.listed.j]
+            # an infinite residual stays infinite in the sum
+            taken = together & self.residuals.isfinite()
+            total = total - torch.where(taken, self.residuals, 0.0).sum(1)
         return self.weight * total
 
     def energies(self, sums: Tensor) -> Tensor:
@@ -185,22 +191,41 @@ class Estimator:
 
 
 def listed_residuals(
-    rows: Tensor, listed: NearList, coefficients: Sequence[float], pair: PairFunction, eps: float
+    rows: Tensor, listed: NearList, polynomial: Polynomial | None, pair: PairFunction, eps: float
 ) -> Tensor:
     """Compute F - p of the listed pairs of each set [S, n, k] -> [S, P], float64, exactly."""
-    near = squared_distance(
-        rows[:, listed.i], rows[:, listed.j], pair.half_space, eps
-    )  # of a row and an antipode where they are nearer
-    value = _function_of_square(near, pair)
-    if not any(coefficients):
-        return value
-    return value - at_cosine(coefficients, 1.0 - near / 2.0)
+    # each chunk has a gradient as large as the rows: not too many of them
+    step = max(CHUNK // rows.shape[0], rows.shape[1] // 8, 1)
+
+    def residuals(i: Tensor, j: Tensor) -> Callable[[Tensor], Tensor]:
+        def of(rows: Tensor) -> Tensor:
+            near, far = squared_distances(select(rows, i), select(rows, j), pair.half_space, eps)
+            value = _function_of_squares(near, far.detach(), pair)
+            return value if polynomial is None else value - polynomial.at(1.0 - near / 2.0)
+
+        return of
+
+    chunks = zip(listed.i.split(step), listed.j.split(step), strict=True)
+    return torch.cat([recomputed(residuals(i, j), rows) for i, j in chunks], dim=1)
 
 
-def _function_of_square(near: Tensor, pair: PairFunction) -> Tensor:
-    """F as a function of 2 - 2c, with its first two derivatives, 0 where there is no direction."""
+def _antipodes(rows: Tensor, pair: PairFunction, eps: float) -> Tensor:
+    """Sum f of each row and its antipode over the rows of each set -> [S]."""
+
+    def energies(some: Tensor) -> Tensor:
+        return antipode_energies(some, pair, eps).sum(1)
+
+    step = max(CHUNK // rows.shape[0], 1)
+    return torch.stack([recomputed(energies, some) for some in rows.split(step, 1)]).sum(0)
+
+
+def _function_of_squares(near: Tensor, far: Tensor, pair: PairFunction) -> Tensor:
+    """F as a function of 2 - 2c, with its first two derivatives, 0 where there is no direction.
+
+    A third one would come out as 0, but never does, see the top of this file.
+    """
     at = near.detach()
-    value, slope, curve = pair.of_cosine(at, 4.0 - at)
+    value, slope, curve = pair.of_cosine(at, far)
     # c = 1 - near / 2
     step = (at - near) / 2.0
     return value + step * (slope + step * (curve / 2.0))

@@ -1,6 +1,5 @@
 """From the keywords by which an energy is asked to be sampled to its estimate."""
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import Generator, Tensor
@@ -11,7 +10,7 @@ from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.sampled.estimator import estimated_energies, permutations
 from comhe_ext.sampled.near_list import NearList
 from comhe_ext.sampled.plan import SamplingPlan
-from comhe_ext.sampled.polynomials import default_coefficients
+from comhe_ext.sampled.polynomials import uniform_polynomial
 
 Method = Literal["exact", "sampled"]
 
@@ -63,8 +62,8 @@ def sampled_energies(
         plan.check(sets)
         listed = plan.on(sets.device)
     if plan is not None and as_planned:
-        coefficients: Sequence[float] = plan.coefficients
+        polynomial = plan.polynomial(options.pair)
     else:
-        coefficients = default_coefficients(options.pair, sets.shape[2])
+        polynomial = uniform_polynomial(options.pair, sets.shape[2])
     permutation = permutations(sets.shape[0], sets.shape[1], sets.device, sampling.generator)
-    return estimated_energies(rows, permutation, sampling.samples, coefficients, listed, options)
+    return estimated_energies(rows, permutation, sampling.samples, polynomial, listed, options)

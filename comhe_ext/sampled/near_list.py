@@ -2,23 +2,27 @@
 
 A tree splits the rows at the median of their products with the difference of two random rows, and
 so on, until a leaf holds few. Near rows mostly end in one leaf; what one tree misses another finds.
+A row and the antipode of another count as near, too: they are in half space.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
+from comhe_ext.operators.library import no_autocast
 from comhe_ext.operators.rows import unit_rows
 
 # rows of a leaf, at most
 LEAF = 256
-# cosine above which a pair is listed
+# size of the cosine above which a pair is listed
 NEAR_COSINE = 0.9
+# listed pairs, the nearest ones: so many for each row at most, on the average
+PAIRS_OF_ROW = 8
 # elements of the cosines of leaves that exist at a time
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 
 
 class NearList(NamedTuple):
@@ -29,35 +33,65 @@ class NearList(NamedTuple):
     trees: Tensor  # [P] int64
 
 
+@torch.no_grad()
 def find_near(
     rows: Tensor,
     trees: int,
-    half_space: bool,
     generator: Generator | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> NearList:
-    """List pairs of rows [N, k] whose cosine, in half space its size, is above `NEAR_COSINE`.
+    """List pairs of rows [N, k] whose cosine is in size above `NEAR_COSINE`, the nearest 8 N.
 
     Args:
         rows: of any length.
         trees: how many; each misses other pairs.
-        half_space: whether near antipodes count, too.
         generator: source of the random splits, on the device of `rows`.
         advance: called after each tree.
     """
-    v, n = unit_rows(rows.detach()), rows.shape[0]
-    found = [rows.new_empty(0, dtype=torch.int64)]
-    for _ in range(trees if n > 1 else 0):
-        points = v
-        if half_space:
+    n, most = rows.shape[0], PAIRS_OF_ROW * rows.shape[0]
+    known = _Pairs.none(rows.device)
+    with no_autocast(rows.device.type):
+        v = unit_rows(rows)
+        for _ in range(trees if n > 1 else 0):
             # of a row and its antipode the same one, unless it is nearly orthogonal to the pole
             pole = torch.randn(v.shape[1], 1, generator=generator, device=v.device, dtype=v.dtype)
-            points = torch.where(v @ pole < 0, -v, v)
-        leaves = _leaves(points, generator)
-        found.append(_pairs_in(v, leaves, half_space))
-        advance()
-    pairs, counts = torch.cat(found).unique(return_counts=True)
-    return NearList(pairs // max(n, 1), pairs % max(n, 1), counts)
+            leaves = _leaves(torch.where(v @ pole < 0, -v, v), generator)
+            found = [known]
+            for some in _pairs_in(v, leaves):
+                found.append(some)
+                if sum(len(x.number) for x in found) > 2 * most:
+                    found = [_merged(found, most)]
+            known = _merged(found, most)
+            advance()
+    order = known.number.argsort()
+    number, counts = known.number[order], known.trees[order]
+    return NearList(number // max(n, 1), number % max(n, 1), counts)
+
+
+class _Pairs(NamedTuple):
+    """Pairs i < j as numbers i N + j, the trees that have found each, and sizes of cosines."""
+
+    number: Tensor
+    trees: Tensor
+    size: Tensor
+
+    @classmethod
+    def none(cls, device: torch.device) -> "_Pairs":
+        number = torch.empty(0, dtype=torch.int64, device=device)
+        return cls(number, number, torch.empty(0, dtype=torch.float32, device=device))
+
+
+def _merged(parts: Sequence[_Pairs], most: int) -> _Pairs:
+    """Join pairs of which some are the same, and keep the nearest."""
+    number, place = torch.cat([x.number for x in parts]).unique(return_inverse=True)
+    trees = torch.zeros_like(number).index_add_(0, place, torch.cat([x.trees for x in parts]))
+    size = torch.empty_like(number, dtype=torch.float32)
+    # the same pair has the same cosine but for rounding
+    size[place] = torch.cat([x.size for x in parts])
+    if len(number) > most:
+        nearest = size.topk(most).indices
+        number, trees, size = number[nearest], trees[nearest], size[nearest]
+    return _Pairs(number, trees, size)
 
 
 def _leaves(v: Tensor, generator: Generator | None) -> Tensor:
@@ -86,18 +120,16 @@ def _leaves(v: Tensor, generator: Generator | None) -> Tensor:
     return nodes
 
 
-def _pairs_in(v: Tensor, leaves: Tensor, half_space: bool) -> Tensor:
-    """List the near pairs i < j within each leaf, as numbers i N + j."""
-    n, found = v.shape[0], []
-    width = leaves.shape[1]
+def _pairs_in(v: Tensor, leaves: Tensor) -> Iterator[_Pairs]:
+    """Yield the near pairs within leaves."""
+    n, width = v.shape[0], leaves.shape[1]
     upper = torch.ones(width, width, dtype=torch.bool, device=v.device).triu(1)
     for part in leaves.split(max(CHUNK // (width * max(width, v.shape[1])), 1)):
         rows = v[part.clamp_min(0)]
-        cosines = torch.bmm(rows, rows.mT)
-        near = (cosines.abs() if half_space else cosines) > NEAR_COSINE
+        sizes = torch.bmm(rows, rows.mT).abs_()
         alive = part >= 0
-        near &= upper & alive[:, :, None] & alive[:, None, :]
+        near = (sizes > NEAR_COSINE) & upper & alive[:, :, None] & alive[:, None, :]
         leaf, a, b = near.nonzero().unbind(1)
         first, second = part[leaf, a], part[leaf, b]
-        found.append(torch.minimum(first, second) * n + torch.maximum(first, second))
-    return torch.cat(found)
+        number = torch.minimum(first, second) * n + torch.maximum(first, second)
+        yield _Pairs(number, torch.ones_like(number), sizes[leaf, a, b].float())

@@ -7,15 +7,15 @@ where a row of Q has the products v_a v_b of a row of V, so that <Q_i, Q_j> = c_
 visited: O(N k^d) for degree d. There is no constant term, for the number of pairs is known.
 """
 
-import math
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from comhe_ext.kernels.pair_functions import PairFunction
+from comhe_ext.operators.library import product
+from comhe_ext.sampled.recompute import recomputed
 
 MAX_DEGREE = 4
 # of the polynomial where nothing is known of the rows
@@ -23,16 +23,31 @@ DEGREE = 2
 # pairs beyond it do not count in a fit: the few near ones would bend the polynomial, and they are
 # listed. c = 0.92 is the chord 0.4
 LARGEST_COSINE = 0.92
-# rows of V that are multiplied at a time
-CHUNK = 8192
+# of the histogram of cosines that is fitted to
+BINS = 4096
+# rows whose products are multiplied at a time; in one product of all rows the order of the sum,
+# and the last bits with it, would depend on the number of threads
+ROWS_OF_PRODUCT = 512
+# numbers that exist at a time beside the rows
+CHUNK = 1 << 22
 
 
-def powers_of(degree: int, half_space: bool) -> list[int]:
-    """List the powers of a polynomial; in half space F is even, and odd ones would be 0."""
-    return [m for m in range(1, degree + 1) if not (half_space and m % 2)]
+class Polynomial(NamedTuple):
+    """The sum of coefficient * c^power."""
+
+    powers: tuple[int, ...]
+    # 0-dimensional, on the host, so that new ones are no new trace of torch.compile
+    coefficients: tuple[Tensor, ...]
+
+    def at(self, c: Tensor) -> Tensor:
+        """Evaluate it, elementwise."""
+        value, terms = torch.zeros_like(c), dict(zip(self.powers, self.coefficients, strict=True))
+        for power in range(self.powers[-1], 0, -1):
+            value = (value + terms[power]) * c if power in terms else value * c
+        return value
 
 
-def fit(pair: PairFunction, cosines: Tensor, weights: Tensor, degree: int) -> tuple[float, ...]:
+def fit(pair: PairFunction, histogram: Tensor, degree: int) -> Polynomial | None:
     """Fit a polynomial to F by its slope, weighted by the square 1 - c^2 of a pair's lever.
 
     The slope makes the gradient, whose variance is what the polynomial is for: fitted to the values
@@ -40,88 +55,135 @@ def fit(pair: PairFunction, cosines: Tensor, weights: Tensor, degree: int) -> tu
 
     Args:
         pair: the pair function.
-        cosines: [P], float64, of typical pairs.
-        weights: [P], how much each counts.
-        degree: from 0, for no polynomial, to `MAX_DEGREE`.
+        histogram: [BINS], float64, how often each cosine is met.
+        degree: of the polynomial; in half space, where F is even, it gets even powers alone.
 
     Returns:
-        Coefficients of c, c^2, ..., c^degree.
+        The polynomial, its coefficients rounded to float32; None where it has no term.
     """
-    powers = powers_of(degree, pair.half_space)
-    coefficients = [0.0] * degree
+    powers = tuple(m for m in range(1, degree + 1) if not (pair.half_space and m % 2))
     if not powers:
-        return tuple(coefficients)
-    c = cosines.double()
-    lowest = -LARGEST_COSINE if pair.two_ended else -1.0
+        return None
+    c = bin_centers()
     _, slope, _ = pair.of_cosine(2.0 - 2.0 * c, 2.0 + 2.0 * c)
-    counts = (c <= LARGEST_COSINE) & (c >= lowest) & slope.isfinite()
-    root = (weights.double() * (1.0 - c.square()).clamp_min(0.0) * counts).sqrt()
+    counts = (c.abs() if pair.two_ended else c) <= LARGEST_COSINE
+    root = (histogram * (1.0 - c.square()) * counts).sqrt()
     columns = torch.stack([m * c.pow(m - 1) for m in powers], 1) * root[:, None]
+    lengths = columns.square().sum(0).sqrt()
+    columns = columns / torch.where(lengths > 0, lengths, 1.0)
     target = torch.where(counts, slope, 0.0) * root
-    solution = torch.linalg.lstsq(columns.cpu(), target[:, None].cpu(), driver="gelsd").solution
-    for power, value in zip(powers, solution.squeeze(1).tolist(), strict=True):
-        coefficients[power - 1] = value if math.isfinite(value) else 0.0
-    return tuple(coefficients)
+    # a very small ridge: where all cosines are alike, the columns are
+    ridge = 1e-9 * torch.eye(len(powers), dtype=c.dtype, device=c.device)
+    q, r = torch.linalg.qr(torch.cat([columns, ridge]))
+    right = (q[: len(target)] * target[:, None]).sum(0)[:, None]
+    solution = torch.linalg.solve_triangular(r, right, upper=True).squeeze(1)
+    solution = solution / torch.where(lengths > 0, lengths, 1.0)
+    return Polynomial(powers, torch.nan_to_num(solution, 0.0, 0.0, 0.0).float().unbind())
 
 
-def fit_uniform(pair: PairFunction, dim: int, degree: int) -> tuple[float, ...]:
-    """Fit to the cosines of independent random directions in `dim` dimensions."""
-    theta = torch.linspace(0.0, math.pi, 4001, dtype=torch.float64, device="cpu")[1:-1]
-    # the density of the angle is sin^(dim - 2)
-    return fit(pair, theta.cos(), theta.sin().pow(max(dim - 2, 0)), degree)
+def bin_centers() -> Tensor:
+    """List the cosines at the middle of the bins, [BINS]."""
+    places = torch.arange(BINS, dtype=torch.float64, device="cpu")
+    return (2.0 * places + 1.0) / BINS - 1.0
 
 
-def default_coefficients(pair: PairFunction, dim: int) -> tuple[float, ...]:
-    """Fit to random directions: whatever the rows, the estimate is unbiased."""
-    if torch.compiler.is_compiling():
-        return fit_uniform(pair, dim, DEGREE)
-    return _default_coefficients(pair, dim)
+def histogram_of(cosines: Tensor) -> Tensor:
+    """Count cosines, NaN left out, in bins [BINS], float64 on the host."""
+    known = cosines[cosines.isfinite()]
+    places = ((known + 1.0) * (BINS / 2.0)).long().clamp(0, BINS - 1)
+    return places.bincount(minlength=BINS).to("cpu", torch.float64)
 
 
-_default_coefficients = lru_cache(maxsize=256)(lambda pair, dim: fit_uniform(pair, dim, DEGREE))
+def uniform_polynomial(pair: PairFunction, dim: int) -> Polynomial | None:
+    """Fit to independent random directions in `dim` dimensions: unbiased whatever the rows."""
+    # the density of their cosines, (1 - c^2)^((dim - 3) / 2)
+    density = (1.0 - bin_centers().square()).pow((max(dim, 2) - 3) / 2.0)
+    return fit(pair, density, DEGREE)
 
 
-def at_cosine(coefficients: Sequence[float], c: Tensor) -> Tensor:
-    """Evaluate a polynomial, elementwise."""
-    value = torch.zeros_like(c)
-    for coefficient in reversed(coefficients):
-        value = (value + coefficient) * c
-    return value
+# --- sums over pairs ------------------------------------------------------------------------------
 
 
-def pair_sums(coefficients: Sequence[float], v: Tensor) -> Tensor:
+def pair_sums(polynomial: Polynomial, v: Tensor) -> Tensor:
     """Sum a polynomial of the cosines over unordered pairs of sets v [S, n, k] -> [S], float64."""
     length = v.square().sum(-1).double()
+    n, k = v.shape[1:]
+    products = k * (k + 1) // 2
+    # multiplications a row: of the moments, and of the cosines themselves, with what follows them
+    cost = {1: 0, 2: k * k, 3: k * products, 4: products * products}
+    if cost[polynomial.powers[-1]] > n * (k + 16):
+        every = _over_cosines(polynomial, v)
+        return (every - polynomial.at(length).sum(-1)) / 2.0
     total = length.new_zeros(v.shape[0])
-    for power, coefficient in enumerate(coefficients, 1):
-        if coefficient != 0.0:
-            # a row meets itself at |v|^2
-            own = length.pow(power).sum(-1)
-            total = total + coefficient / 2.0 * (_sum_of_powers(v, power) - own)
+    for power, coefficient in zip(*polynomial, strict=True):
+        # a row meets itself at |v|^2
+        own = length.pow(power).sum(-1)
+        total = total + coefficient / 2.0 * (_sum_of_powers(v, power) - own)
     return total
 
 
+def _over_cosines(polynomial: Polynomial, v: Tensor) -> Tensor:
+    """Sum a polynomial over all ordered pairs of each set, from the cosines themselves."""
+    n = v.shape[1]
+
+    def sums(rows: Tensor, others: Tensor) -> Tensor:
+        return polynomial.at(product(rows, others.mT)).sum((-2, -1), dtype=torch.float64)
+
+    totals = []
+    for some in v.split(max(CHUNK // (n * n), 1)):
+        parts = some.split(max(CHUNK // n, 1), 1)
+        totals.append(torch.stack([recomputed(sums, part, some) for part in parts]).sum(0))
+    return torch.cat(totals)
+
+
 def _sum_of_powers(v: Tensor, power: int) -> Tensor:
-    """Sum c_ij^power over all ordered pairs, each row with itself included."""
+    """Sum c_ij^power over all ordered pairs of each set, by moments."""
     if power == 1:
         return v.sum(1, dtype=torch.float64).square().sum(-1)
-    moment: Tensor | None = None
-    for part in v.split(CHUNK, 1):
-        if power == 2:
-            product = part.mT @ part
-        elif part.requires_grad and not torch.compiler.is_compiling():
-            # the products of all rows would be kept for the backward
-            product = checkpoint(_moment, part, power, use_reentrant=False)
-        else:
-            product = _moment(part, power)
-        moment = product.double() if moment is None else moment + product.double()
-    assert moment is not None
-    return moment.square().sum((-2, -1))
+    n, k = v.shape[1:]
+    products = k * (k + 1) // 2
+    # rows at a time, for what is made of each of them, and of each product
+    rows = CHUNK // (k if power == 2 else products)
+    size = {2: k * k, 3: k * products, 4: products * products}[power]
+    rows = max(min(rows // ROWS_OF_PRODUCT, CHUNK // size), 1) * ROWS_OF_PRODUCT
+    squares = []
+    for some in v.split(max(rows // n, 1)):
+        moments = [recomputed(_MOMENTS[power], part) for part in some.split(rows, 1)]
+        squares.append(torch.stack(moments).sum(0).square().sum((-2, -1)))
+    return torch.cat(squares)
 
 
-def _moment(part: Tensor, power: int) -> Tensor:
-    """Q^T V or Q^T Q of some rows."""
-    i, j = torch.triu_indices(part.shape[-1], part.shape[-1], device=part.device)
+def _moment(left: Tensor, right: Tensor) -> Tensor:
+    """Compute left^T right of each set, [S, n, a] and [S, n, b] -> [S, a, b], float64."""
+    whole = left.shape[1] // ROWS_OF_PRODUCT * ROWS_OF_PRODUCT
+    total = product(left[:, whole:].mT, right[:, whole:]).double()
+    if whole:
+        shape = (-1, ROWS_OF_PRODUCT)
+        parts = product(
+            left[:, :whole].unflatten(1, shape).mT, right[:, :whole].unflatten(1, shape)
+        )
+        total = total + parts.sum(1, dtype=torch.float64)
+    return total
+
+
+def _products(v: Tensor) -> Tensor:
+    """Make the rows of Q."""
+    i, j = torch.triu_indices(v.shape[-1], v.shape[-1], device=v.device)
     # off the diagonal each product stands for two
-    q = part[..., i] * part[..., j] * torch.where(i == j, 1.0, math.sqrt(2.0)).to(part.dtype)
-    return q.mT @ (part if power == 3 else q)
+    return v[..., i] * v[..., j] * (1.0 + (i != j).to(v.dtype)).sqrt()
+
+
+def _cubic(v: Tensor) -> Tensor:
+    return _moment(_products(v), v)
+
+
+def _quartic(v: Tensor) -> Tensor:
+    q = _products(v)
+    return _moment(q, q)
+
+
+_MOMENTS: dict[int, Callable[[Tensor], Tensor]] = {
+    2: lambda v: _moment(v, v),
+    3: _cubic,
+    4: _quartic,
+}
