@@ -154,27 +154,33 @@ def _sum_of_powers(v: Tensor, power: int) -> Tensor:
 
 
 def _moment(left: Tensor, right: Tensor) -> Tensor:
-    """Compute left^T right of each set, [S, n, a] and [S, n, b] -> [S, a, b], float64."""
-    whole = left.shape[1] // ROWS_OF_PRODUCT * ROWS_OF_PRODUCT
-    total = product(left[:, whole:].mT, right[:, whole:]).double()
+    """Compute left right^T of each set, [S, a, n] and [S, b, n] -> [S, a, b], float64."""
+    n = left.shape[2]
+    whole = n // ROWS_OF_PRODUCT * ROWS_OF_PRODUCT
+    total = product(left[..., whole:], right[..., whole:].mT).double()
     if whole:
-        shape = (-1, ROWS_OF_PRODUCT)
-        parts = product(
-            left[:, :whole].unflatten(1, shape).mT, right[:, :whole].unflatten(1, shape)
+        first, second = (
+            x[..., :whole].unflatten(2, (-1, ROWS_OF_PRODUCT)).transpose(1, 2)
+            for x in (left, right)
         )
-        total = total + parts.sum(1, dtype=torch.float64)
+        total = total + product(first, second.mT).sum(1, dtype=torch.float64)
     return total
 
 
 def _products(v: Tensor) -> Tensor:
-    """Make the rows of Q."""
-    i, j = torch.triu_indices(v.shape[-1], v.shape[-1], device=v.device)
+    """Make the columns of Q of each set [S, n, k] -> [S, k (k + 1) / 2, n]."""
+    sets, n, k = v.shape
+    i, j = torch.triu_indices(k, k, device=v.device)
+    columns = v.permute(2, 0, 1).flatten(1)
+    # by embeddings, whose backward adds in one order
+    left, right = (torch.nn.functional.embedding(index, columns) for index in (i, j))
     # off the diagonal each product stands for two
-    return v[..., i] * v[..., j] * (1.0 + (i != j).to(v.dtype)).sqrt()
+    twice = (1.0 + (i != j).to(v.dtype)).sqrt()
+    return (left * right * twice[:, None]).unflatten(1, (sets, n)).transpose(0, 1)
 
 
 def _cubic(v: Tensor) -> Tensor:
-    return _moment(_products(v), v)
+    return _moment(_products(v), v.mT)
 
 
 def _quartic(v: Tensor) -> Tensor:
@@ -183,7 +189,7 @@ def _quartic(v: Tensor) -> Tensor:
 
 
 _MOMENTS: dict[int, Callable[[Tensor], Tensor]] = {
-    2: lambda v: _moment(v, v),
+    2: lambda v: _moment(v.mT, v.mT),
     3: _cubic,
     4: _quartic,
 }
