@@ -1,11 +1,12 @@
 """From the layers and projections of a model to the sets of one sweep."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from comhe_ext.checks import check_count, quote
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import compute_dtype
 from comhe_ext.operators.rows import pad, project
@@ -45,6 +46,52 @@ class Part:
     @property
     def tensors(self) -> list[Tensor]:
         return [self.rows] if self.matrices is None else [self.rows, self.matrices]
+
+
+@dataclass(frozen=True)
+class Partitions:
+    """Which layers of a model are sampled, and from what blocks.
+
+    Args:
+        method: "exact", "sampled", or "auto" for sets of more than `above` rows.
+        samples: rows of a block.
+        above: see `method`.
+    """
+
+    method: str = "exact"
+    samples: int = 256
+    above: int = 16_384
+
+    @classmethod
+    def checked(cls, method: str, samples: int, above: int) -> "Partitions":
+        """Check what a user gave."""
+        if method not in ("exact", "sampled", "auto"):
+            raise ValueError(f"`method` must be 'exact', 'sampled' or 'auto', got {quote(method)}")
+        samples = check_count("samples", samples, least=2)
+        return cls(method, samples, check_count("above", above, least=0))
+
+    def takes(self, rows: int) -> bool:
+        """Tell whether sets of so many rows are sampled; one or two blocks save nothing."""
+        above = max(self.above if self.method == "auto" else 0, 2 * self.samples)
+        return self.method != "exact" and rows > above
+
+    def part(
+        self, step: Tensor, stream: int, rows: Tensor, matrices: Tensor | None, factor: float = 1.0
+    ) -> Part:
+        """Make a part of the neurons of a layer.
+
+        Args:
+            step: holds the number of the step, at each of which the rows are partitioned anew.
+            stream: a number of its own for each part of a step.
+            rows, matrices, factor: see `Part`.
+        """
+        part = Part(rows, matrices, factor)
+        if not self.takes(rows.shape[1]):
+            return part
+        permutation = torch.ops.comhe_ext.permutations(
+            step, stream, part.num_sets, rows.shape[1], rows.device
+        )
+        return replace(part, permutation=permutation, samples=self.samples)
 
 
 def set_energies(rows: Tensor, options: SweepOptions) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from comhe_ext import bounds
-from comhe_ext.checks import check_count, check_factor, quote
+from comhe_ext.checks import check_count, check_factor
 from comhe_ext.gradients import accumulate
 from comhe_ext.layers import Layer, LeftOut
-from comhe_ext.packing import Part, add, set_energies, total_energy
+from comhe_ext.packing import Partitions, add, set_energies, total_energy
 from comhe_ext.projections import Projection, ProjectionName, make_projection
 from comhe_ext.projections.fixed import Views
 from comhe_ext.reports import Energies, LayerEnergy, RegularizedLayer, summary
@@ -82,8 +82,9 @@ class CoMHE(nn.Module):
         auto_step: False counts the calls of `step` instead.
         method: "exact"; "sampled", an unbiased estimate from random blocks of each layer's rows,
             partitioned anew for each projection at each step; or "auto", "sampled" for layers of
-            more than `above` rows. On several ranks all draw the same blocks.
-        samples: rows of a block.
+            more than `above` rows. On several ranks all draw the same blocks. Adversarial matrices
+            learn from samples, too, of other blocks; angle-preserving ones from all rows.
+        samples: rows of a block; sets of at most twice as many are never sampled.
         above: see `method`.
         options: `pair`, any pair function, in place of `s`, `angular` and `min_distance`; and all
             other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
@@ -149,11 +150,7 @@ class CoMHE(nn.Module):
         if not isinstance(auto_step, bool):
             raise TypeError(f"`auto_step` must be a bool, got {type(auto_step).__name__}")
         self.auto_step = auto_step
-        if method not in ("exact", "sampled", "auto"):
-            raise ValueError(f"`method` must be 'exact', 'sampled' or 'auto', got {quote(method)}")
-        self.method = method
-        self.samples = check_count("samples", samples, least=2)
-        self.above = check_count("above", above, least=0)
+        self._partitions = Partitions.checked(method, samples, above)
         self._settings = mean_settings(s, half_space, options)
         # of the output layer, which is never in half space
         self._full_space = self._settings.in_full_space()
@@ -166,6 +163,7 @@ class CoMHE(nn.Module):
         self._warned_of_frozen = False
         self.projection = make_projection(projection)
         if self.projection is not None:
+            self.projection.partitions = self._partitions
             self.projection.bind([x for x in self._layers if self._is_projected(x)], self._settings)
         if self._selection.output.guessed:
             name, reason, _ = self._selection.output
@@ -276,6 +274,7 @@ class CoMHE(nn.Module):
                 self._settings_of(layer).pair.half_space,
                 self._is_projected(layer),
                 layer.learns(),
+                self._partitions.takes(layer.sizes[1]),
             )
             for layer in self._layers
         )  # fmt: skip
@@ -412,7 +411,7 @@ class CoMHE(nn.Module):
             views.update(self.projection.views(projected))
         output = self.output_layer
         parts = {
-            name: self._part(number, *view, self._factors[name])
+            name: self._partitions.part(self._step, number, *view, self._factors[name])
             for number, (name, view) in enumerate(views.items())
         }
         hidden = [part for name, part in parts.items() if name != output]
@@ -425,18 +424,6 @@ class CoMHE(nn.Module):
             if some
         ]
         return add(totals) if totals else self._zero()
-
-    def _part(self, number: int, rows: Tensor, matrices: Tensor | None, factor: float) -> Part:
-        """Make the part of a layer, with a partition of its rows where it is to be sampled."""
-        part = Part(rows, matrices, factor)
-        n = rows.shape[1]
-        above = self.above if self.method == "auto" else 2 * self.samples
-        if self.method == "exact" or n <= above:
-            return part
-        permutation = torch.ops.comhe_ext.permutations(
-            self._step, number, part.num_sets, n, rows.device
-        )
-        return Part(rows, matrices, factor, permutation, self.samples)
 
     def _zero(self) -> Tensor:
         first = self._layers[0]

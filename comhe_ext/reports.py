@@ -36,6 +36,7 @@ class RegularizedLayer(NamedTuple):
     half_space: bool
     projected: bool
     learns: bool  # not frozen
+    sampled: bool  # its energy is estimated from random blocks
 
 
 def table(rows: Iterable[Iterable[object]], headers: Iterable[str], format: str) -> str:
@@ -68,10 +69,21 @@ def summary(
             f"{layer.factor:g}",
             "half" if layer.half_space else "full",
             projection if layer.projected else "none",
+            "sampled" if layer.sampled else "exact",
         )
         for layer in layers
     ]
-    headers = ("layer", "as", "sets", "neurons", "inputs", "factor", "space", "projection")
+    headers = (
+        "layer",
+        "as",
+        "sets",
+        "neurons",
+        "inputs",
+        "factor",
+        "space",
+        "projection",
+        "energy",
+    )
     text = table(rows, headers, format)
     text += f"\n\nOutput layer: {output.name!r}, {output.reason}."
     if left_out:

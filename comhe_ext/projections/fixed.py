@@ -11,7 +11,7 @@ from torch import Generator, Tensor, nn
 from comhe_ext.checks import check_count, check_tensor, quote
 from comhe_ext.layers import Layer
 from comhe_ext.operators.library import LIBRARY, define
-from comhe_ext.packing import stack_parts
+from comhe_ext.packing import Partitions, stack_parts
 from comhe_ext.settings import Settings
 from comhe_ext.steps import host_tensor, loaded, numbers_of, set_number
 
@@ -163,6 +163,7 @@ class Projection(nn.Module):
     """
 
     dim: int | None = None  # k; a layer of at most k inputs is not projected. None: every layer is
+    partitions = Partitions()  # the regularizer's, for energies that matrices learn from
 
     def __init__(self, seed: int | None = None) -> None:
         super().__init__()

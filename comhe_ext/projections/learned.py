@@ -11,7 +11,7 @@ from comhe_ext.functional import AngleKind, angle_differences
 from comhe_ext.layers import Layer
 from comhe_ext.operators.library import no_autocast
 from comhe_ext.operators.rows import safe_sqrt
-from comhe_ext.packing import Part, total_energy
+from comhe_ext.packing import total_energy
 from comhe_ext.projections.fixed import Projection, check_dim
 from comhe_ext.settings import Settings
 
@@ -259,4 +259,10 @@ class AdversarialProjection(_LearnedProjection):
         super().__init__(num_projections, dim, lr, iterations, weight_decay, mode, seed)
 
     def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
-        return -total_energy(list(map(Part, rows, matrices)), self._settings)
+        # other blocks than those of the energy, which would else be lowest for these matrices
+        step = self._state[1:2]
+        parts = [
+            self.partitions.part(step, -1 - number, *pair)
+            for number, pair in enumerate(zip(rows, matrices, strict=True))
+        ]
+        return -total_energy(parts, self._settings)
