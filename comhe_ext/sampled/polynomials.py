@@ -27,7 +27,7 @@ LARGEST_COSINE = 0.92
 BINS = 4096
 # rows whose products are multiplied at a time; in one product of all rows the order of the sum,
 # and the last bits with it, would depend on the number of threads
-ROWS_OF_PRODUCT = 512
+ROWS_OF_PRODUCT = 256
 # numbers that exist at a time beside the rows
 CHUNK = 1 << 22
 
@@ -155,16 +155,12 @@ def _sum_of_powers(v: Tensor, power: int) -> Tensor:
 
 def _moment(left: Tensor, right: Tensor) -> Tensor:
     """Compute left right^T of each set, [S, a, n] and [S, b, n] -> [S, a, b], float64."""
-    n = left.shape[2]
-    whole = n // ROWS_OF_PRODUCT * ROWS_OF_PRODUCT
-    total = product(left[..., whole:], right[..., whole:].mT).double()
-    if whole:
-        first, second = (
-            x[..., :whole].unflatten(2, (-1, ROWS_OF_PRODUCT)).transpose(1, 2)
-            for x in (left, right)
-        )
-        total = total + product(first, second.mT).sum(1, dtype=torch.float64)
-    return total
+    short = -left.shape[2] % ROWS_OF_PRODUCT
+    first, second = (
+        torch.nn.functional.pad(x, (0, short)).unflatten(2, (-1, ROWS_OF_PRODUCT)).transpose(1, 2)
+        for x in (left, right)
+    )
+    return product(first, second.mT).sum(1, dtype=torch.float64)
 
 
 def _products(v: Tensor) -> Tensor:
