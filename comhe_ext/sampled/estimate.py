@@ -12,6 +12,7 @@ from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import compute_dtype
 from comhe_ext.progress import bar
 from comhe_ext.sampled.estimator import Blocks, Estimator, permutations, select
+from comhe_ext.sampled.keywords import check_draws
 from comhe_ext.sampled.plan import SamplingPlan
 from comhe_ext.settings import BackendName, pair_settings
 
@@ -79,6 +80,7 @@ def estimate_energy(
     confidence = check_number("confidence", confidence)
     if not 0 < confidence < 1:
         raise ValueError(f"`confidence` must be between 0 and 1, got {confidence}")
+    check_draws(plan, generator)
     options = pair_settings(pair, "mean", eps, backend).options((rows,))
     n = rows.shape[0]
     if n < 2 or Blocks.of(n, samples).number == 1:
@@ -124,7 +126,7 @@ def _student_quantile(probability: float, degrees: int) -> float:
 
     def below(angle: float) -> float:
         # Simpson's rule
-        steps = 2000
+        steps = 400
         values = [density_of_angle(angle * i / steps) for i in range(steps + 1)]
         weighted = values[0] + values[-1] + 4 * sum(values[1::2]) + 2 * sum(values[2:-1:2])
         return 0.5 + factor * math.sqrt(degrees) * weighted * angle / steps / 3

@@ -140,7 +140,15 @@ class Estimator:
 
     def unit(self, rows: Tensor) -> Tensor | None:
         """Normalize rows for the polynomial, if there is one."""
-        return None if self.polynomial is None else unit_rows(rows, self.options.eps)
+        if self.polynomial is None:
+            return None
+        eps = self.options.eps
+
+        def unit(some: Tensor) -> Tensor:
+            return unit_rows(some, eps)
+
+        parts = rows.split(max(CHUNK // self.sets, 1), 1)
+        return torch.cat([recomputed(unit, part) for part in parts], 1)
 
     def fixed(self, v: Tensor | None) -> Tensor | float:
         """Sum what does not depend on the partition -> [S].

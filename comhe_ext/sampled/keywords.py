@@ -30,18 +30,23 @@ def check_sampling(
     if method not in ("exact", "sampled"):
         raise ValueError(f"`method` must be 'exact' or 'sampled', got {quote(method)}")
     samples = check_count("samples", samples, 2)
-    if plan is not None and not isinstance(plan, SamplingPlan):
-        raise TypeError(f"`plan` must be a SamplingPlan or None, got {type(plan).__name__}")
-    if generator is not None and not isinstance(generator, Generator):
-        raise TypeError(
-            f"`generator` must be a torch.Generator or None, got {type(generator).__name__}"
-        )
+    check_draws(plan, generator)
     if method == "exact":
         if plan is not None or generator is not None:
             name = "plan" if plan is not None else "generator"
             raise ValueError(f"`{name}` is for method='sampled'")
         return None
     return Sampling(samples, plan, generator)
+
+
+def check_draws(plan: SamplingPlan | None, generator: Generator | None) -> None:
+    """Refuse what is no plan or no source of random numbers."""
+    if plan is not None and not isinstance(plan, SamplingPlan):
+        raise TypeError(f"`plan` must be a SamplingPlan or None, got {type(plan).__name__}")
+    if generator is not None and not isinstance(generator, Generator):
+        raise TypeError(
+            f"`generator` must be a torch.Generator or None, got {type(generator).__name__}"
+        )
 
 
 def sampled_energies(

@@ -29,7 +29,7 @@ BINS = 4096
 # and the last bits with it, would depend on the number of threads
 ROWS_OF_PRODUCT = 256
 # numbers that exist at a time beside the rows
-CHUNK = 1 << 22
+CHUNK = 1 << 21
 
 
 class Polynomial(NamedTuple):
