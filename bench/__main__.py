@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench import accuracy, demo, model, plots, readme, roofline, shapes, sweep
+from bench import accuracy, demo, model, plots, readme, roofline, sampled, shapes, sweep
 from bench.contest import Rules
 from bench.methods import METHODS
 from bench.options import Options
@@ -82,6 +82,11 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--models", nargs="+", choices=model.MODELS["cpu"], metavar="NAME")
     add_measuring("roofline", "the machine's peaks, and what the sweep reached of them", "1")
 
+    command = add_measuring("sampled", "errors and cost of sampled energies, docs/sampled.md", "1")
+    command.add_argument(
+        "--parts", nargs="+", choices=sampled.PARTS, default=sampled.PARTS, metavar="NAME"
+    )
+
     command = add("plot", "draw the results, light and dark")
     command.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     command = add("readme", "put the results of bench/results into README.md")
@@ -107,7 +112,7 @@ def options_of(args: argparse.Namespace) -> Options:
     )
     threads = args.threads
     if threads is None:
-        threads = 1 if args.command in ("sweep", "roofline") else torch.get_num_threads()
+        threads = 1 if args.command in ("sweep", "roofline", "sampled") else torch.get_num_threads()
     out = args.out or (ROOT / "out" / "quick" if args.quick else RESULTS)
     return Options(args.device, threads, out, make_console(), methods, rules, args.resume)
 
@@ -117,6 +122,8 @@ def measure(args: argparse.Namespace, options: Options, cases: Sequence[shapes.C
     everything, left = args.command == "all", 0
     if args.command == "roofline":
         roofline.show(options)
+    if args.command == "sampled":
+        sampled.measure(options, args.parts, args.quick)
     if args.command == "sweep":
         roofline.measure(options)
         left += sweep.sweep(options, cases)

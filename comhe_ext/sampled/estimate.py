@@ -16,6 +16,10 @@ from comhe_ext.sampled.keywords import check_draws
 from comhe_ext.sampled.plan import SamplingPlan
 from comhe_ext.settings import BackendName, pair_settings
 
+# pairs that all partitions together meet so often show in the spread of the partitions; of rarer
+# ones, the largest, the spread knows nothing
+MET_OFTEN = 20
+
 
 class Estimate(NamedTuple):
     """An energy, its standard error, the ends of its confidence interval, and the listed pairs."""
@@ -109,8 +113,10 @@ def estimate_energy(
     missed = 0.0
     if estimator.residuals is not None and plan.trees > 1:
         # pairs that one tree alone has found tell of those that none has
-        once = estimator.residuals[0, listed.trees == 1].sum()
-        missed = scale * abs(float(once)) * (plan.trees - 1) / plan.trees
+        once = estimator.residuals[0, listed.trees == 1]
+        rare = min(math.ceil(MET_OFTEN * estimator.weight / partitions), len(once))
+        once = once[once.abs().topk(rare).indices]
+        missed = scale * abs(float(once.sum())) * (plan.trees - 1) / plan.trees
     width = _student_quantile((1.0 + confidence) / 2.0, partitions - 1) * std_error + missed
     return Estimate(mean, std_error, mean - width, mean + width, len(listed.i))
 

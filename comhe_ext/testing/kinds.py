@@ -76,7 +76,9 @@ def words(n: int, k: int, generator: Generator) -> Tensor:
     expected = table.sum(1, keepdim=True) * table.sum(0) / table.sum()
     information = (table / expected.clamp_min(1e-9)).clamp_min(1.0).log()
     values, vectors = torch.linalg.eigh(information.mT @ information)
-    return (information @ vectors[:, -k:]) / values[-k:].clamp_min(1e-9) ** 0.25
+    rows = normalize((information @ vectors[:, -k:]) / values[-k:].clamp_min(1e-9) ** 0.25)
+    # rare tokens of the very same contexts would coincide, and have no direction to part in
+    return rows + 0.02 * normalize(torch.randn(n, k, generator=generator))
 
 
 @cache
