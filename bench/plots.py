@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from bench import accuracy, compare, roofline, sweep
+from bench import accuracy, compare, roofline, sampled, sweep
 from bench.digits import METHODS as TRAININGS
 from bench.digits import Layer, Run, energy_history
 from bench.drawing import (
@@ -26,6 +26,7 @@ from bench.drawing import (
     save,
 )
 from bench.methods import METHODS, OURS
+from bench.sampled_plots import sampled_plot
 from bench.shapes import GOALS, LAYERS, SCALING_DIM, SMALL, WIDE_DIM, Case
 from bench.store import Row
 
@@ -319,6 +320,8 @@ def figures(folder: Path) -> dict[str, Callable[[Theme], Figure | None]]:
         errors = [row for row in accuracy.TABLE.newest(folder) if row["device"] == device]
         if errors:
             found[f"accuracy-{device}"] = partial(accuracy_plot, rows=errors)
+    if estimates := sampled.TABLE.newest(folder):
+        found["sampled"] = partial(sampled_plot, rows=estimates)
     return found
 
 

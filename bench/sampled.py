@@ -9,7 +9,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,18 +39,18 @@ REFRESH = 40
 
 
 class Size(NamedTuple):
-    """Numbers of rows: of errors and times, of the training, of the estimate with an error bar."""
+    """Numbers of rows: of errors and training, of times, of the estimate with an error bar."""
 
-    rows: int = 65_536
-    training: int = 16_384
+    rows: int = 16_384
+    timed: int = 65_536
     many: int = 1_000_000
 
 
 def measure(options: Options, parts: Sequence[str], quick: bool) -> None:
     """Measure some of `PARTS`, into sampled.csv."""
-    size = Size(4096, 1024, 20_000) if quick else Size()
+    size = Size(2048, 4096, 20_000) if quick else Size()
     torch.set_num_threads(options.threads)
-    measures: dict[str, Callable[[Size], list[dict[str, object]]]] = {
+    measures: dict[str, Callable[[Size], Iterator[dict[str, object]]]] = {
         "times": times,
         "errors": errors,
         "training": training,
@@ -58,7 +58,8 @@ def measure(options: Options, parts: Sequence[str], quick: bool) -> None:
     for part, rows_of in measures.items():
         if part in parts:
             stamp = {**machine.stamp(options.device, options.threads), "part": part, "dim": DIM}
-            TABLE.upsert(options.out, [{**stamp, **row} for row in rows_of(size)])
+            for row in rows_of(size):
+                TABLE.upsert(options.out, [{**stamp, **row}])
     show(options, parts)
 
 
@@ -78,9 +79,8 @@ def generator(seed: int) -> torch.Generator:
 # --- the parts ------------------------------------------------------------------------------------
 
 
-def errors(size: Size) -> list[dict[str, object]]:
+def errors(size: Size) -> Iterator[dict[str, object]]:
     """Compare draws with the exact energy and gradient, by kind, degree, and with a list."""
-    found: list[dict[str, object]] = []
     for kind in KINDS:
         rows = normalize(rows_of_kind(kind, size.rows, DIM))
         energy, gradient, _ = energy_and_gradient(rows)
@@ -95,27 +95,25 @@ def errors(size: Size) -> list[dict[str, object]]:
                     found_energy, slope, _ = energy_and_gradient(rows, method="sampled", **options)
                     off.append(found_energy / energy - 1.0)
                     turned.append(float((slope - gradient).norm() / gradient.norm()))
-                found.append(
-                    {
-                        "kind": kind,
-                        "rows": size.rows,
-                        "method": f"degree {degree}" + (", list" if plan is planned else ""),
-                        "draws": draws,
-                        "energy": energy,
-                        "energy_error": math.sqrt(statistics.fmean(x * x for x in off)),
-                        "gradient_error": math.sqrt(statistics.fmean(x * x for x in turned)),
-                    }
-                )
-    return found
+                yield {
+                    "kind": kind,
+                    "rows": size.rows,
+                    "method": f"degree {degree}" + (", list" if plan is planned else ""),
+                    "draws": draws,
+                    "energy": energy,
+                    "energy_error": math.sqrt(statistics.fmean(x * x for x in off)),
+                    "gradient_error": math.sqrt(statistics.fmean(x * x for x in turned)),
+                }
 
 
-def times(size: Size) -> list[dict[str, object]]:
+def times(size: Size) -> Iterator[dict[str, object]]:
     """Time the estimate of very many rows, then draws beside the exact energy, in turns."""
-    found = [_time_of_estimate(size.many)]
-    rows = rows_of_kind("clusters", size.rows, DIM)
+    yield _time_of_estimate(size.many)
+    place = {"kind": "clusters", "rows": size.timed}
+    rows = rows_of_kind("clusters", size.timed, DIM)
     begin = time.process_time()
     plan = SamplingPlan.from_rows(rows, generator=generator(0))
-    found.append({"method": "plan", "seconds": time.process_time() - begin})
+    yield {**place, "method": "plan", "seconds": time.process_time() - begin}
     methods: dict[str, dict[str, object]] = {"exact": {}}
     for samples in (256, 1024, 4096):
         methods[f"sampled, {samples}"] = {"method": "sampled", "samples": samples, "plan": plan}
@@ -132,8 +130,7 @@ def times(size: Size) -> list[dict[str, object]]:
         if name != "exact":
             row["energy_error"] = abs(energy / exact - 1.0)
             row["gradient_error"] = float((gradient - slope).norm() / slope.norm())
-        found.append(row)
-    return [{"kind": "clusters", "rows": size.rows, **row} for row in found]
+        yield {**place, **row}
 
 
 def _time_of_estimate(many: int) -> dict[str, object]:
@@ -154,13 +151,13 @@ def _time_of_estimate(many: int) -> dict[str, object]:
     }
 
 
-def training(size: Size) -> list[dict[str, object]]:
+def training(size: Size) -> Iterator[dict[str, object]]:
     """Move rows by the gradient of an energy alone, and compute the exact energy in the end."""
-    found: list[dict[str, object]] = []
     for kind in ("clusters", "words"):
-        start = normalize(rows_of_kind(kind, size.training, DIM))
+        start = normalize(rows_of_kind(kind, size.rows, DIM))
         energy = float(hyperspherical_energy(start))
-        found.append({"kind": kind, "method": "start", "energy": energy})
+        place = {"kind": kind, "rows": size.rows}
+        yield {**place, "method": "start", "energy": energy}
         for method, degree, trees in (
             ("exact", 0, 0),
             ("degree 0", 0, 0),
@@ -187,8 +184,7 @@ def training(size: Size) -> list[dict[str, object]]:
                     rows.copy_(normalize(rows))
             seconds = (time.process_time() - begin) / STEPS
             energy = float(hyperspherical_energy(rows.detach()))
-            found.append({"kind": kind, "method": method, "energy": energy, "seconds": seconds})
-    return [{"rows": size.training, **row} for row in found]
+            yield {**place, "method": method, "energy": energy, "seconds": seconds}
 
 
 # --- what they show -------------------------------------------------------------------------------
