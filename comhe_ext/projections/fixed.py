@@ -1,6 +1,6 @@
 """Random draws by seed and step, the base of all projections, and those that do not learn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import signature
 from numbers import Integral
 from typing import Any, Literal, TypeAlias
@@ -12,6 +12,7 @@ from comhe_ext.checks import check_count, check_tensor, quote
 from comhe_ext.layers import Layer
 from comhe_ext.operators.library import LIBRARY, define
 from comhe_ext.packing import Partitions, stack_parts
+from comhe_ext.projections.sketches import SKETCHES, Sketch, SketchKind, draw_sketch
 from comhe_ext.settings import Settings
 from comhe_ext.steps import host_tensor, loaded, numbers_of, set_number
 
@@ -234,9 +235,8 @@ class Projection(nn.Module):
                 f"{matrices[name].device}"
             )
 
-    def _draw(self, layer: Layer, count: int, dim: int, every: int, stream: int) -> Tensor:
+    def _draw(self, layer: Layer, shape: Sequence[int], every: int, stream: int) -> Tensor:
         dtype = torch.promote_types(layer.dtype, torch.float32)
-        shape = (count, dim, layer.sizes[2])
         drawn: Tensor = torch.ops.comhe_ext.gaussian(
             self._state, every, stream, shape, dtype, layer.device
         )
@@ -244,26 +244,33 @@ class Projection(nn.Module):
 
 
 class RandomProjection(Projection):
-    """Gaussian matrices, drawn afresh every so many steps (RP-CoMHE).
+    """Random matrices, drawn afresh every so many steps (RP-CoMHE).
 
     Torch equivalent::
 
         matrices = {name: torch.randn(C, k, d) for each layer}    # at each step
 
     Layers of equal width d share their draw, as in the authors' code, so that a model of a hundred
-    layers draws only a few matrices a step. The entries that one layer sees are independent.
+    layers draws only a few matrices a step. The entries that one layer sees are independent, in the
+    kind "gaussian".
 
     Args:
         num_projections: C; 20 if neither is given.
         dim: k.
+        kind: of the matrices. "gaussian": independent normal entries. The others keep the cosines
+            of the neurons in the same way and are made to be multiplied quickly: "sparse", random
+            signs and many zeros; "hadamard" and "fourier", k random coordinates after random signs
+            and an orthogonal transform.
         neurons_per_projection: makes C grow with the layer: one matrix for every so many neurons.
         every: steps from one draw to the next.
         seed: see `Projection`.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong type or less than 1.
+        TypeError, ValueError: an argument is of the wrong type or out of range.
 
-    Source: Lin et al. (2020); the defaults are those of the authors' code.
+    Source: Lin et al. (2020); the defaults are those of the authors' code. "sparse": Achlioptas
+        (2003), in the blocks of Kane and Nelson (2014); "hadamard": Ailon and Chazelle (2006),
+        Tropp (2011); "fourier": Woolfe et al. (2008).
     """
 
     def __init__(
@@ -271,6 +278,7 @@ class RandomProjection(Projection):
         num_projections: int | None = None,
         dim: int = 40,
         *,
+        kind: Literal["gaussian"] | SketchKind = "gaussian",
         neurons_per_projection: int | None = None,
         every: int = 1,
         seed: int | None = None,
@@ -283,9 +291,12 @@ class RandomProjection(Projection):
         else:
             num_projections = 20 if num_projections is None else num_projections
             num_projections = check_count("num_projections", num_projections)
+        if kind not in ("gaussian", *SKETCHES):
+            raise ValueError(f"`kind` must be one of {['gaussian', *SKETCHES]}, got {quote(kind)}")
         self.num_projections = num_projections
         self.neurons_per_projection = neurons_per_projection
         self.dim: int = check_dim(dim)
+        self.kind = kind
         self.every = check_count("every", every)
 
     def _count(self, layer: Layer) -> int:
@@ -293,22 +304,55 @@ class RandomProjection(Projection):
             return max(layer.sizes[1] // self.neurons_per_projection, 1)
         return self.num_projections or 1
 
-    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def _shared_draws(self) -> Iterator[tuple[list[Layer], int]]:
+        """Yield the layers that share a draw, and the largest C of them."""
         by_kind: dict[Any, list[Layer]] = {}
         for layer in self.learning():
             kind = (layer.sizes[2], torch.promote_types(layer.dtype, torch.float32), layer.device)
             by_kind.setdefault(kind, []).append(layer)
+        for layers in by_kind.values():
+            yield layers, max(map(self._count, layers))
+
+    def _sketches(self) -> dict[str, Sketch]:
+        """Draw what is not a dense matrix, for the layers that learn."""
         drawn = {}
-        for (width, *_), layers in by_kind.items():
-            counts = [self._count(layer) for layer in layers]
-            matrices = self._draw(layers[0], max(counts), self.dim, self.every, width)
-            for layer, count in zip(layers, counts, strict=True):
-                drawn[layer.name] = matrices[:count]
+        for layers, count in self._shared_draws():
+            width = layers[0].sizes[2]
+
+            def normal(size: int, layer: Layer = layers[0], width: int = width) -> Tensor:
+                return self._draw(layer, (size,), self.every, width)
+
+            sketch = draw_sketch(normal, self.kind, count, self.dim, width)
+            for layer in layers:
+                drawn[layer.name] = sketch.first(self._count(layer))
         return drawn
+
+    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        if self.kind != "gaussian":
+            return {name: sketch.matrices() for name, sketch in self._sketches().items()}
+        drawn = {}
+        for layers, count in self._shared_draws():
+            width = layers[0].sizes[2]
+            matrices = self._draw(layers[0], (count, self.dim, width), self.every, width)
+            for layer in layers:
+                drawn[layer.name] = matrices[: self._count(layer)]
+        return drawn
+
+    def views(self, rows: Mapping[str, Tensor]) -> Views:
+        """Return the sets and their matrices, or projected sets where no matrix has to be made."""
+        if self.kind == "gaussian":
+            return super().views(rows)
+        sketches = self._sketches()
+        return {
+            name: (sketches[name].project(sets).flatten(0, 1), None) for name, sets in rows.items()
+        }
 
     def extra_repr(self) -> str:
         count = self.num_projections or f"N / {self.neurons_per_projection}"
-        return f"{count} projections to {self.dim} dimensions, drawn every {self.every} steps"
+        return (
+            f"{count} projections to {self.dim} dimensions, {self.kind}, "
+            f"drawn every {self.every} steps"
+        )
 
 
 class GroupProjection(Projection):

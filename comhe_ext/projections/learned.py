@@ -111,7 +111,8 @@ class _LearnedProjection(Projection):
         if layer.name in self._undrawn and layer.device.type != "meta":
             stream = [x.name for x in self._layers].index(layer.name)
             with torch.inference_mode(False), torch.no_grad():
-                self._buffers[name] = self._draw(layer, self.num_projections, self.dim, 1, stream)
+                shape = (self.num_projections, self.dim, layer.sizes[2])
+                self._buffers[name] = self._draw(layer, shape, 1, stream)
             self._undrawn.discard(layer.name)
         matrices = self._buffers[name]
         assert matrices is not None

@@ -338,6 +338,9 @@ def test_adversarial_projection_raises_the_energy_that_the_weights_lower():
 
 KINDS = {
     "random": lambda: RandomProjection(3, 5, seed=1),
+    "sparse": lambda: RandomProjection(3, 5, kind="sparse", seed=1),
+    "hadamard": lambda: RandomProjection(3, 5, kind="hadamard", seed=1),
+    "fourier": lambda: RandomProjection(3, 5, kind="fourier", seed=1),
     "angle": lambda: AngleProjection(1, 5, lr=0.01, seed=1),
     "adversarial": lambda: AdversarialProjection(1, 5, iterations=2, lr=0.01, seed=1),
     "group": lambda: GroupProjection(2),
