@@ -95,9 +95,10 @@ def draw_sketch(
         # sorting independent numbers gives every order the same chance
         return Sketch(_signs(numbers[width:]).view(shape), numbers[:width].argsort(), kind)
     columns = _usable_columns(kind, width)
-    # in an order of all columns projections do not meet; more projections take further orders
-    orders = -(-count // max(len(columns) // dim, 1))
-    each = -(-count // orders)
+    # in one order of all columns no projection meets another; those that are too many for it take
+    # further orders, as few as they can, since full orders cover the space most evenly
+    each = max(len(columns) // dim, 1)
+    orders = -(-count // each)
     numbers = normal(width + orders * len(columns))
     order = numbers[width:].view(orders, -1).argsort(1)[:, : each * dim]
     indices = torch.tensor(columns, device=order.device)[order].view(-1, dim)[:count]
