@@ -9,7 +9,7 @@ if find_spec("comhe_ext.kernels") is None:
         "comhe_ext.kernels is missing: a checkout has to be installed, with `pip install -e .`"
     )
 
-from comhe_ext import init, losses, projections, sampled
+from comhe_ext import distributed, init, losses, projections, sampled
 from comhe_ext.functional import (
     angle_preserving_loss,
     compressive_energy,
@@ -29,6 +29,7 @@ __all__ = [
     "Riesz",
     "angle_preserving_loss",
     "compressive_energy",
+    "distributed",
     "group_energy",
     "hyperspherical_energy",
     "init",

@@ -8,12 +8,17 @@ import math
 import operator
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from comhe_ext.backends import BACKENDS
 from comhe_ext.operators.library import DTYPES
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 def quote(value: object) -> str:
@@ -35,11 +40,20 @@ def check_backend(name: str) -> None:
         raise ValueError(f"`backend` must be one of {BACKENDS} or None, got {quote(name)}")
 
 
-def check_tensor(name: str, tensor: Tensor) -> None:
-    """Refuse what is not a dense floating-point tensor that lies in one place."""
+def is_dtensor(tensor: object) -> "TypeIs[DTensor]":
+    """Tell whether it is a tensor of which each rank holds a part."""
+    if not hasattr(tensor, "full_tensor") or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # its import takes long, and few need it
+
+    return isinstance(tensor, DTensor)
+
+
+def check_tensor(name: str, tensor: Tensor, *, sharded: bool = False) -> None:
+    """Refuse what is not a dense floating-point tensor, in one place unless `sharded`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(tensor).__name__}")
-    if hasattr(tensor, "full_tensor"):
+    if hasattr(tensor, "full_tensor") and not (sharded and is_dtensor(tensor)):
         raise TypeError(
             f"`{name}` must be a plain tensor, got a DTensor, of which each rank holds a part: "
             f"pass {name}.full_tensor()"
@@ -52,9 +66,9 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_weight(weight: Tensor, name: str = "weight") -> None:
+def check_weight(weight: Tensor, name: str = "weight", *, sharded: bool = False) -> None:
     """Refuse what is not a set of rows [N, d] or a batch of sets [B, N, d]."""
-    check_tensor(name, weight)
+    check_tensor(name, weight, sharded=sharded)
     if weight.dim() not in (2, 3):
         raise ValueError(f"`{name}` must be 2-D or 3-D, got shape {tuple(weight.shape)}")
     if weight.shape[-1] == 0:

@@ -16,6 +16,7 @@ from comhe_ext.checks import (
     check_pairing,
     check_projection,
     check_weight,
+    is_dtensor,
     quote,
 )
 from comhe_ext.kernels.pair_functions import PairFunction, Riesz
@@ -26,7 +27,13 @@ from comhe_ext.operators.rows import project, safe_sqrt
 from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.packing import set_energies, stack_parts
 from comhe_ext.pairing import cross_energies, nearest_rows, row_energies
-from comhe_ext.sampled.keywords import Method, Sampling, check_sampling, sampled_energies
+from comhe_ext.sampled.keywords import (
+    Method,
+    Sampling,
+    check_sampling,
+    refuse_sampled,
+    sampled_energies,
+)
 from comhe_ext.sampled.plan import SamplingPlan
 from comhe_ext.settings import (
     BackendName,
@@ -35,6 +42,7 @@ from comhe_ext.settings import (
     energy_settings,
     pair_settings,
 )
+from comhe_ext.sharded.rows import dtensor_shard
 
 AngleKind = Literal["cosine", "angle"]
 
@@ -65,7 +73,8 @@ def hyperspherical_energy(
 
     Args:
         weight: [N, d], N neurons of d weights, or [B, N, d], B independent sets; float16, bfloat16,
-            float32 or float64, any strides.
+            float32 or float64, any strides. A DTensor, whose ranks call together, is not gathered:
+            see `comhe_ext.distributed`.
         s: exponent of the pair function r^-s, any finite s > -2; 0 means log(1/r), and s < 0
             -r^|s|, whose energy falls as the distances grow.
         half_space: energy of the 2N points {v_i} and {-v_i}, antipodal pairs included.
@@ -98,9 +107,12 @@ def hyperspherical_energy(
 
     Source: Liu et al. (2018): MHE; half space is its HS-MHE, the angle its A-MHE.
     """
-    check_weight(weight)
+    check_weight(weight, sharded=True)
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
     sampling = check_sampling(method, samples, plan, generator)
+    if is_dtensor(weight):
+        refuse_sampled(sampling)
+        return dtensor_shard(weight).energies(settings).view(weight.shape[:-2])
     return _energies_of_sets(weight, settings.options((weight,)), sampling)
 
 
@@ -153,10 +165,13 @@ def pair_energy(
 
     Source: the sums of Liu et al. (2018), and of SphereFace+ there, for any function.
     """
-    check_weight(rows, "rows")
+    check_weight(rows, "rows", sharded=columns is None and reduction != "rows")
     settings = pair_settings(pair, reduction, eps, backend, ("mean", "sum", "rows"))
-    check_pairing(rows, columns, row_ids, column_ids)
     sampling = check_sampling(method, samples, plan, generator)
+    if is_dtensor(rows):
+        refuse_sampled(sampling)
+        return dtensor_shard(rows, "rows").energies(settings).view(rows.shape[:-2])
+    check_pairing(rows, columns, row_ids, column_ids)
     if sampling is not None and (columns is not None or reduction == "rows"):
         raise ValueError(
             "`method` must be 'exact' for rows against columns and for reduction='rows'"
@@ -271,12 +286,19 @@ def compressive_energy(
 
     Source: Lin et al. (2020), RP-CoMHE.
     """
-    check_weight(weight)
+    check_weight(weight, sharded=True)
+    sampling = check_sampling(method, samples, plan, generator)
+    if is_dtensor(weight):
+        refuse_sampled(sampling)
+        whole = projection.full_tensor() if is_dtensor(projection) else projection
+        check_projection(weight, whole)
+        settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
+        energies = dtensor_shard(weight).energies(settings, whole)
+        return energies.view(*weight.shape[:-2], whole.shape[0]).mean(-1)
     check_projection(weight, projection)
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
     options = settings.options((weight, projection), projection.shape[1])
     sets = weight if weight.dim() == 3 else weight.unsqueeze(0)
-    sampling = check_sampling(method, samples, plan, generator)
     if sampling is None:
         energies = energy([sets], [projection], options)
     else:
@@ -324,12 +346,17 @@ def group_energy(
 
     Source: Lin et al. (2020): projections that select coordinates.
     """
-    check_weight(weight)
+    check_weight(weight, sharded=True)
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
-    parts = stack_parts(_split_columns(weight, groups))
+    sampling = check_sampling(method, samples, plan, generator)
+    if is_dtensor(weight):
+        refuse_sampled(sampling)
+        shard = dtensor_shard(weight)
+        energies = shard.of_groups(split_columns(shard.points(), groups)).energies(settings)
+        return energies.view(*weight.shape[:-2], -1).mean(-1)
+    parts = stack_parts(split_columns(weight, groups))
     options = settings.options((weight,), parts.shape[-1])
     sets = parts if parts.dim() == 3 else parts.flatten(0, 1)
-    sampling = check_sampling(method, samples, plan, generator)
     if sampling is None:
         energies = set_energies(sets, options)
     else:
@@ -407,7 +434,7 @@ def _energies_of_sets(rows: Tensor, options: SweepOptions, sampling: Sampling | 
     return energies if rows.dim() == 3 else energies.squeeze(0)
 
 
-def _split_columns(
+def split_columns(
     weight: Tensor, groups: int | Sequence[Sequence[int] | Tensor]
 ) -> Sequence[Tensor]:
     """Take the columns of each group."""

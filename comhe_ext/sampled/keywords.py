@@ -49,6 +49,12 @@ def check_draws(plan: SamplingPlan | None, generator: Generator | None) -> None:
         )
 
 
+def refuse_sampled(sampling: Sampling | None) -> None:
+    """Refuse to sample rows of which each rank has a part."""
+    if sampling is not None:
+        raise ValueError("`method` must be 'exact' for a DTensor, of which each rank holds a part")
+
+
 def sampled_energies(
     sets: Tensor, options: SweepOptions, sampling: Sampling, *, as_planned: bool
 ) -> Tensor:

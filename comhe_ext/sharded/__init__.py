@@ -1,0 +1,1 @@
+"""Energies of rows that are spread over the ranks of process groups."""
