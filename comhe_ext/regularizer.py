@@ -11,13 +11,16 @@ from comhe_ext import bounds
 from comhe_ext.checks import check_count, check_factor
 from comhe_ext.gradients import accumulate
 from comhe_ext.layers import Layer, LeftOut
-from comhe_ext.packing import Partitions, add, set_energies, total_energy
+from comhe_ext.packing import Part, Partitions, add
 from comhe_ext.projections import Projection, ProjectionName, make_projection
 from comhe_ext.projections.fixed import Views
 from comhe_ext.reports import Energies, LayerEnergy, RegularizedLayer, summary
 from comhe_ext.selection import Choice, Factors
 from comhe_ext.selectors import Selector, Split, as_patterns, as_selectors
 from comhe_ext.settings import EnergyOptions, Settings, lists_energy_options, mean_settings
+from comhe_ext.sharded.collectives import total
+from comhe_ext.sharded.model import sharded_rows, total_energy
+from comhe_ext.sharded.rows import ShardedRows
 from comhe_ext.steps import StepCounter, host_tensor, loaded, set_number, unseen_by_checkpoint
 
 if TYPE_CHECKING:
@@ -90,8 +93,8 @@ class CoMHE(nn.Module):
             other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
     Raises:
-        TypeError: `model` is not a module, a weight that learns is not a dense floating-point
-            tensor, or an argument has the wrong type.
+        TypeError: `model` is not a module, a weight that learns is neither a dense floating-point
+            tensor nor a DTensor of such shards, or an argument has the wrong type.
         ValueError: `model` has no layer to regularize, a name or pattern fits none, or an option is
             out of range.
         RuntimeError: at a call, if layers were replaced, added or resized; see `refresh`.
@@ -100,7 +103,8 @@ class CoMHE(nn.Module):
 
     Note:
         On several ranks all draw the same matrices: without a `seed` of the projection, they take
-        that of the first rank at the first training step, which all have to make together.
+        that of the first rank at the first training step, which all have to make together. Weights
+        that are DTensors stay sharded; learned projections gather them.
 
     Source: Lin et al. (2020), RP-CoMHE, AP-CoMHE; Liu et al. (2018), HS-MHE.
     """
@@ -188,7 +192,7 @@ class CoMHE(nn.Module):
         if stepping and self.every > 1 and int(self._step) % self.every:
             # by default this is not reached: a graph of torch.compile cannot branch on the step
             return self._zero()
-        total = self._energy(self._read(), steps)
+        total = self._energy(*self._read(), steps)
         if stepping and self.every > 1:
             total = total * self.every
         if stepping and self.warm_up:
@@ -207,7 +211,7 @@ class CoMHE(nn.Module):
         self._count_step()
         if self.projection is not None and int(self._step) % self.every == 0:
             with torch.no_grad():
-                self.projection.step(self._projected(self._read()))
+                self.projection.step(self._projected(self._read()[0]))
 
     def accumulate_gradients(
         self, scaler: torch.amp.GradScaler | None = None, *, scale: float = 1.0
@@ -244,12 +248,13 @@ class CoMHE(nn.Module):
         self._check_structure()
         energies = Energies()
         for layer in self._layers:
-            rows = self._rows_of(layer, layer.weight)
+            rows, shard = self._rows_of(layer, layer.weight, None)
+            shard = ShardedRows(rows) if shard is None else shard
             settings = self._settings_of(layer)
-            energy = set_energies(rows, settings.options([rows])).mean()
+            energy = shard.energies(settings).mean()
             # the bound of a set depends on its dead rows: take the lowest
-            dead = {int(count) for count in (rows == 0).all(2).sum(1)}
-            n, d = rows.shape[1:]
+            dead = {int(x) for x in total((rows == 0).all(2).sum(1), shard.rows.groups)}
+            _, n, d = layer.sizes
             energies[layer.name] = LayerEnergy(
                 float(energy),
                 bounds.random_energy(n, d, settings.pair),
@@ -367,9 +372,13 @@ class CoMHE(nn.Module):
         else:
             set_number(self._step, 0, int(self._step) + 1)
 
-    def _read(self) -> dict[str, Tensor]:
-        """Read the neurons of the layers that learn, and compute each weight only once."""
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, ShardedRows]]:
+        """Read the neurons of the layers that learn, and compute each weight only once.
+
+        Those on this rank, where a weight is a DTensor, of which the second dict says more.
+        """
         rows: dict[str, Tensor] = {}
+        shards: dict[str, ShardedRows] = {}
         read: dict[tuple[int, str], Tensor] = {}
         for layer in self._layers:
             if not layer.learns():
@@ -377,7 +386,10 @@ class CoMHE(nn.Module):
             key = (id(layer.module), layer.attribute)
             if key not in read:
                 read[key] = layer.weight
-            rows[layer.name] = self._rows_of(layer, read[key])
+            projection = self.projection if self._is_projected(layer) else None
+            rows[layer.name], shard = self._rows_of(layer, read[key], projection)
+            if shard is not None:
+                shards[layer.name] = shard
         if not rows and not self._warned_of_frozen:
             self._warned_of_frozen = True
             warnings.warn(
@@ -386,21 +398,25 @@ class CoMHE(nn.Module):
                 "layer; its rows are the neurons",
                 stacklevel=2,
             )
-        return rows
+        return rows, shards
 
-    def _rows_of(self, layer: Layer, weight: Tensor) -> Tensor:
+    def _rows_of(
+        self, layer: Layer, weight: Tensor, projection: Projection | None
+    ) -> tuple[Tensor, ShardedRows | None]:
         if not torch.compiler.is_compiling():
             layer.check(weight)
             if weight.is_inference() and not torch.is_inference_mode_enabled():
                 weight = weight.clone()  # such a tensor cannot be kept for a backward
-        return layer.rows(weight)
+        return sharded_rows(layer, weight, projection)
 
     def _projected(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Select the layers that are projected."""
         layers = [x for x in self._layers if x.name in rows and self._is_projected(x)]
         return {layer.name: rows[layer.name] for layer in layers}
 
-    def _energy(self, rows: Mapping[str, Tensor], steps: int) -> Tensor:
+    def _energy(
+        self, rows: Mapping[str, Tensor], shards: Mapping[str, ShardedRows], steps: int
+    ) -> Tensor:
         """Compute the weighted sum of this call."""
         views: Views = {name: (sets, None) for name, sets in rows.items()}
         if self.projection is not None:
@@ -411,7 +427,7 @@ class CoMHE(nn.Module):
             views.update(self.projection.views(projected))
         output = self.output_layer
         parts = {
-            name: self._partitions.part(self._step, number, *view, self._factors[name])
+            name: (self._part(number, name, view, shards), shards.get(name))
             for number, (name, view) in enumerate(views.items())
         }
         hidden = [part for name, part in parts.items() if name != output]
@@ -424,6 +440,19 @@ class CoMHE(nn.Module):
             if some
         ]
         return add(totals) if totals else self._zero()
+
+    def _part(
+        self,
+        number: int,
+        name: str,
+        view: tuple[Tensor, Tensor | None],
+        shards: Mapping[str, ShardedRows],
+    ) -> Part:
+        """Make the part of a layer; one that lives on several ranks is not sampled."""
+        factor = self._factors[name]
+        if name in shards:
+            return Part(*view, factor)
+        return self._partitions.part(self._step, number, *view, factor)
 
     def _zero(self) -> Tensor:
         first = self._layers[0]

@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from comhe_ext.checks import check_tensor
+from comhe_ext.checks import check_tensor, is_dtensor
 
 
 def read(module: nn.Module, attribute: str) -> Tensor:
@@ -109,9 +109,12 @@ def refusal(weight: object) -> str | None:
             "ZeRO-3. Call inside `deepspeed.zero.GatheredParameters`"
         )
     try:
-        check_tensor("weight", weight)
+        check_tensor("weight", weight, sharded=True)
     except TypeError as error:
         return str(error)
+    if is_dtensor(weight):
+        partial = any(placement.is_partial() for placement in weight.placements)
+        return f"`weight` has placements {weight.placements}: redistribute it" if partial else None
     if is_traceable_wrapper_subclass(weight):
         return f"`weight` must be a plain tensor, got {type(weight).__name__}"
     return None

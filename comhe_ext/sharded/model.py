@@ -1,0 +1,137 @@
+"""The neurons of layers whose weights are DTensors, and the energies of a model's layers."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from comhe_ext import packing
+from comhe_ext.checks import is_dtensor
+from comhe_ext.layers import CONVOLUTIONS, TRANSPOSED, Layer
+from comhe_ext.packing import Part
+from comhe_ext.projections.fixed import GroupProjection, Projection, RandomProjection
+from comhe_ext.settings import Settings
+from comhe_ext.sharded.collectives import Shards, total
+from comhe_ext.sharded.energy import Sets, local_energies
+from comhe_ext.sharded.rows import UNDIVIDED, ShardedRows, dim_of, local_part, shards_along
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def sharded_rows(
+    layer: Layer, weight: Tensor, projection: Projection | None
+) -> tuple[Tensor, ShardedRows | None]:
+    """View the neurons of a layer as [V, n, d], for a projection or None.
+
+    Those on this rank where the weight is a DTensor of which that is enough, and who has the others
+    and what is not here of these; else all neurons, and None. Learned projections, and those of
+    users, which may look at the neurons, get all of them.
+    """
+    if not is_dtensor(weight):
+        return layer.rows(weight), None
+    shard = None
+    if projection is None or type(projection) in (RandomProjection, GroupProjection):
+        shard = _shard_of(layer, weight)
+    if shard is None:
+        return layer.rows(weight.full_tensor()), None
+    if not shard.columns.groups:
+        return shard.local, shard
+    if type(projection) is RandomProjection:
+        # it asks for the shape alone, and its matrices will be divided as the columns are
+        sets, n, _ = shard.local.shape
+        return shard.local.new_empty(1, 1, 1).expand(sets, n, layer.sizes[2]), shard
+    shard = replace(shard, local=shard.points(), columns=UNDIVIDED)
+    return shard.local, shard
+
+
+def _shard_of(layer: Layer, weight: "DTensor") -> ShardedRows | None:
+    """Take the part of a layer's neurons that is on this rank; None: the weight has to be whole."""
+    convolution = isinstance(layer.module, (*CONVOLUTIONS, *TRANSPOSED))
+    if convolution and getattr(layer.module, "groups", 1) > 1:
+        return None  # a shard may begin in the middle of a group
+    if weight.dim() == 3 and not convolution:
+        return None  # a parameter of several sets
+    row_dim = int(isinstance(layer.module, TRANSPOSED) or layer.transpose)
+    column_dim = 1 - row_dim
+    dims = [dim_of(x) for x in weight.placements if not x.is_replicate()]
+    is_part = layer.first > 0 or layer.size is not None or layer.padding is not None
+    if not set(dims) <= {row_dim, column_dim} or dims.count(column_dim) > 1:
+        return None
+    if is_part and dims.count(row_dim) > 1:
+        return None  # which rows are where, only the mesh knows
+    rows = local_part(weight).transpose(0, 1) if row_dim else local_part(weight)
+    kernel = weight.shape[2:].numel()
+    columns = shards_along(weight, column_dim).times(kernel)
+    shard = ShardedRows(rows.flatten(1).unsqueeze(0), shards_along(weight, row_dim), columns)
+    return _selected(shard, _neurons(layer, weight.shape[row_dim])) if is_part else shard
+
+
+def _neurons(layer: Layer, count: int) -> list[range]:
+    """List which of `count` rows of a weight are neurons of the layer."""
+    last = count if layer.size is None else layer.first + layer.size
+    if layer.padding is None:
+        return [range(layer.first, last)]
+    return [range(layer.first, layer.padding), range(layer.padding + 1, last)]
+
+
+def _selected(shard: ShardedRows, neurons: Sequence[range]) -> ShardedRows:
+    """Keep some rows of the whole, where one group at most shares them."""
+
+    def overlaps(first: int, last: int) -> list[range]:
+        return [range(max(x.start, first), max(min(x.stop, last), x.start, first)) for x in neurons]
+
+    first, rows = 0, shard.rows
+    if rows.groups:
+        first = rows.first
+        (sizes,) = rows.sizes
+        firsts = [sum(sizes[:rank]) for rank in range(len(sizes))]
+        kept = [
+            sum(map(len, overlaps(begin, begin + size)))
+            for begin, size in zip(firsts, sizes, strict=True)
+        ]
+        rows = Shards(rows.groups, (tuple(kept),))
+    local = shard.local
+    parts = [
+        local.narrow(1, x.start - first, len(x))
+        for x in overlaps(first, first + local.shape[1])
+        if len(x) > 0
+    ]
+    return replace(shard, local=torch.cat([local[:, :0], *parts], 1), rows=rows)
+
+
+class _Spread(NamedTuple):
+    """Rows [V, n, k] of V sets, of which other ranks have others."""
+
+    points: Tensor
+    shards: Shards
+    factor: float  # of the mean energy of the sets
+
+
+def total_energy(parts: Sequence[tuple[Part, ShardedRows | None]], settings: Settings) -> Tensor:
+    """Sum over at least one part of its factor times the mean energy of its sets -> [].
+
+    Parts on this rank alone share sweeps, see `packing.total_energy`; those that the same ranks
+    share have one sum over these ranks in common.
+    """
+    here: list[Part] = []
+    spread: dict[object, list[_Spread]] = {}
+    for part, shard in parts:
+        if shard is None:
+            here.append(part)
+            continue
+        points = part.rows if part.matrices is None else shard.points(part.matrices)
+        if shard.rows.groups:
+            key = (*map(id, shard.rows.groups), points.dtype, points.device)
+            spread.setdefault(key, []).append(_Spread(points, shard.rows, part.factor))
+        else:
+            here.append(Part(points, None, part.factor))
+    totals = [packing.total_energy(here, settings)] if here else []
+    for pack in spread.values():
+        options = [settings.options([x.points], needs="cross") for x in pack]
+        energies = local_energies([Sets(x.points, x.shards) for x in pack], options[0])
+        sums = [x.mean() * y.factor for x, y in zip(energies, pack, strict=True)]
+        totals.append(total(torch.stack(sums).sum(), pack[0].shards.groups))
+    return packing.add(totals)
