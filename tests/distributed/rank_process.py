@@ -28,13 +28,13 @@ GRACE = 10
 
 
 def load_checks(size: int) -> dict[str, Any]:
-    """Find the functions `check_*` of all files that are for so many ranks."""
+    """Find the functions of all files that are for so many ranks."""
     here = Path(__file__).parent
     sys.path.insert(0, str(here))
     checks = {}
-    for path in sorted(here.glob("rank_checks*.py")):
+    for path in sorted(here.glob("rank_[cf]*.py")):
         for name, value in vars(importlib.import_module(path.stem)).items():
-            if name.startswith("check_") and size in getattr(value, "sizes", (2, 3, 4)):
+            if name.startswith(("check_", "fail_")) and size in getattr(value, "sizes", (2, 3, 4)):
                 checks[name] = value
     return checks
 

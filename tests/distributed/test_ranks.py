@@ -4,6 +4,7 @@ import ast
 import atexit
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,14 +27,18 @@ class Ranks:
 
     def run(self, check):
         """Run a check on all ranks, and fail if it fails on one."""
-        if self.process is None:
-            self._start()
-        print(check, file=self.process.stdin, flush=True)
-        failures = self._answer()
+        failures = self.failures(check)
         if failures:
             self.stop()
             texts = [f"rank {rank} of {self.size}: {text}" for rank, text in failures.items()]
             pytest.fail("\n".join(texts), pytrace=False)
+
+    def failures(self, check):
+        """Run a check on all ranks, and return {rank: what failed}."""
+        if self.process is None:
+            self._start()
+        print(check, file=self.process.stdin, flush=True)
+        return self._answer()
 
     def stop(self):
         if self.process is not None:
@@ -78,3 +83,36 @@ def _checks():
 @pytest.mark.parametrize(("size", "check"), list(_checks()))
 def test_on_ranks(size, check):
     RANKS[size].run(check)
+
+
+@pytest.mark.parametrize(
+    "failure", ["fail_by_a_rank_that_dies", "fail_by_a_rank_that_does_not_come"]
+)
+def test_a_rank_that_is_missed_ends_the_others(failure):
+    ranks = Ranks(3)
+    failures = ranks.failures(failure)
+    ranks.stop()
+    assert "RuntimeError" in failures["0"]
+    assert "RuntimeError" in failures["2"]
+    assert failures.get("1", "") == ("the process ended" if "dies" in failure else "")
+
+
+def test_the_example_gives_the_same_losses_on_any_number_of_ranks():
+    example = HERE.parents[1] / "examples/fsdp2.py"
+    processes = []
+    for ranks in (1, 2):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        arguments = [f"--nproc-per-node={ranks}", str(example), "--steps=3", "--classes=200"]
+        processes.append(
+            subprocess.Popen(
+                launcher + arguments,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    numbers = [[float(x) for x in re.findall(r"\d+\.\d+", output)] for output in outputs]
+    assert len(numbers[0]) == 6
+    assert numbers[1] == pytest.approx(numbers[0], abs=2e-4)  # four digits are printed
