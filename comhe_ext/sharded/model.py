@@ -33,18 +33,23 @@ def sharded_rows(
     if not is_dtensor(weight):
         return layer.rows(weight), None
     shard = None
-    if projection is None or type(projection) in (RandomProjection, GroupProjection):
+    if projection is None or type(projection) is GroupProjection or _is_gaussian(projection):
         shard = _shard_of(layer, weight)
     if shard is None:
         return layer.rows(weight.full_tensor()), None
     if not shard.columns.groups:
         return shard.local, shard
-    if type(projection) is RandomProjection:
+    if _is_gaussian(projection):
         # it asks for the shape alone, and its matrices will be divided as the columns are
         sets, n, _ = shard.local.shape
         return shard.local.new_empty(1, 1, 1).expand(sets, n, layer.sizes[2]), shard
     shard = replace(shard, local=shard.points(), columns=UNDIVIDED)
     return shard.local, shard
+
+
+def _is_gaussian(projection: Projection | None) -> bool:
+    """Tell whether a projection gives matrices that depend on the shape of the neurons alone."""
+    return type(projection) is RandomProjection and projection.kind == "gaussian"
 
 
 def _shard_of(layer: Layer, weight: "DTensor") -> ShardedRows | None:
