@@ -10,7 +10,18 @@ from pathlib import Path
 
 import torch
 
-from bench import accuracy, demo, model, plots, readme, roofline, sampled, shapes, sweep
+from bench import (
+    accuracy,
+    demo,
+    losses,
+    model,
+    plots,
+    readme,
+    roofline,
+    sampled,
+    shapes,
+    sweep,
+)
 from bench.contest import Rules
 from bench.methods import METHODS
 from bench.options import Options
@@ -68,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
 
     every = "as many as PyTorch takes"
-    add_measuring("all", "everything: sweep, accuracy, model, then plot and readme", every)
+    add_measuring("all", "everything: sweep, accuracy, model, losses, then plot and readme", every)
     command = add_measuring("sweep", "time, memory and error of every method at every shape", "1")
     add_methods(command)
     command.add_argument(
@@ -80,6 +91,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_methods(add_measuring("accuracy", "errors on far, close and equal rows", every))
     command = add_measuring("model", "a training step of whole models, with and without", every)
     command.add_argument("--models", nargs="+", choices=model.MODELS["cpu"], metavar="NAME")
+    command = add_measuring("losses", "named losses and nearest rows beside what people write", "1")
+    command.add_argument(
+        "--losses", nargs="+", choices=losses.LOSSES, metavar="NAME", help=", ".join(losses.LOSSES)
+    )
     add_measuring("roofline", "the machine's peaks, and what the sweep reached of them", "1")
 
     command = add_measuring("sampled", "errors and cost of sampled energies, docs/sampled.md", "1")
@@ -112,7 +127,8 @@ def options_of(args: argparse.Namespace) -> Options:
     )
     threads = args.threads
     if threads is None:
-        threads = 1 if args.command in ("sweep", "roofline", "sampled") else torch.get_num_threads()
+        one = ("sweep", "losses", "roofline", "sampled")
+        threads = 1 if args.command in one else torch.get_num_threads()
     out = args.out or (ROOT / "out" / "quick" if args.quick else RESULTS)
     return Options(args.device, threads, out, make_console(), methods, rules, args.resume)
 
@@ -140,6 +156,9 @@ def measure(args: argparse.Namespace, options: Options, cases: Sequence[shapes.C
     if args.command == "model" or everything:
         names = getattr(args, "models", None) or list(model.MODELS[options.device])
         left += model.measure(options, ["digits"] if args.quick else names)
+    if args.command == "losses" or everything:
+        chosen = getattr(args, "losses", None) or list(losses.LOSSES)
+        left += losses.measure(replace(options, threads=args.threads or 1), chosen, args.quick)
     if everything:
         plots.draw(options.out)
         if options.out == RESULTS:

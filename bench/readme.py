@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import accuracy, compare, digits, goals, model, plots, roofline, sweep
+from bench import accuracy, compare, digits, goals, losses, model, plots, roofline, sweep
 from bench.methods import METHODS, OURS
 from bench.model import MODELS, NONE
 from bench.plots import main_setting
@@ -314,6 +314,44 @@ def models(results: Results) -> str:
     return f"{caption(rows)}.\n\n{markdown(headings, lines)}" + ("\n" + notes if notes else "")
 
 
+# heading -> the method of the losses
+LOSS_COLUMNS = {"dense": "dense", "row blocks": "row-blocks", "pdist": "pdist", "cdist": "cdist"}
+LOSS_COLUMNS |= {"published": "published", "KeOps": "keops"}
+
+
+def named_losses(results: Results) -> str:
+    rows = [r for r in losses.TABLE.newest(results.folder) if r["device"] == results.device]
+    if not rows:
+        return NOTHING
+    newest = max(rows, key=lambda row: row["date"])
+    rows = compare.by_setting(rows)[compare.setting_of(newest)]
+    lines = []
+    for name, loss in losses.LOSSES.items():
+        for shape in map(losses.shape_text, loss.shapes):
+            found = {r["method"]: r for r in rows if (r["loss"], r["shape"]) == (name, shape)}
+            if not found:
+                continue
+            mine = found[losses.OURS]
+            time = compare.milliseconds(mine)
+            cells = [mine["status"], ""]
+            if time is not None:
+                cells = [number(time), number(float(mine["peak_mib"]))]
+            for method in LOSS_COLUMNS.values():
+                cells.append(beside(mine, found[method]) if method in found else "")
+            lines.append([f"`{name}`", shape.replace("x", " × "), *cells])
+    headings = ["loss", "inputs", "comhe_ext, ms", "peak, MiB", *LOSS_COLUMNS]
+    return f"{caption(rows)}.\n\n{markdown(headings, lines)}"
+
+
+def beside(mine: Row, other: Row) -> str:
+    """Say how many times as long another method takes, bold if it is faster, and its memory."""
+    ratio = compare.times_faster(mine, other)
+    if ratio is None:
+        return REASONS.get(other["status"], other["status"])
+    words = f"{number(ratio)}×"
+    return f"{f'**{words}**' if ratio < 1 else words}, {number(float(other['peak_mib']))} MiB"
+
+
 def pictures(results: Results) -> str:
     names = [name for name in plots.figures(results.folder) if name.endswith(results.device)]
     if not names:
@@ -366,6 +404,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "modes": modes,
     "accuracy": errors,
     "models": models,
+    "losses": named_losses,
 }
 
 
