@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import comhe_ext
-from comhe_ext import init
+from comhe_ext import init, losses
 from comhe_ext.kernels import portable
 from comhe_ext.kernels.pair_functions import Riesz
 from comhe_ext.kernels.sweep import NearestRequest, SweepRequest
@@ -51,6 +51,24 @@ def cross_second(weight):
 
 def nearest(weight):
     portable.nearest(NearestRequest(weight.detach(), [len(weight)]))
+
+
+def uniformity(weight):
+    losses.uniformity(weight).backward()
+
+
+def koleo(weight):
+    losses.koleo(weight).backward()
+
+
+def sphereface_plus(weight):
+    losses.sphereface_plus(weight, torch.arange(512)).backward()
+
+
+def sphereface_plus_dense(weight):
+    unit = torch.nn.functional.normalize(weight)
+    distance = torch.cdist(unit[:512], unit) + torch.eye(512, len(unit))
+    (distance**-2).mean().backward()
 
 
 def turn(weight):
@@ -113,10 +131,20 @@ def test_memory_of_the_portable_tiles(what, n, times):
     assert is_enough(times * n * 30 * 4, what, n, 30, "torch")
 
 
+# a matrix of cosines of 65,536 rows is 16 GiB, one of 512 of them with all is 128 MiB; KoLeo takes
+# the distance of each row to its nearest in float64
+@pytest.mark.parametrize(
+    ("what", "times"), [("uniformity", 10), ("koleo", 32), ("sphereface_plus", 10)]
+)
+def test_memory_of_losses_of_many_rows(what, times):
+    assert is_enough(times * 65536 * 16 * 4, what, 65536, 16, "default")
+
+
 def test_the_limit_is_kept():
     assert not is_enough(16 * 2**20, "naive", 4096, 30, "torch")
     assert is_enough(2**30, "naive", 4096, 30, "torch")
     assert not is_enough(2**20, "energy", 16384, 30, "torch")
+    assert not is_enough(24 * 65536 * 16 * 4, "sphereface_plus_dense", 65536, 16, "default")
 
 
 @pytest.mark.long
