@@ -90,7 +90,7 @@ def hyperspherical_energy(
         samples: rows of a block, for "sampled"; where one block holds all rows it is exact.
         plan: a `comhe_ext.sampled.SamplingPlan` of these rows, which takes most of the estimate's
             variance; needed where near-duplicates carry the energy.
-        generator: source of the partition, on the device of `weight`.
+        generator: source of the partition, on the device of `weight`; not under torch.compile.
 
     Returns:
         The energy, [] or [B], float32 (float64 for float64 weights). 0 where there is no pair.
