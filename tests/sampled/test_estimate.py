@@ -128,13 +128,13 @@ def test_mistakes_are_told():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.long
 def test_coverage(kind):
-    # intervals of independent plans and partitions; of 200, 95 % +- 2 standard errors
-    rows = rows_of_kind(kind, 4096, 20)
+    # intervals of independent plans and partitions, other ones for each kind
+    rows = rows_of_kind(kind, 2048, 16)
     exact = float(pair_energy(rows.double()))
-    covered = 0
-    for seed in range(200):
-        found = estimate_energy(rows, samples=128, generator=generator(seed))
+    first, covered = 1000 * list(KINDS).index(kind), 0
+    for seed in range(first, first + 200):
+        found = estimate_energy(rows, samples=64, generator=generator(seed))
         covered += found.low <= exact <= found.high
     assert covered >= 0.93 * 200
-    if kind != "words":  # whose intervals are widened
+    if kind != "words":  # whose missed pairs widen the intervals
         assert covered <= 0.99 * 200
