@@ -94,15 +94,16 @@ def draw_sketch(
         numbers = normal(torch.Size(shape).numel() + width)
         # sorting independent numbers gives every order the same chance
         return Sketch(_signs(numbers[width:]).view(shape), numbers[:width].argsort(), kind)
-    columns = _usable_columns(kind, width)
-    # in one order of all columns no projection meets another; those that are too many for it take
-    # further orders, as few as they can, since full orders cover the space most evenly
-    each = max(len(columns) // dim, 1)
+    # in one order of all coordinates no projection meets another; those that are too many for it
+    # take further orders, as few as they can, since full orders cover the space most evenly
+    coordinates, each = _coordinates(kind, width), _projections_of_an_order(kind, dim, width)
     orders = -(-count // each)
-    numbers = normal(width + orders * len(columns))
+    numbers = normal(width + orders * coordinates)
     order = numbers[width:].view(orders, -1).argsort(1)[:, : each * dim]
-    indices = torch.tensor(columns, device=order.device)[order].view(-1, dim)[:count]
-    return Sketch(_signs(numbers[:width]), indices, kind)
+    if kind == "fourier":
+        # real and imaginary parts alternate, and the first imaginary part is always zero
+        order = order + (order > 0)
+    return Sketch(_signs(numbers[:width]), order.reshape(-1, dim)[:count], kind)
 
 
 def _signs(numbers: Tensor) -> Tensor:
@@ -116,12 +117,14 @@ def _blocks(dim: int, width: int) -> tuple[int, int]:
     return blocks, -(-width // blocks)
 
 
-def _usable_columns(kind: str, width: int) -> range | list[int]:
-    """List the columns of a transform that may be taken."""
-    if kind == "hadamard":
-        return range(_power_of_two(width))
-    # the real parts and the imaginary parts are interleaved; two of the latter are always zero
-    return [0, *range(2, width + 1)]
+def _coordinates(kind: str, width: int) -> int:
+    """Count the coordinates that a transform makes."""
+    return _power_of_two(width) if kind == "hadamard" else width
+
+
+def _projections_of_an_order(kind: str, dim: int, width: int) -> int:
+    """Count how many projections find coordinates of their own."""
+    return max(_coordinates(kind, width) // dim, 1)
 
 
 def _power_of_two(width: int) -> int:
@@ -160,9 +163,11 @@ def _pull_back(gradient: Tensor, signs: Tensor, indices: Tensor, kind: str, widt
         ordered = product(parts, signs.flatten(2).mT).transpose(0, 1).flatten(1)
         return ordered.index_select(1, indices.argsort())
     size = _power_of_two(width) if kind == "hadamard" else width // 2 * 2 + 2
-    # a column that several projections take gets the sum
     columns = gradient.new_zeros(gradient.shape[0], size)
-    columns.index_add_(1, indices.flatten(), gradient.flatten(1))
+    # order by order: a GPU adds what comes to one place at once in any sequence
+    each = _projections_of_an_order(kind, indices.shape[1], width)
+    for taken, part in zip(indices.split(each), gradient.split(each, 1), strict=True):
+        columns.index_add_(1, taken.flatten(), part.flatten(1))
     if kind == "hadamard":
         return _hadamard_transform(columns)[:, :width] * signs
     # the inverse takes all frequencies twice, but the first and, of an even width, the last
