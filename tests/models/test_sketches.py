@@ -168,21 +168,20 @@ def test_inner_products_are_unbiased(kind, width):
     rows[6:] = rows[:6] + 0.5 * rows[6:]
     # energy in few coordinates, which side by side would come into one block
     rows *= torch.linspace(-3, 3, width, dtype=torch.float64).exp()
-    draws, scale = 400, {"sparse": 1.0, "hadamard": 1.0, "fourier": 0.5}
-    products = torch.stack(
-        [
-            (p @ p.mT).mean(1)[0] / 8
-            for p in (
-                drawn(kind, 3, 8, width, seed).project(rows[None]) for seed in range(draws)
-            )
-        ]
-    )  # fmt: skip
-    if kind == "sparse":  # of all k outputs together, an input comes into those of its block
-        blocks = len(drawn(kind, 3, 8, width).signs)
-        scale["sparse"] = 1 / blocks
-    expected = rows @ rows.mT * scale[kind]
-    if kind == "fourier":  # the one or two coordinates of double weight
-        expected = expected * (1 + (2 - width % 2) / width) * 1.0
+    draws = 400
+    of_draws = []
+    for seed in range(draws):
+        projected = drawn(kind, 3, 8, width, seed).project(rows[None])[0]
+        of_draws.append((projected @ projected.mT).mean(0) / 8)
+    products = torch.stack(of_draws)
+    # the mean square of an entry of the matrices
+    square = {
+        "sparse": 1 / len(drawn("sparse", 3, 8, width).signs),
+        "hadamard": 1.0,
+        # the mean, and of an even width the alternating sum, have twice the weight of others
+        "fourier": 0.5 + (2 - width % 2) / (2 * width),
+    }
+    expected = rows @ rows.mT * square[kind]
     deviation = products.std(0) / math.sqrt(draws)
     z = (products.mean(0) - expected) / deviation
     assert float(z.abs().max()) < 4.5
