@@ -206,6 +206,22 @@ class Operands(NamedTuple):
             cosines.append((hi, hi))
         return cls(cosines, [rows.hi, rows.lo, rows.hi] if terms[1] == 3 else [rows.hi])
 
+    def cosine_block(self, rows: slice, cols: slice) -> Tensor:
+        """COSINE_SCALE c of some packed rows and columns, float32 [rows, cols]."""
+        x = None
+        for left, right in self.cosines:
+            x = add_product(x, left[rows], right[cols].mT)
+        assert x is not None
+        return x
+
+    def add_force(self, force: Tensor, coefficient: Tensor, cols: slice, scale: float) -> None:
+        """force [rows, width] += scale coefficient [rows, H, cols] columns, the packed `cols`."""
+        for begin in range(0, coefficient.shape[2], BLOCK_COLS):
+            some = slice(begin, begin + BLOCK_COLS)
+            parts = coefficient_halves(coefficient[:, :, some])
+            for part, columns in zip(parts, self.columns, strict=True):
+                add_product(force, part, columns[cols][some], scale)
+
 
 def coefficient_halves(coefficient: Tensor) -> list[Tensor]:
     """Matrices [rows, cols] of coefficients [rows, H, cols], for the `Operands.columns`."""
@@ -295,10 +311,7 @@ def _add_block(
 
     halves: how many fp16 numbers hold a coefficient, 0 without forces.
     """
-    x = None
-    for left, right in operands.cosines:
-        x = add_product(x, left[block.rows], right[block.cols].mT)
-    assert x is not None
+    x = operands.cosine_block(block.rows, block.cols)
     k = points.shape[1]
     num_rows, num_cols = x.shape
     with_force = halves > 0
@@ -323,12 +336,8 @@ def _add_block(
         BLOCK_N=COEFFICIENT_COLS,
         num_warps=4,
     )
-    for begin in range(0, num_cols, BLOCK_COLS) if with_force else ():
-        some = slice(begin, begin + BLOCK_COLS)
-        parts = coefficient_halves(coefficient[:, :, some])
-        for part, columns in zip(parts, operands.columns, strict=True):
-            unit = pair.arguments.range_unit
-            add_product(slots.force, part, columns[block.cols][some], unit)
+    if with_force:
+        operands.add_force(slots.force, coefficient, block.cols, pair.arguments.range_unit)
     near_block_kernel[(triton.cdiv(num_rows, NEAR_BLOCK), near_blocks)](
         x,
         points,
