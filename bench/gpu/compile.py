@@ -45,6 +45,7 @@ COUNTED = (
     "cross_kernel",
     "cross_direct_kernel",
     "nearest_kernel",
+    "difference_kernel",
 )
 HOT = (*COUNTED, "project_normalize_kernel")
 ON_TENSOR_CORES = ("pairwise_kernel", "cross_kernel", "nearest_kernel", "project_normalize_kernel")
@@ -73,6 +74,9 @@ SMALL = {
     "cross_finish_kernel": r"rows=64 each",
     "nearest_kernel": r"set 32x32",
     "nearest_choose_kernel": r"columns ids half 32x32",
+    "difference_kernel": r"angle rows projected",
+    "near_difference_kernel": r"sum force",
+    "difference_gradient_kernel": r"shared",
     "finish_kernel": r"s=2 rows=\d+",
     "total_kernel": r"",
     "normalize_kernel": r"float32 rows=.*",

@@ -112,6 +112,13 @@ def variant_of(kernel: str, pair: str, given: dict[str, Any], args: tuple[Any, .
     if kernel.startswith("nearest"):
         of = "set" if given["SELF"] else "columns" + " ids" * given["WITH_IDS"]
         return f"{of}{' half' * given['HALF_SPACE']} {given['BLOCK_N']}x{given['WIDTH']}"
+    if kernel == "difference_kernel":
+        slopes = " rows" * given["A_SLOPES"] + " projected" * given["B_SLOPES"]
+        return f"{'angle' if given['ANGLE'] else 'cosine'}{slopes}"
+    if kernel == "near_difference_kernel":
+        return "sum" * given["WITH_SUM"] + " force" * given["WITH_FORCE"]
+    if kernel == "difference_gradient_kernel":
+        return "shared" if given["SHARED"] else "sets"
     if kernel == "coefficient_kernel":
         return pair + (energy or f" {given['FORCE_HALVES']}")
     if kernel == "near_block_kernel":
@@ -182,7 +189,22 @@ class NearestCall:
         gpu.nearest(NearestRequest(rows, [70], self.half_space, 0.0, columns, ids, ids))
 
 
-def calls(pairs: Collection[str]) -> Iterator[Call | NearestCall]:
+@dataclass(frozen=True)
+class DifferenceCall:
+    """Cosines or angles of rows in two spaces, and the gradients in both."""
+
+    angle: bool
+    rows_gradient: bool = True
+    projected_gradient: bool = True
+    pair: str = ""
+
+    def make(self) -> None:
+        rows, projected = torch.ones(1, 70, 200).expand(2, -1, -1), torch.ones(2, 70, 40)
+        wanted = self.rows_gradient, self.projected_gradient
+        gpu.angle_difference(rows, projected, self.angle, *wanted)
+
+
+def calls(pairs: Collection[str]) -> Iterator[Call | NearestCall | DifferenceCall]:
     """Calls that take every branch of every kernel, of some pair functions beside s = 2.
 
     The widest come first: of several launches with one name the first is compiled.
@@ -201,6 +223,9 @@ def calls(pairs: Collection[str]) -> Iterator[Call | NearestCall]:
     for k in (200, 128, 40, 32):
         yield NearestCall(k, False)
         yield NearestCall(k, True, True, True)
+    for angle in (False, True):
+        for wanted in ((True, True), (False, True), (False, False)):
+            yield DifferenceCall(angle, *wanted)
     # neither the cheaper products nor the dtype differ in what depends on the pair function
     for precision, gradient in (("high", True), ("medium", True), ("medium", False)):
         for k in (128, 40, 32, 16):

@@ -4,7 +4,7 @@ In the order of a call: splits and plan, project_normalize, then direct, or pair
 near_pairs, or large_k, then finish. pair_function, bounded_pairs, pair_terms and special_functions
 hold what they share; backend calls them, and variant tells which code a call runs. A cross set goes
 through sides, cross or cross_direct, and cross_sweep, which calls them; nearest_rows finds the
-nearest rows.
+nearest rows, and angle_loss sweeps two spaces at once.
 """
 
 import importlib.util
@@ -73,3 +73,16 @@ def nearest(request: NearestRequest) -> Tensor:
     from . import nearest_rows
 
     return nearest_rows.nearest(request)
+
+
+def angle_difference(
+    rows: Tensor,
+    projected: Tensor,
+    angle: bool,
+    rows_gradient: bool,
+    projected_gradient: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Sum over the pairs of rows in two spaces, and compute the gradients in both."""
+    from . import angle_loss
+
+    return angle_loss.angle_difference(rows, projected, angle, rows_gradient, projected_gradient)
