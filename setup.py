@@ -201,6 +201,7 @@ setup(
     },
     packages=[
         "comhe_ext",
+        "comhe_ext.cli",
         "comhe_ext.integrations",
         "comhe_ext.kernels",
         "comhe_ext.kernels.cpu",

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 NAME = "comhe_ext"
 LIBRARY = ROOT / "kernels/cpu/_pairwise.so"
 # commands, other people's training loops, and what tests and benchmarks use
-LEFT_OUT = ("__main__.py", "check.py", "integrations", "testing")
+LEFT_OUT = ("__main__.py", "check.py", "cli", "integrations", "testing")
 CUDA = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 ROCM = ("gfx90a", "gfx942", "gfx950")
 

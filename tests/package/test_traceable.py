@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # called by no operator and no model: nobody compiles these. In kernels/ all but the pair functions
 # runs inside of operators, where nothing is traced
 EAGER = {"__main__.py", "check.py", "init.py", "verdicts.py"}
-EAGER_FOLDERS = {"gpu", "cpu", "portable", "testing"}
+EAGER_FOLDERS = {"cli", "gpu", "cpu", "portable", "testing"}
 
 
 def traced_files():
