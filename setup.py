@@ -30,8 +30,9 @@ DEMO = [
     "scipy>=1.11",
 ]
 
-# other people's training loops; importing the package brings none of them
+# what some uses need; importing the package brings none of them
 INTEGRATIONS = {
+    "cli": ["matplotlib>=3.8", "tqdm>=4.60"],
     "lightning": ["lightning>=2.4"],
     "metric-learning": ["pytorch-metric-learning>=2.5"],
     "progress": ["tqdm>=4.60"],

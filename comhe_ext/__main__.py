@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 
 import comhe_ext
-from comhe_ext.cli import bench, check, demo, info
+from comhe_ext.cli import bench, check, demo, energy, info
 
-COMMANDS = {"info": info, "check": check, "bench": bench, "demo": demo}
+COMMANDS = {"info": info, "check": check, "energy": energy, "bench": bench, "demo": demo}
 DESCRIPTION = "The hyperspherical energy of the weights of neural networks."
 EPILOG = """\
 start with:
   comhe-ext demo                         what the package does, in seconds
+  comhe-ext energy model.safetensors     how well the rows of each layer are spread
   comhe-ext COMMAND --help               the options of a command, with examples
 """
 

@@ -1,9 +1,10 @@
-"""Text for a terminal, or for whatever a pipe leads to: tables, colors."""
+"""Text for a terminal, or for whatever a pipe leads to: tables, colors, a progress bar."""
 
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 BOLD, YELLOW = "1", "33"
 LEAST_NAME = 20  # columns that a shortened name keeps
@@ -33,6 +34,12 @@ def shorten(text: str, width: int) -> str:
     return f"{text[:front]}…{text[len(text) - (width - 1 - front) :]}"
 
 
+def note(text: str) -> None:
+    """Print a line that is not part of the result, after what was printed before."""
+    sys.stdout.flush()
+    print(f"comhe-ext: {printable(text)}", file=sys.stderr)
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns, the first to the left.
 
@@ -53,3 +60,22 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print(paint(line(headers), BOLD))
     for row in cells:
         print(line(row))
+
+
+@contextmanager
+def progress(total: int, unit: str) -> Iterator[Callable[[int, str], object]]:
+    """Show a bar on the terminal that stderr is, if tqdm is installed; yield what moves it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda amount, name: None
+        return
+    with tqdm(
+        total=total, unit=unit, unit_scale=True, leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
+
+        def advance(amount: int, name: str) -> None:
+            bar.set_postfix_str(shorten(printable(name), 40), refresh=False)
+            bar.update(amount)
+
+        yield advance

@@ -1,0 +1,193 @@
+"""The numbers of one layer: its energies, its nearest rows, its dead and double ones."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import comhe_ext
+from comhe_ext import backends, bounds
+from comhe_ext.kernels.pair_functions import Riesz
+from comhe_ext.operators.nearest import distance_to, nearest_index
+
+BLOCK = 1 << 21  # numbers that are looked at together, in float64
+# distance of unit rows up to which they point the same way: a few roundings of float32
+SAME = 2.0**-22
+
+
+class Energy(NamedTuple):
+    """A mean over pairs, and what to hold it against."""
+
+    value: float
+    random: float  # expected of as many independent random directions
+    lowest: float  # a bound that no directions undercut
+
+
+class Nearest(NamedTuple):
+    """The two rows at the smallest angle."""
+
+    row: int
+    other: int
+    degrees: float
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is told of a layer. Rows of NaN or infinity are counted, and left out of the rest."""
+
+    checkpoint: str
+    name: str
+    dtype: str
+    rows: int
+    columns: int
+    energy: Energy | None  # None: fewer than two rows are left
+    half_space: Energy | None
+    nearest: Nearest | None  # None: fewer than two live rows are left
+    dead_rows: int
+    duplicates: int  # rows that point where another row does, but for one of each such group
+    nonfinite_rows: int
+
+    def record(self) -> dict[str, object]:
+        """Give the report as JSON has it."""
+        record: dict[str, object] = {
+            "checkpoint": self.checkpoint,
+            "name": self.name,
+            "dtype": self.dtype,
+            "rows": self.rows,
+            "columns": self.columns,
+        }
+        for prefix, energy in (("", self.energy), ("half_space_", self.half_space)):
+            for key, number in zip(
+                ("energy", "random_energy", "lowest_energy"),
+                energy or (None,) * 3,
+                strict=True,
+            ):
+                # JSON has no infinity
+                finite = number is not None and math.isfinite(number)
+                record[prefix + key] = number if finite else None
+        near = self.nearest
+        record["nearest"] = near and {"rows": [near.row, near.other], "degrees": near.degrees}
+        record["dead_rows"] = self.dead_rows
+        record["duplicates"] = self.duplicates
+        record["nonfinite_rows"] = self.nonfinite_rows
+        return record
+
+
+@torch.no_grad()
+def measure(
+    checkpoint: str, name: str, rows: Tensor, *, s: float, device: torch.device
+) -> LayerReport:
+    """Measure a layer [N, d] of floating-point numbers.
+
+    Args:
+        checkpoint, name: what the report calls it.
+        rows: the weight.
+        s: exponent of the Riesz energy.
+        device: where to compute.
+    """
+    n, d = rows.shape
+    look = _look(rows)
+    alive = int(look.alive.sum())
+    finite = alive + int(look.dead.sum())
+    dead = finite - alive
+    kept = (rows if finite == n else rows[look.alive | look.dead]).to(device)
+    nearest = None
+    if alive >= 2:
+        # a dead row has no direction to be near to
+        nearest = _nearest(kept if alive == finite else rows[look.alive].to(device), look.alive)
+    return LayerReport(
+        checkpoint,
+        name,
+        str(rows.dtype).removeprefix("torch."),
+        n,
+        d,
+        _energy(kept, Riesz(s), dead),
+        _energy(kept, Riesz(s, half_space=True), dead),
+        nearest,
+        dead,
+        _duplicates(rows, look),
+        n - finite,
+    )
+
+
+def _energy(rows: Tensor, pair: Riesz, dead: int) -> Energy | None:
+    """Compute the energy of finite rows, so many of them zero."""
+    n, d = rows.shape
+    if n < 2:
+        return None
+    return Energy(
+        float(comhe_ext.pair_energy(rows, pair=pair)),
+        bounds.random_energy(n, d, pair),
+        bounds.lowest_energy(n, d, pair, dead=dead),
+    )
+
+
+def _nearest(rows: Tensor, alive: Tensor) -> Nearest:
+    """Find the nearest two of live rows, by their numbers among all rows."""
+    others = nearest_index(rows.unsqueeze(0), None, None, None, False, 0.0, backends.AUTO)[0]
+    # by blocks: `comhe_ext.nearest` has many copies of all rows in float64 at a time
+    size = _rows_of_block(rows)
+    blocks = zip(rows.split(size), others.split(size), strict=True)
+    angles = torch.cat([_angles(block, rows[index]) for block, index in blocks])
+    row = int(angles.argmin())
+    numbers = alive.nonzero()[:, 0]
+    first, second = sorted((int(numbers[row]), int(numbers[int(others[row])])))
+    return Nearest(first, second, math.degrees(float(angles[row])))
+
+
+def _angles(rows: Tensor, others: Tensor) -> Tensor:
+    """Compute the angle of each row and the other beside it, in float64."""
+    beside = torch.arange(len(rows), device=rows.device).unsqueeze(0)
+    return distance_to(rows.unsqueeze(0), others.unsqueeze(0), beside, False, True, 0.0)[0]
+
+
+class _Look(NamedTuple):
+    """What one passage over the rows tells of each: [N]."""
+
+    alive: Tensor  # finite, and not zero
+    dead: Tensor
+    place: Tensor  # of the unit row along one random direction, float64
+
+
+def _look(rows: Tensor) -> _Look:
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(rows.shape[1], generator=generator, dtype=torch.float64)
+    alive, dead, place = [], [], []
+    for block in rows.split(_rows_of_block(rows)):
+        unit = _unit(block)
+        finite, zero = block.isfinite().all(1), (block == 0).all(1)
+        alive.append(finite & ~zero)
+        dead.append(zero)
+        place.append(unit @ direction)
+    return _Look(torch.cat(alive), torch.cat(dead), torch.cat(place))
+
+
+def _duplicates(rows: Tensor, look: _Look) -> int:
+    """Count the rows that point where another row does, but for one of each such group.
+
+    Rows of one direction are neighbours in the order of their places along any direction, so only
+    neighbours are compared: O(N d) time.
+    """
+    numbers = look.alive.nonzero()[:, 0]
+    place, order = look.place[numbers].sort(stable=True)
+    length = math.sqrt(rows.shape[1])  # of the random direction, about
+    at = ((place[1:] - place[:-1]) <= 2 * length * SAME).nonzero()[:, 0]
+    count = 0
+    for part in at.split(_rows_of_block(rows)):
+        one, two = (_unit(rows[numbers[order[x]]]) for x in (part, part + 1))
+        count += int(((one - two).norm(dim=1) <= SAME).sum())
+    return count
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Normalize rows in float64."""
+    rows = rows.double()
+    # the largest entry is divided out first: squares may overflow
+    rows = rows / rows.abs().amax(1, keepdim=True)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
+def _rows_of_block(rows: Tensor) -> int:
+    return max(BLOCK // rows.shape[1], 1)
