@@ -17,10 +17,18 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from comhe_ext.checks import check_projection
-from comhe_ext.functional import split_columns
-from comhe_ext.settings import BackendName, Reduction, energy_settings
+from comhe_ext.checks import check_factor, check_flag, check_pairing, check_projection, check_weight
+from comhe_ext.functional import backend_for_nearest, split_columns
+from comhe_ext.kernels.pair_functions import PairFunction, Riesz
+from comhe_ext.settings import (
+    BackendName,
+    PairReduction,
+    Reduction,
+    energy_settings,
+    pair_settings,
+)
 from comhe_ext.sharded.energy import Strategy
+from comhe_ext.sharded.pairs import Ids, nearest_of_all, pair_energies, row_energies
 from comhe_ext.sharded.rows import plain_shard
 
 if TYPE_CHECKING:
@@ -28,7 +36,13 @@ if TYPE_CHECKING:
 else:
     ProcessGroup: TypeAlias = Any  # a torch without distributed has no such class
 
-__all__ = ["compressive_energy", "group_energy", "hyperspherical_energy"]
+__all__ = [
+    "compressive_energy",
+    "group_energy",
+    "hyperspherical_energy",
+    "nearest",
+    "pair_energy",
+]
 
 
 def hyperspherical_energy(
@@ -151,3 +165,80 @@ def group_energy(
         .view(*rows.shape[:-2], -1)
         .mean(-1)
     )
+
+
+def pair_energy(
+    rows: Tensor,
+    columns: Tensor | None = None,
+    pair: PairFunction = Riesz(),  # noqa: B008 (frozen)
+    *,
+    group: ProcessGroup | None = None,
+    strategy: Strategy | None = None,
+    row_ids: Tensor | None = None,
+    column_ids: Tensor | None = None,
+    reduction: PairReduction = "mean",
+    eps: float = 0.0,
+    backend: BackendName | None = None,
+) -> Tensor:
+    """Compute the energy of the rows of all ranks, among themselves or against all columns.
+
+    Torch equivalent::
+
+        energy = comhe_ext.pair_energy(torch.cat(rows_of_all_ranks), torch.cat(columns_of_all), ...)
+
+    Args:
+        rows: [n, d], or [B, n, d], the rows of this rank.
+        columns: [m, d], or [B, m, d], the columns of this rank, or None on all ranks.
+        row_ids, column_ids: of the rows and columns of this rank, see `comhe_ext.pair_energy`.
+        reduction: "rows" gives the energies of the rows of this rank, [n] or [B, n].
+        strategy: without columns and not by rows; see `hyperspherical_energy`.
+        pair, eps, backend: see `comhe_ext.pair_energy`. group: see `hyperspherical_energy`.
+
+    Returns, raises: see `hyperspherical_energy`. With columns, and by rows, the gradients in what
+        was gathered are summed over the ranks, and all is differentiable twice.
+    """
+    check_weight(rows, "rows")
+    settings = pair_settings(pair, reduction, eps, backend, ("mean", "sum", "rows"))
+    check_pairing(rows, columns, row_ids, column_ids)
+    shard = plain_shard(rows, group)
+    if columns is not None:
+        ids = None if row_ids is None or column_ids is None else Ids(row_ids, column_ids)
+        energies = pair_energies(shard, plain_shard(columns, group), ids, settings)
+    elif reduction == "rows":
+        energies = row_energies(shard, settings)
+    else:
+        energies = shard.energies(settings, strategy=strategy)
+    return energies if rows.dim() == 3 else energies.squeeze(0)
+
+
+def nearest(
+    rows: Tensor,
+    *,
+    group: ProcessGroup | None = None,
+    half_space: bool = False,
+    angular: bool = False,
+    eps: float = 0.0,
+    backend: BackendName | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find, for each row of this rank, the nearest other row of all ranks, and its distance.
+
+    Torch equivalent::
+
+        distance, index = comhe_ext.nearest(torch.cat(rows_of_all_ranks))    # of this rank's rows
+
+    Args:
+        rows: [n, d], or [B, n, d], the rows of this rank.
+        half_space, angular, eps, backend: see `comhe_ext.nearest`.
+        group: see `hyperspherical_energy`.
+
+    Returns:
+        distance: [n] or [B, n]; index: the number of the nearest among the rows of all ranks, rank
+        after rank. The gradients in rows of other ranks reach these.
+
+    Raises: see `hyperspherical_energy`.
+    """
+    shard = plain_shard(rows, group)
+    half_space, angular = check_flag("half_space", half_space), check_flag("angular", angular)
+    eps, chosen = check_factor("eps", eps), backend_for_nearest(backend, rows)
+    distance, index = nearest_of_all(shard, half_space, angular, eps, chosen)
+    return (distance, index) if rows.dim() == 3 else (distance.squeeze(0), index.squeeze(0))

@@ -42,6 +42,8 @@ from comhe_ext.settings import (
     energy_settings,
     pair_settings,
 )
+from comhe_ext.sharded.pairs import like_rows, nearest_of_all
+from comhe_ext.sharded.pairs import row_energies as row_energies_of_all
 from comhe_ext.sharded.rows import dtensor_shard
 
 AngleKind = Literal["cosine", "angle"]
@@ -142,7 +144,8 @@ def pair_energy(
     of `Riesz` without columns, with its parameters as keywords.
 
     Args:
-        rows: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`.
+        rows: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`. A DTensor
+            without columns only; energies of rows are one, too.
         columns: [M, d] or [B, M, d] on the device of `rows`; None: each row meets all others once.
         pair: a pair function of `comhe_ext`; half space, the angle and the rest are its own.
         row_ids, column_ids: integers [N] and [M], or of each set [B, N] and [B, M], given together,
@@ -165,17 +168,20 @@ def pair_energy(
 
     Source: the sums of Liu et al. (2018), and of SphereFace+ there, for any function.
     """
-    check_weight(rows, "rows", sharded=columns is None and reduction != "rows")
+    check_weight(rows, "rows", sharded=columns is None)
     settings = pair_settings(pair, reduction, eps, backend, ("mean", "sum", "rows"))
     sampling = check_sampling(method, samples, plan, generator)
-    if is_dtensor(rows):
-        refuse_sampled(sampling)
-        return dtensor_shard(rows, "rows").energies(settings).view(rows.shape[:-2])
     check_pairing(rows, columns, row_ids, column_ids)
     if sampling is not None and (columns is not None or reduction == "rows"):
         raise ValueError(
             "`method` must be 'exact' for rows against columns and for reduction='rows'"
         )
+    if is_dtensor(rows):
+        refuse_sampled(sampling)
+        shard = dtensor_shard(rows, "rows")
+        if reduction == "rows":
+            return like_rows(row_energies_of_all(shard, settings), rows)
+        return shard.energies(settings).view(rows.shape[:-2])
     if columns is not None:
         options = settings.options((rows, columns), needs="cross")
         return cross_energies(rows, columns, row_ids, column_ids, options)
@@ -208,7 +214,8 @@ def nearest(
     the lowest.
 
     Args:
-        rows: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`.
+        rows: [N, d], or [B, N, d] for B independent sets; see `hyperspherical_energy`. A DTensor
+            without columns only; the results are DTensors, too.
         columns: [M, d] or [B, M, d], what the rows are compared with instead of each other.
         half_space: take an antipode for the row itself: the nearest has the largest |cosine|.
         angular: measure by the angle in radians, not by the chord.
@@ -230,16 +237,15 @@ def nearest(
 
     Source: Wang et al. (2020), MMA; Oquab et al. (2024), the KoLeo loss of DINOv2.
     """
-    check_weight(rows, "rows")
+    check_weight(rows, "rows", sharded=columns is None)
     check_pairing(rows, columns, row_ids, column_ids)
     half_space, angular = check_flag("half_space", half_space), check_flag("angular", angular)
     eps = check_factor("eps", eps)
-    tensors = (rows,) if columns is None else (rows, columns)
-    chosen = backends.AUTO
-    if backend is not None:
-        check_backend(backend)
-        dtype, width = compute_dtype(*tensors), rows.shape[-1]
-        chosen = backends.choose(backend, None, rows.device, dtype, width, "nearest")
+    chosen = backend_for_nearest(backend, rows, columns)
+    if is_dtensor(rows):
+        shard = dtensor_shard(rows, "rows")
+        distance, index = nearest_of_all(shard, half_space, angular, eps, chosen)
+        return like_rows(distance, rows), like_rows(index, rows)
     return nearest_rows(rows, columns, row_ids, column_ids, half_space, angular, eps, chosen)
 
 
@@ -407,7 +413,18 @@ def angle_preserving_loss(
     return loss if weight.dim() == 3 else loss.squeeze(0)
 
 
-# --- pieces that learned projections share --------------------------------------------------------
+# --- pieces that learned projections and rows on several ranks share ------------------------------
+
+
+def backend_for_nearest(
+    backend: BackendName | None, rows: Tensor, columns: Tensor | None = None
+) -> str:
+    """Choose the backend that finds nearest rows, or raise if the one asked for cannot."""
+    if backend is None:
+        return backends.AUTO
+    check_backend(backend)
+    dtype, width = compute_dtype(rows, columns), rows.shape[-1]
+    return backends.choose(backend, None, rows.device, dtype, width, "nearest")
 
 
 def angle_differences(sets: Tensor, projection: Tensor, kind: str) -> Tensor:

@@ -68,11 +68,26 @@ def cross_energies(
     energies = cross_energy(rows, columns, *_tensors(ids), options)
     if ids is not None and options.reduction == "mean":
         # the operator has divided by the number of all pairs
-        ones = torch.ones(columns.shape[:2], dtype=torch.float64, device=columns.device)
-        met = ids.sum_of_met(rows, ones).sum(1)
+        met = _met(ids, rows, columns)
         factor = rows.shape[1] * columns.shape[1] / met.clamp_min(1.0)
         energies = energies * factor.to(energies.dtype)
     return energies if batched else energies.squeeze(0)
+
+
+def count_met(
+    row_ids: Tensor | None, column_ids: Tensor | None, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Count the pairs of rows [B, N, d] and columns [B, M, d] that meet, float64 [B]."""
+    ids = _Ids.of(row_ids, column_ids, rows, columns)
+    if ids is not None:
+        return _met(ids, rows, columns)
+    count = rows.shape[1] * columns.shape[1]
+    return torch.full(rows.shape[:1], count, dtype=torch.float64, device=rows.device)
+
+
+def _met(ids: _Ids, rows: Tensor, columns: Tensor) -> Tensor:
+    ones = torch.ones(columns.shape[:2], dtype=torch.float64, device=columns.device)
+    return ids.sum_of_met(rows, ones).sum(1)
 
 
 def row_energies(rows: Tensor, options: SweepOptions) -> Tensor:

@@ -15,7 +15,7 @@ from comhe_ext.projections.fixed import GroupProjection, Projection, RandomProje
 from comhe_ext.settings import Settings
 from comhe_ext.sharded.collectives import Shards, total
 from comhe_ext.sharded.energy import Sets, local_energies
-from comhe_ext.sharded.rows import UNDIVIDED, ShardedRows, dim_of, local_part, shards_along
+from comhe_ext.sharded.rows import ShardedRows, dim_of, local_part, shards_along
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -43,7 +43,7 @@ def sharded_rows(
         # it asks for the shape alone, and its matrices will be divided as the columns are
         sets, n, _ = shard.local.shape
         return shard.local.new_empty(1, 1, 1).expand(sets, n, layer.sizes[2]), shard
-    shard = replace(shard, local=shard.points(), columns=UNDIVIDED)
+    shard = shard.with_all_columns()
     return shard.local, shard
 
 

@@ -72,6 +72,10 @@ class ShardedRows:
         count = 1 if matrices is None else matrices.shape[0]
         return joined(energies.view(1, 1, -1), self.sets.times(count)).flatten()
 
+    def with_all_columns(self) -> "ShardedRows":
+        """Put the columns of all ranks together."""
+        return replace(self, local=self.points(), columns=UNDIVIDED)
+
     def of_groups(self, parts: Sequence[Tensor]) -> "ShardedRows":
         """Make sets [V G, n, k] of G parts of the columns of `points`."""
         stacked = stack_parts(parts)

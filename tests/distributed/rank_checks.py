@@ -226,3 +226,64 @@ def check_what_travels():
         "recv_": steps * 2,
         "allreduce_": 1,
     }
+
+
+def check_rows_against_columns():
+    sizes, others = sizes_of(23), sizes_of(18)[::-1]
+    rows = random_rows(23, 6, dtype=torch.float64).requires_grad_()
+    columns = random_rows(18, 6, seed=1, dtype=torch.float64).requires_grad_()
+    row_ids, column_ids = torch.arange(23) % 5, torch.arange(18) % 7
+    pair = comhe_ext.Riesz(1.0, half_space=True)
+    for ids in (dict(), dict(row_ids=row_ids, column_ids=column_ids)):
+        for reduction in ("mean", "sum", "rows"):
+            expected = comhe_ext.pair_energy(rows, columns, pair, reduction=reduction, **ids)
+            factors = torch.arange(1.0, 1.0 + expected.numel()).double().view(expected.shape)
+            gradients = torch.autograd.grad((expected * factors).sum(), (rows, columns))
+            mine = own_rows(rows, sizes), own_rows(columns, others)
+            parts = dict()
+            if ids:
+                parts["row_ids"] = own_rows(row_ids, sizes)
+                parts["column_ids"] = own_rows(column_ids, others)
+            actual = distributed.pair_energy(*mine, pair, reduction=reduction, **parts)
+            if reduction == "rows":
+                expected, factors = own_rows(expected, sizes), own_rows(factors, sizes)
+            close(actual, expected, 1e-12)
+            grads = torch.autograd.grad((actual * factors).sum(), mine)
+            close(grads[0], own_rows(gradients[0], sizes), 1e-12, whole=gradients[0])
+            close(grads[1], own_rows(gradients[1], others), 1e-12, whole=gradients[1])
+
+
+def check_energies_of_rows_and_their_second_derivatives():
+    weight = random_rows(19, 5, dtype=torch.float64).requires_grad_()
+    factors = torch.arange(1.0, 20.0).double()
+    along = random_rows(19, 5, seed=1, dtype=torch.float64)
+    for half_space in (False, True):
+        pair = comhe_ext.Riesz(2.0, half_space=half_space)
+        expected = comhe_ext.pair_energy(weight, pair=pair, reduction="rows")
+        (gradient,) = torch.autograd.grad((expected * factors).sum(), weight, create_graph=True)
+        (product,) = torch.autograd.grad((gradient * along).sum(), weight)
+        for sizes in uneven_sizes(19):
+            rows = own_rows(weight, sizes)
+            actual = distributed.pair_energy(rows, pair=pair, reduction="rows")
+            close(actual, own_rows(expected, sizes), 1e-12, whole=expected)
+            total = (actual * own_rows(factors, sizes)).sum()
+            (grad,) = torch.autograd.grad(total, rows, create_graph=True)
+            close(grad, own_rows(gradient, sizes), 1e-12, whole=gradient)
+            (second,) = torch.autograd.grad((grad * own_rows(along, sizes)).sum(), rows)
+            close(second, own_rows(product, sizes), 1e-12, whole=product)
+
+
+def check_nearest_rows_of_all_ranks():
+    weight = random_rows(31, 4, dtype=torch.float64).requires_grad_()
+    factors = torch.arange(1.0, 32.0).double()
+    for options in (dict(), dict(half_space=True), dict(angular=True, eps=1e-2)):
+        expected, expected_index = comhe_ext.nearest(weight, **options)
+        (gradient,) = torch.autograd.grad((expected * factors).sum(), weight)
+        for sizes in uneven_sizes(31):
+            rows = own_rows(weight, sizes)
+            distance, index = distributed.nearest(rows, **options)
+            assert torch.equal(index, own_rows(expected_index, sizes))
+            close(distance, own_rows(expected, sizes), 1e-12, whole=expected)
+            total = (distance * own_rows(factors, sizes)).sum()
+            (grad,) = torch.autograd.grad(total, rows)
+            close(grad, own_rows(gradient, sizes), 1e-12, whole=gradient)

@@ -1,5 +1,6 @@
 """Checks of DTensors in the energies, against one process; see `test_ranks`."""
 
+import math
 from typing import Any
 
 import pytest
@@ -169,3 +170,33 @@ def check_what_travels_of_shards_of_columns():
     with Traffic() as traffic:
         energy.backward()
     assert traffic.bytes == 0
+
+
+def check_results_of_single_rows_are_dtensors():
+    mesh = _mesh()
+    for shape in ((29, 12), (3, 7, 12)):
+        weight = random_rows(math.prod(shape[:-1]), 12, dtype=torch.float64).view(shape)
+        weight.requires_grad_()
+        pair = comhe_ext.Riesz(1.0, half_space=True)
+        expected = comhe_ext.pair_energy(weight, pair=pair, reduction="rows")
+        distance, index = comhe_ext.nearest(weight)
+        (gradient,) = torch.autograd.grad((expected * distance).sum(), weight)
+        for dim in (*range(len(shape)), None):
+            placement = Replicate() if dim is None else Shard(dim)
+            sharded: Any = distribute_tensor(weight.detach(), mesh, [placement]).requires_grad_()
+            actual: Any = comhe_ext.pair_energy(sharded, pair=pair, reduction="rows")
+            found: Any = comhe_ext.nearest(sharded)
+            close(actual.full_tensor(), expected, 1e-12)
+            close(found[0].full_tensor(), distance, 1e-12)
+            assert torch.equal(found[1].full_tensor(), index)
+            total: Any = (actual * found[0]).sum()
+            grad: Any = torch.autograd.grad(total, sharded)[0]
+            assert grad.placements == (placement,)
+            close(grad.full_tensor(), gradient, 1e-12)
+
+
+@for_ranks([4])
+def check_single_rows_over_two_dimensions_of_a_mesh_are_refused():
+    weight = distribute_tensor(torch.ones(6, 8), _mesh(2, 2), [Shard(0), Shard(0)])
+    with pytest.raises(ValueError, match="over one dimension of a mesh"):
+        comhe_ext.nearest(weight)
