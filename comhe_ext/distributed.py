@@ -72,7 +72,7 @@ def hyperspherical_energy(
             `comhe_ext.hyperspherical_energy`; the same on all ranks.
         group: the ranks that have rows; None is all of them.
         strategy: "gather", every rank sees all rows at once; "ring", the rows of one other rank at
-            a time, in memory for three ranks' rows; None takes "ring" above 1 GiB of rows.
+            a time, in memory for a few ranks' rows; None takes "ring" from 8,192 rows of a rank on.
 
     Returns:
         The energy, [] or [B], the same on all ranks, float32 (float64 for float64 rows).

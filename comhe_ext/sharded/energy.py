@@ -25,8 +25,8 @@ from comhe_ext.sharded.collectives import OtherRows, Shards, Swap
 
 Strategy: TypeAlias = Literal["gather", "ring"]
 
-# all rows of one set; above it, the ring
-GATHERED_BYTES = 2**30
+# rows of the largest shard, from which on a visit takes longer than the exchange and the launches
+RING_ROWS = 8192
 # sets are gathered several at a time, if they are small
 BATCH_BYTES = 2**26
 
@@ -92,15 +92,16 @@ class _Plan(NamedTuple):
 
     def _pieces(self, sums: "Sequence[_Sum]") -> "Iterator[_Sum]":
         for whole in sums:
-            size = max(_gathered_bytes(whole), 1)
-            step = max(BATCH_BYTES // size, 1)
+            x = whole.points
+            size = whole.shards.total * x.shape[2] * x.element_size()
+            step = max(BATCH_BYTES // max(size, 1), 1)
             for first in range(0, whole.points.shape[0], step):
                 yield whole.part(slice(first, first + step))
 
     def _start(self, piece: "_Sum") -> "_Gathered | _Ring":
         strategy = self.strategy
         if strategy is None:
-            is_large = _gathered_bytes(piece) > GATHERED_BYTES
+            is_large = max(piece.shards.sizes[0]) >= RING_ROWS
             strategy = "ring" if is_large and len(piece.shards.groups) == 1 else "gather"
         return _Ring(piece) if strategy == "ring" else _Gathered(piece)
 
@@ -174,11 +175,6 @@ class _Sum:
     @property
     def _scale(self) -> float:
         return self.options.pair.scale(self.shards.total, self.options.reduction)
-
-
-def _gathered_bytes(piece: _Sum) -> int:
-    """Count the bytes of all rows of one set."""
-    return piece.shards.total * piece.points.shape[2] * piece.points.element_size()
 
 
 class _Gathered:

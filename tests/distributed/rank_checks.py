@@ -10,6 +10,7 @@ from rank_inputs import close, own_rows, sizes_of, uneven_sizes
 
 import comhe_ext
 from comhe_ext import distributed
+from comhe_ext.sharded import energy
 from comhe_ext.testing import reference
 from comhe_ext.testing.inputs import paired_rows, random_rows
 
@@ -31,15 +32,15 @@ def check_energy_and_gradient_are_those_of_one_process():
         for options in OPTIONS:
             expected = reference.hyperspherical_energy(weight, **options)
             (gradient,) = torch.autograd.grad(expected, weight)
-            for strategy in ("gather", "ring", None):
+            for strategy in ("gather", "ring"):
                 rows = own_rows(weight, sizes)
                 actual = distributed.hyperspherical_energy(rows, strategy=strategy, **options)
                 close(actual, expected, 1e-12)
                 (grad,) = torch.autograd.grad(3.0 * actual, rows)
                 close(grad, 3.0 * own_rows(gradient, sizes), 1e-12, whole=gradient)
-                with torch.no_grad():
-                    again = distributed.hyperspherical_energy(rows, strategy=strategy, **options)
-                close(again, expected, 1e-12)
+        with torch.no_grad():
+            rows = own_rows(weight, sizes)
+            close(distributed.hyperspherical_energy(rows, **options), expected, 1e-12)
 
 
 def check_float32_and_half_precision():
@@ -51,10 +52,10 @@ def check_float32_and_half_precision():
         expected.backward()
         for strategy in ("gather", "ring"):
             rows = own_rows(weight, sizes_of(200)).requires_grad_()
-            energy = distributed.hyperspherical_energy(rows, 2.0, strategy=strategy, **options)
-            assert energy.dtype == torch.float32
-            close(energy, expected, 1e-6)
-            energy.backward()
+            actual = distributed.hyperspherical_energy(rows, 2.0, strategy=strategy, **options)
+            assert actual.dtype == torch.float32
+            close(actual, expected, 1e-6)
+            actual.backward()
             assert rows.grad.dtype == dtype
             tolerance = max(1e-6, torch.finfo(dtype).eps)
             close(rows.grad, own_rows(double.grad, sizes_of(200)), tolerance, whole=double.grad)
@@ -75,13 +76,24 @@ def check_sets_are_independent():
 
 
 def check_sets_that_are_gathered_one_by_one():
-    from comhe_ext.sharded import energy
-
     limit, energy.BATCH_BYTES = energy.BATCH_BYTES, 1
     try:
         check_sets_are_independent()
     finally:
         energy.BATCH_BYTES = limit
+
+
+def check_large_shards_go_around_the_ring():
+    rows = random_rows(dist.get_rank() + 5, 4)
+    limit = energy.RING_ROWS
+    try:
+        for energy.RING_ROWS in (dist.get_world_size() + 4, dist.get_world_size() + 5):
+            with rank_inputs.Traffic() as traffic:
+                distributed.hyperspherical_energy(rows)
+            largest = dist.get_world_size() + 4
+            assert (traffic.counts["send"] > 0) == (largest >= energy.RING_ROWS)
+    finally:
+        energy.RING_ROWS = limit
 
 
 def check_projected_energy_has_gradients_in_rows_and_matrices():
@@ -150,8 +162,7 @@ def check_nan_reaches_all_ranks():
     weight = random_rows(20, 6)
     weight[17, 2] = math.nan
     rows = own_rows(weight, sizes_of(20)).requires_grad_()
-    energy = distributed.hyperspherical_energy(rows)
-    assert energy.isnan()
+    assert distributed.hyperspherical_energy(rows).isnan()
 
 
 def check_a_group_of_some_ranks():
@@ -183,8 +194,8 @@ def check_rows_that_do_not_fit_together_are_refused_on_all_ranks():
 
 def check_second_derivatives_raise():
     rows = random_rows(5, 4).requires_grad_()
-    energy = distributed.hyperspherical_energy(rows)
-    (grad,) = torch.autograd.grad(energy, rows, create_graph=True)
+    actual = distributed.hyperspherical_energy(rows)
+    (grad,) = torch.autograd.grad(actual, rows, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
 
@@ -194,12 +205,12 @@ def check_activation_checkpointing():
 
     rows = own_rows(random_rows(23, 6, dtype=torch.float64), sizes_of(23)).requires_grad_()
 
-    def energy(x):
+    def energy_of(x):
         return distributed.hyperspherical_energy(x.sin())
 
-    (expected,) = torch.autograd.grad(energy(rows), rows)
+    (expected,) = torch.autograd.grad(energy_of(rows), rows)
     for use_reentrant in (False, True):
-        again = checkpoint(energy, rows, use_reentrant=use_reentrant)
+        again = checkpoint(energy_of, rows, use_reentrant=use_reentrant)
         again.backward()
         close(rows.grad, expected, 0.0)
         rows.grad = None
@@ -211,14 +222,14 @@ def check_what_travels():
     rows = random_rows(8, 64).requires_grad_()
     matrices = comhe_ext.random_projection(3, 5, 64, generator=torch.Generator().manual_seed(0))
     with rank_inputs.Traffic() as traffic:
-        energy = distributed.compressive_energy(rows, matrices, strategy="gather")
+        actual = distributed.compressive_energy(rows, matrices, strategy="gather")
     assert traffic.counts == {"_allgather_base_": 2, "allreduce_": 1}
     assert traffic.bytes == 4 * 8 + 3 * 8 * 5 * 4 + 3 * 4
     with rank_inputs.Traffic() as traffic:
-        energy.backward()
+        actual.backward()
     assert traffic.counts == {}
     with rank_inputs.Traffic() as traffic:
-        energy = distributed.compressive_energy(rows, matrices, strategy="ring")
+        distributed.compressive_energy(rows, matrices, strategy="ring")
     steps = ranks // 2
     assert traffic.counts == {
         "_allgather_base_": 1,

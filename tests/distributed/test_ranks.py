@@ -116,3 +116,28 @@ def test_the_example_gives_the_same_losses_on_any_number_of_ranks():
     numbers = [[float(x) for x in re.findall(r"\d+\.\d+", output)] for output in outputs]
     assert len(numbers[0]) == 6
     assert numbers[1] == pytest.approx(numbers[0], abs=2e-4)  # four digits are printed
+
+
+def test_the_package_works_where_torch_knows_nothing_of_several_ranks():
+    script = """
+import torch
+import torch.distributed as dist
+
+for name in list(vars(dist)):
+    if not name.startswith("__") and name not in ("sys", "torch"):
+        delattr(dist, name)
+dist.is_available = lambda: False
+
+import comhe_ext
+
+comhe_ext.hyperspherical_energy(torch.ones(4, 3))
+comhe_ext.CoMHE(torch.nn.Linear(3, 4), output_layer=None)().backward()
+try:
+    comhe_ext.distributed.hyperspherical_energy(torch.ones(4, 3))
+except RuntimeError as error:
+    print(error)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
+    assert "need a process group" in output
