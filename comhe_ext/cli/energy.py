@@ -40,6 +40,7 @@ exit codes:
   2  the command line was wrong
 """
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+MOST_ROWS = 32768  # of an exact energy: its time grows with their square
 COLUMNS = (
     *("layer", "N", "d", "energy", "random", "lowest", "half", "random", "lowest"),
     *("nearest", "degrees", "dead", "double"),
@@ -61,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     numbers = parser.add_argument_group("numbers")
     numbers.add_argument(
         "--s", type=_exponent, default=2.0, help="exponent of the energy r^-s; default 2"
+    )
+    numbers.add_argument(
+        "--sampled-above",
+        type=arguments.count,
+        default=MOST_ROWS,
+        metavar="N",
+        help="estimate the energies of layers of more rows, with an error; the nearest rows are "
+        f"not looked for there; default {MOST_ROWS}",
     )
     numbers.add_argument("--device", type=arguments.device, default="cpu", help="default cpu")
     outputs = parser.add_argument_group("output")
@@ -163,7 +172,16 @@ def _measure_all(
         else:
             try:
                 rows = _rows(entry.read(), turned)
-                layers.append(measure(label, entry.name, rows, s=options.s, device=options.device))
+                layers.append(
+                    measure(
+                        label,
+                        entry.name,
+                        rows,
+                        s=options.s,
+                        sampled_above=options.sampled_above,
+                        device=options.device,
+                    )
+                )
                 del rows  # before the next is read
             except (Unreadable, RuntimeError, ValueError, TypeError, OSError, MemoryError) as error:
                 checkpoint.unreadable.append((entry.name, reason_of(error)))
@@ -242,7 +260,10 @@ def _number(value: float) -> str:
 
 
 def _energy(energy: Energy | None) -> list[str]:
-    return ["-"] * 3 if energy is None else [_number(x) for x in energy]
+    if energy is None:
+        return ["-"] * 3
+    error = f"±{energy.error:.1g}" if energy.error else ""
+    return [_number(energy.value) + error, _number(energy.random), _number(energy.lowest)]
 
 
 def _print_layers(label: str, layers: Sequence[LayerReport]) -> None:

@@ -21,6 +21,7 @@ class Energy(NamedTuple):
     """A mean over pairs, and what to hold it against."""
 
     value: float
+    error: float  # the standard error of an estimate; 0: the value is exact
     random: float  # expected of as many independent random directions
     lowest: float  # a bound that no directions undercut
 
@@ -44,7 +45,7 @@ class LayerReport:
     columns: int
     energy: Energy | None  # None: fewer than two rows are left
     half_space: Energy | None
-    nearest: Nearest | None  # None: fewer than two live rows are left
+    nearest: Nearest | None  # None: fewer than two live rows are left, or very many
     dead_rows: int
     duplicates: int  # rows that point where another row does, but for one of each such group
     nonfinite_rows: int
@@ -60,8 +61,8 @@ class LayerReport:
         }
         for prefix, energy in (("", self.energy), ("half_space_", self.half_space)):
             for key, number in zip(
-                ("energy", "random_energy", "lowest_energy"),
-                energy or (None,) * 3,
+                ("energy", "energy_error", "random_energy", "lowest_energy"),
+                energy or (None,) * 4,
                 strict=True,
             ):
                 # JSON has no infinity
@@ -77,7 +78,7 @@ class LayerReport:
 
 @torch.no_grad()
 def measure(
-    checkpoint: str, name: str, rows: Tensor, *, s: float, device: torch.device
+    checkpoint: str, name: str, rows: Tensor, *, s: float, sampled_above: int, device: torch.device
 ) -> LayerReport:
     """Measure a layer [N, d] of floating-point numbers.
 
@@ -85,6 +86,7 @@ def measure(
         checkpoint, name: what the report calls it.
         rows: the weight.
         s: exponent of the Riesz energy.
+        sampled_above: rows above which energies are estimated, and the nearest not looked for.
         device: where to compute.
     """
     n, d = rows.shape
@@ -94,7 +96,7 @@ def measure(
     dead = finite - alive
     kept = (rows if finite == n else rows[look.alive | look.dead]).to(device)
     nearest = None
-    if alive >= 2:
+    if 2 <= alive <= sampled_above:
         # a dead row has no direction to be near to
         nearest = _nearest(kept if alive == finite else rows[look.alive].to(device), look.alive)
     return LayerReport(
@@ -103,8 +105,8 @@ def measure(
         str(rows.dtype).removeprefix("torch."),
         n,
         d,
-        _energy(kept, Riesz(s), dead),
-        _energy(kept, Riesz(s, half_space=True), dead),
+        _energy(kept, Riesz(s), dead, sampled_above),
+        _energy(kept, Riesz(s, half_space=True), dead, sampled_above),
         nearest,
         dead,
         _duplicates(rows, look),
@@ -112,13 +114,23 @@ def measure(
     )
 
 
-def _energy(rows: Tensor, pair: Riesz, dead: int) -> Energy | None:
-    """Compute the energy of finite rows, so many of them zero."""
+def _energy(rows: Tensor, pair: Riesz, dead: int, sampled_above: int) -> Energy | None:
+    """Compute the energy of finite rows, so many of them zero, or estimate it."""
     n, d = rows.shape
     if n < 2:
         return None
+    if n <= sampled_above:
+        value, error = float(comhe_ext.pair_energy(rows, pair=pair)), 0.0
+    else:
+        from comhe_ext.sampled import estimate_energy  # type: ignore[import-not-found,unused-ignore]
+
+        # the same checkpoint has the same numbers at each call
+        generator = torch.Generator(rows.device).manual_seed(0)
+        estimate = estimate_energy(rows, pair, generator=generator)
+        value, error = estimate.energy, estimate.std_error
     return Energy(
-        float(comhe_ext.pair_energy(rows, pair=pair)),
+        value,
+        error,
         bounds.random_energy(n, d, pair),
         bounds.lowest_energy(n, d, pair, dead=dead),
     )

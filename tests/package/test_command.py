@@ -214,6 +214,22 @@ def test_columns_are_neurons_on_request(tmp_path, capsys):
     assert layer["energy"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_energies_of_very_many_rows_are_estimated(tmp_path, capsys):
+    pytest.importorskip("comhe_ext.sampled")
+    torch.save({"w": torch.randn(5000, 8), "few": torch.randn(50, 8)}, tmp_path / "model.pt")
+    exact, few = layers_of(capsys, tmp_path / "model.pt")
+    assert exact["energy_error"] == exact["half_space_energy_error"] == 0
+    estimated, again = layers_of(capsys, tmp_path / "model.pt", "--sampled-above", 3000)
+    assert again == few
+    for prefix in ("", "half_space_"):
+        error = estimated[f"{prefix}energy_error"]
+        assert 0 < error < 1e-2
+        # the numbers are drawn from a fixed seed
+        assert abs(estimated[f"{prefix}energy"] - exact[f"{prefix}energy"]) <= 5 * error
+    assert estimated["nearest"] is None
+    assert estimated["duplicates"] == exact["duplicates"] == 0
+
+
 # --- which layers ---------------------------------------------------------------------------------
 
 
