@@ -208,6 +208,7 @@ setup(
         "comhe_ext.kernels.cpu",
         "comhe_ext.kernels.gpu",
         "comhe_ext.kernels.portable",
+        "comhe_ext.losses",
         "comhe_ext.operators",
         "comhe_ext.projections",
         "comhe_ext.testing",
