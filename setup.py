@@ -211,6 +211,8 @@ setup(
         "comhe_ext.losses",
         "comhe_ext.operators",
         "comhe_ext.projections",
+        "comhe_ext.sampled",
+        "comhe_ext.sharded",
         "comhe_ext.testing",
     ],
     package_dir=package_dir(),
