@@ -42,7 +42,10 @@ def check_backend(name: str) -> None:
 
 def is_dtensor(tensor: object) -> "TypeIs[DTensor]":
     """Tell whether it is a tensor of which each rank holds a part."""
-    if not hasattr(tensor, "full_tensor") or not torch.distributed.is_available():
+    if not torch.distributed.is_available():
+        return False
+    # a trace finds no attributes of a DTensor
+    if not torch.compiler.is_compiling() and not hasattr(tensor, "full_tensor"):
         return False
     from torch.distributed.tensor import DTensor  # its import takes long, and few need it
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from comhe_ext.checks import quote
-from comhe_ext.operators.library import compute_dtype, differentiated, leave_trace
+from comhe_ext.operators.library import compute_dtype, differentiated, forward_mode, leave_trace
 from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.sharded.collectives import OtherRows, Shards, Swap
 
@@ -60,7 +60,8 @@ def local_energies(
     leave_trace()
     points = [x.points for x in sets]
     plan = _Plan(tuple(x.shards for x in sets), options, strategy)
-    if differentiated(*points):
+    # where a tangent comes, torch says that there is no forward mode
+    if differentiated(*points) or forward_mode():
         return list(_Energies.apply(plan, *points))
     return plan.run(points, gradient=False)[0]
 

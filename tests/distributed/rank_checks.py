@@ -7,6 +7,7 @@ import rank_inputs
 import torch
 import torch.distributed as dist
 from rank_inputs import close, own_rows, sizes_of, uneven_sizes
+from torch.autograd import forward_ad
 
 import comhe_ext
 from comhe_ext import distributed
@@ -198,6 +199,18 @@ def check_second_derivatives_raise():
     (grad,) = torch.autograd.grad(actual, rows, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
+
+
+def check_forward_mode_raises():
+    rows = random_rows(5, 4)
+    for energy_of in (
+        distributed.hyperspherical_energy,
+        lambda x: distributed.pair_energy(x, reduction="rows"),
+    ):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"jvp|forward"):
+            energy_of(forward_ad.make_dual(rows, torch.ones_like(rows)))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(distributed.hyperspherical_energy)(rows)
 
 
 def check_activation_checkpointing():

@@ -1,6 +1,7 @@
 """Checks of DTensors in the energies, against one process; see `test_ranks`."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -200,3 +201,11 @@ def check_single_rows_over_two_dimensions_of_a_mesh_are_refused():
     weight = distribute_tensor(torch.ones(6, 8), _mesh(2, 2), [Shard(0), Shard(0)])
     with pytest.raises(ValueError, match="over one dimension of a mesh"):
         comhe_ext.nearest(weight)
+
+
+def check_compiled_functions():
+    mesh = _mesh()
+    warnings.simplefilter("ignore")  # Dynamo has many of its own
+    energy = torch.compile(comhe_ext.hyperspherical_energy, backend="eager")
+    for placements in PLACEMENTS:
+        _like_one_process(energy, random_rows(13, 12, dtype=torch.float64), mesh, placements)
