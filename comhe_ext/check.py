@@ -4,6 +4,7 @@ A kernel that reads where it must not, or hangs, takes its process with it: here
 does nothing else, and the report says at which kernel it ended.
 """
 
+import itertools
 import json
 import os
 import queue
@@ -18,16 +19,20 @@ import torch
 
 from comhe_ext import backends
 from comhe_ext.kernels.pair_functions import PairFunction, Riesz
-from comhe_ext.kernels.sweep import NearestRequest, Projected, SweepRequest
+from comhe_ext.kernels.sweep import (
+    DifferenceRequest,
+    NearestRequest,
+    Projected,
+    Request,
+    SweepRequest,
+)
 from comhe_ext.verdicts import ALL, FEATURES, Verdict, VerdictFile, Verdicts, examine
 
 # seconds that one kernel may take, with its compilation
 PATIENCE = 300.0
 
 
-def requests(
-    device: torch.device, quick: bool = False
-) -> Iterator[tuple[str, SweepRequest | NearestRequest]]:
+def requests(device: torch.device, quick: bool = False) -> Iterator[tuple[str, Request]]:
     """Make the calls whose variants most users run, each with a precision of float32 products."""
 
     def request(
@@ -71,6 +76,12 @@ def requests(
             yield "highest", replace(alone, row_ids=ids, column_ids=ids, row_weights=rows[:, 0])
             yield "highest", NearestRequest(rows, [70], pair.half_space)
         yield "highest", NearestRequest(rows, [70], False, 0.0, rows, ids, ids)
+    for d in (128, 576):
+        # a layer and its projections, as the projection learns and as both do
+        rows = torch.empty(1, 70, d, device=device).expand(2, -1, -1)
+        projected = torch.empty(2, 70, 40, device=device)
+        for angle, rows_gradient in itertools.product((False, True), repeat=2):
+            yield "highest", DifferenceRequest(rows, projected, angle, rows_gradient)
     for precision in ("high", "medium"):
         for k in (40, 200):
             yield precision, request(k, half)

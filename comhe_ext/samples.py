@@ -1,4 +1,7 @@
-"""Cross sets, and rows whose nearest are sought, by which `comhe_ext.verdicts` checks a kernel."""
+"""Cross sets, rows whose nearest are sought, and rows in two spaces, by which kernels are checked.
+
+`comhe_ext.verdicts` does so.
+"""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -6,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from comhe_ext.kernels.sweep import NearestRequest, SweepRequest
+from comhe_ext.kernels.sweep import DifferenceRequest, NearestRequest, SweepRequest
 
 if TYPE_CHECKING:  # imports Triton
     from comhe_ext.kernels.gpu.variant import Variant
@@ -54,3 +57,21 @@ def sample_nearest(variant: "Variant", device: torch.device) -> NearestRequest:
         row_ids=columns.row_ids,
         column_ids=columns.column_ids,
     )
+
+
+def sample_difference(variant: "Variant", device: torch.device) -> DifferenceRequest:
+    """Make two sets in two spaces: each has a near pair there, and an antipodal one in both."""
+    assert variant.compared is not None
+    generator = torch.Generator("cpu").manual_seed(0)
+    n = 2 * variant.tiles.block_m + 37
+    spaces = []
+    for (k, dtype), shared, first in (
+        (variant.compared, "shared rows" in variant.kind, 0),
+        ((variant.k, variant.dtype), "shared projection" in variant.kind, 1),
+    ):
+        rows = integers(generator, 127, 1 if shared else 2, n, k)
+        rows[:, -1], rows[:, -2] = rows[:, first], -rows[:, 2]
+        rows[:, -2:, 0] -= rows[:, -2:, 0].sign() + (rows[:, -2:, 0] == 0)
+        spaces.append(rows.to(device, dtype).expand(2, -1, -1))
+    flags = "angles" in variant.kind, "rows' gradient" in variant.kind, variant.gradient
+    return DifferenceRequest(spaces[0], spaces[1], *flags)

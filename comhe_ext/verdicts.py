@@ -25,8 +25,14 @@ import torch
 from torch import Tensor
 
 from comhe_ext import backends
-from comhe_ext.kernels.sweep import NearestRequest, Projected, SweepRequest
-from comhe_ext.samples import integers, sample_columns, sample_nearest
+from comhe_ext.kernels.sweep import (
+    DifferenceRequest,
+    NearestRequest,
+    Projected,
+    Request,
+    SweepRequest,
+)
+from comhe_ext.samples import integers, sample_columns, sample_difference, sample_nearest
 
 if TYPE_CHECKING:  # imports Triton
     from comhe_ext.kernels.gpu.variant import Variant
@@ -53,7 +59,7 @@ class Verdict(NamedTuple):
     lasting: bool = True
 
 
-def trusted(request: SweepRequest | NearestRequest) -> bool:
+def trusted(request: Request) -> bool:
     """Whether Triton may serve a request that did not ask for it; checks it at first.
 
     Raises:
@@ -150,8 +156,10 @@ def examine(variant: "Variant", device: torch.device) -> Verdict:
     """Run a variant and compare what it gives with the truth; whatever it raises is a failure."""
     from comhe_ext.kernels.gpu import variant as gpu
 
-    request: SweepRequest | NearestRequest
-    if variant.kind.startswith("nearest"):
+    request: Request
+    if variant.compared is not None:
+        request = sample_difference(variant, device)
+    elif variant.kind.startswith("nearest"):
         request = sample_nearest(variant, device)
     elif variant.kind:
         request = sample_columns(variant, device)
@@ -170,6 +178,8 @@ def examine(variant: "Variant", device: torch.device) -> Verdict:
         return Verdict(False, "two runs differ")
     if isinstance(request, NearestRequest):
         return _compare_nearest(request, results[0][0])
+    if isinstance(request, DifferenceRequest):
+        return _compare_difference(request, results[0])
     if request.columns is not None:
         return _compare_columns(variant, request, results[0])
     return _compare(variant, request, results[0])
@@ -285,6 +295,21 @@ def _compare_nearest(request: NearestRequest, index: Tensor) -> Verdict:
     if wrong:
         return Verdict(False, f"{wrong} of {len(exact)} rows have another row for the nearest")
     return Verdict(True, f"the nearest of {len(exact)} rows")
+
+
+def _compare_difference(request: DifferenceRequest, result: Sequence[Tensor]) -> Verdict:
+    points = [x.cpu().double() for x in (request.rows, request.projected)]
+    wanted = request.rows_gradient, request.projected_gradient
+    exact = backends.load("torch").angle_difference(points[0], points[1], request.angle, *wanted)
+    compared = [("energy", result[0], exact[0], ENERGY_BOUND)]
+    gradients = [(x, "rows" if x is exact[1] else "projection") for x in exact[1:] if x is not None]
+    for actual, (expected, name) in zip(result[1:], gradients, strict=True):
+        # rows of one column have nowhere to turn: what there is, is rounding
+        for index in range(len(expected)) if expected.shape[2] > 1 else ():
+            name_of = f"gradient of {name} of set {index}"
+            bound = GRADIENT_BOUNDS["highest"]
+            compared.append((name_of, actual[index], expected[index], bound))
+    return _judge(compared)
 
 
 def _judge(compared: Sequence[tuple[str, Tensor, Tensor, float]]) -> Verdict:

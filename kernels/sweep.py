@@ -128,6 +128,26 @@ class NearestRequest:
     column_ids: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class DifferenceRequest:
+    """The arguments of `Backend.angle_difference`, by which a kernel is checked.
+
+    Args:
+        rows, projected: [M, N, d] and [M, N, k]; either may be one set, expanded.
+        angle: whether angles are compared, not cosines.
+        rows_gradient, projected_gradient: which of both are wanted.
+    """
+
+    rows: Tensor
+    projected: Tensor
+    angle: bool
+    rows_gradient: bool
+    projected_gradient: bool = True
+
+
+Request = SweepRequest | NearestRequest | DifferenceRequest
+
+
 class Offers(NamedTuple):
     """What a backend can do beyond the energy of sets and its gradient."""
 

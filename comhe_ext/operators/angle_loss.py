@@ -18,6 +18,7 @@ from torch import Tensor
 
 from comhe_ext import backends
 from comhe_ext.kernels.portable import angle_loss
+from comhe_ext.kernels.sweep import DifferenceRequest
 from comhe_ext.operators.library import (
     LIBRARY,
     allow_missing_gradients,
@@ -35,6 +36,7 @@ from comhe_ext.operators.library import (
     over_batch,
     register_vmap,
 )
+from comhe_ext.verdicts import trusted
 
 
 def _check(rows: Tensor, projected: Tensor) -> None:
@@ -91,8 +93,10 @@ def _angle_difference(
     _check(rows, projected)
     columns, dtype = max(rows.shape[2], projected.shape[2]), compute_dtype(rows, projected)
     name = backends.choose(None, None, rows.device, dtype, columns, needs="angle_difference")
-    sweep = backends.load(name).angle_difference
     arguments = angle, rows_gradient, projected_gradient
+    if name == "triton" and not trusted(DifferenceRequest(rows, projected, *arguments)):
+        name = "torch"
+    sweep = backends.load(name).angle_difference
     if name == "torch":
         total, *gradients = _set_by_set(sweep, (rows, projected), *arguments)
     else:

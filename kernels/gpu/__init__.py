@@ -16,7 +16,7 @@ from torch import Tensor
 from ..pair_functions import PairFunction
 from ..sweep import NearestRequest, Offers, SweepRequest, SweepResult
 
-OFFERS = Offers(cross=True, nearest=True, projection=True)
+OFFERS = Offers(cross=True, nearest=True, angle_difference=True, projection=True)
 
 
 def _outdated() -> str | None:

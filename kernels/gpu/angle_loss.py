@@ -162,6 +162,11 @@ class Space:
         return gradient
 
 
+def is_shared(x: Tensor) -> bool:
+    """Whether the sets [M, N, k] are one set, expanded."""
+    return len(x) > 1 and x.stride(0) == 0
+
+
 def _after(begin: int, part: slice) -> slice:
     return slice(begin + part.start, begin + part.stop)
 
@@ -208,7 +213,7 @@ def angle_difference(
     with backend.on_device(rows.device):
         spaces = []
         for x, in_demand in zip(points, wanted, strict=True):
-            shared = num_sets > 1 and x.stride(0) == 0
+            shared = is_shared(x)
             packed = (x[0] if shared else x.flatten(0, 1)).contiguous()
             spaces.append(Space.of(packed, num_sets, shared, in_demand))
         plan = _plan(num_rows, num_sets, rows.device)

@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from ..pair_functions import Gaussian, Laplace, PairFunction, Riesz
-from ..sweep import NearestRequest, Numbers, Projected, SweepRequest, SweepResult
-from . import backend, cross_sweep, nearest_rows
+from ..sweep import (
+    DifferenceRequest,
+    NearestRequest,
+    Numbers,
+    Projected,
+    Request,
+    SweepRequest,
+    SweepResult,
+)
+from . import angle_loss, backend, cross_sweep, nearest_rows
+from .large_k import ROW_TILE
 from .plan import Tiles
 
 
@@ -27,13 +36,15 @@ class Variant:
     # torch.get_float32_matmul_precision()
     precision: str
     tiles: Tiles
-    # which kernels: "" those of sets, else those of cross sets or of the nearest, in words
+    # which kernels: "" those of sets, else those of cross sets, of the nearest or of two spaces
     kind: str = ""
+    # columns and dtype of the rows that are compared with their projections
+    compared: tuple[int, torch.dtype] | None = None
 
     @cached_property
     def _hash(self) -> int:
         flags = self.projected, self.gradient, self.kind
-        return hash((self.k, self.dtype, *flags, self.pair, self.tiles))
+        return hash((self.k, self.dtype, *flags, self.pair, self.tiles, self.compared))
 
     def __hash__(self) -> int:
         """Hash once: verdicts are looked up at every call."""
@@ -41,9 +52,11 @@ class Variant:
 
     def __str__(self) -> str:
         """Say it in words; the key under which a verdict is kept."""
-        t = self.tiles
+        t, compared = self.tiles, ""
+        if self.compared is not None:
+            compared = f"d={self.compared[0]}, {str(self.compared[1]).removeprefix('torch.')}, "
         return (
-            f"{self.kind + ', ' * bool(self.kind)}"
+            f"{self.kind + ', ' * bool(self.kind)}{compared}"
             f"k={self.k}, {self.pair}, {'gradient' if self.gradient else 'energy'}"
             f"{', projected' if self.projected else ''}, {str(self.dtype).removeprefix('torch.')}, "
             f"{self.precision}, tiles {t.block_m}x{t.block_n}, {t.num_warps} warps, "
@@ -51,8 +64,10 @@ class Variant:
         )
 
 
-def variant_of(request: SweepRequest | NearestRequest) -> Variant | None:
+def variant_of(request: Request) -> Variant | None:
     """Name the variant that a request runs; None where it runs no kernel."""
+    if isinstance(request, DifferenceRequest):
+        return _variant_of_difference(request)
     if isinstance(request, NearestRequest):
         return _variant_of_nearest(request)
     if request.columns is not None:
@@ -118,6 +133,30 @@ def _variant_of_nearest(request: NearestRequest) -> Variant | None:
     )
 
 
+def _variant_of_difference(request: DifferenceRequest) -> Variant | None:
+    rows, projected = request.rows, request.projected
+    if not (rows.numel() and projected.numel()):
+        return None
+    shared = (angle_loss.is_shared(rows), angle_loss.is_shared(projected))
+    words = (
+        "angles" if request.angle else "cosines",
+        *("rows' gradient",) * request.rows_gradient,
+        *("shared rows",) * shared[0],
+        *("shared projection",) * shared[1],
+    )
+    return Variant(
+        projected.shape[2],
+        projected.dtype,
+        False,
+        request.projected_gradient,
+        Riesz(),
+        "highest",
+        Tiles(ROW_TILE, ROW_TILE, 4),
+        ", ".join(words),
+        (rows.shape[2], rows.dtype),
+    )
+
+
 @lru_cache(maxsize=256)
 def _representative(pair: PairFunction) -> PairFunction:
     """Name the pair function that stands for all that run the same code."""
@@ -134,14 +173,17 @@ def _representative(pair: PairFunction) -> PairFunction:
     return pair
 
 
-def sweep_as(
-    variant: Variant, request: SweepRequest | NearestRequest
-) -> SweepResult | tuple[Tensor]:
+def sweep_as(variant: Variant, request: Request) -> SweepResult | tuple[Tensor | None, ...]:
     """Sweep with the tiles of a variant, whatever the sizes would ask for."""
     token = backend.FORCED_TILES.set(variant.tiles)
     try:
         if isinstance(request, NearestRequest):
             return (nearest_rows.nearest(request),)
+        if isinstance(request, DifferenceRequest):
+            wanted = request.rows_gradient, request.projected_gradient
+            return angle_loss.angle_difference(
+                request.rows, request.projected, request.angle, *wanted
+            )
         return (backend if request.columns is None else cross_sweep).sweep(request)
     finally:
         backend.FORCED_TILES.reset(token)
@@ -162,8 +204,10 @@ def sources() -> str:
     return content.hexdigest()[:16]
 
 
-def device_of(request: SweepRequest | NearestRequest) -> torch.device:
+def device_of(request: Request) -> torch.device:
     """Return where the rows of a request are."""
+    if isinstance(request, DifferenceRequest):
+        return request.rows.device
     if isinstance(request, NearestRequest):
         return request.points.device
     source: Tensor | Projected = request.source

@@ -74,6 +74,10 @@ def test_a_new_size_compiles_nothing(monkeypatch):
                 gpu.nearest(NearestRequest(rows, [n], columns=columns))
             gpu.nearest(NearestRequest(rows, [n], columns=rows, row_ids=ids, column_ids=ids))
             gpu.nearest(NearestRequest(rows, [n]))
+            sets = rows.expand(2, -1, -1)
+            for angle in (False, True):
+                gpu.angle_difference(sets, random_rows(2 * n, 5).view(2, n, 5), angle, True)
+                gpu.angle_difference(rows.unsqueeze(0), rows.unsqueeze(0), angle, True)
             seen.append(len(variants))
         assert seen[0] > 0, k
         assert seen == seen[:1] * len(seen), k

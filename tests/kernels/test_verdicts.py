@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import comhe_ext
 from comhe_ext import Gaussian, backends, check, verdicts
 from comhe_ext.kernels import portable
-from comhe_ext.kernels.sweep import Projected
+from comhe_ext.kernels.sweep import DifferenceRequest, Projected
 from comhe_ext.testing import exact_energy_and_gradient, random_rows, relative_error
 
 triton = pytest.importorskip("triton")
@@ -42,8 +42,14 @@ class Stub:
         self.calls["sweep"] += 1
         return self._compute(request)
 
+    def angle_difference(self, *arguments):
+        self.calls["angle_difference"] += 1
+        return portable.angle_difference(*arguments)
+
     def sweep_as(self, which, request):
         self.examined.append(which)
+        if isinstance(request, DifferenceRequest):
+            return self.spoil(portable.angle_difference(*vars(request).values()))
         return self.spoil(self._compute(request))
 
     def _compute(self, request):
@@ -83,6 +89,7 @@ def stub(monkeypatch, restart):
     monkeypatch.setattr(backends, "_DEVICE_OF", {"triton": "cpu", "cpu": "cpu"})
     monkeypatch.setattr(gpu, "unavailable", lambda: None)
     monkeypatch.setattr(gpu, "sweep", stub.sweep)
+    monkeypatch.setattr(gpu, "angle_difference", stub.angle_difference)
     monkeypatch.setattr(variant, "sweep_as", stub.sweep_as)
     monkeypatch.setattr(variant, "target_of", lambda device: "sm_90")
     return stub
@@ -143,6 +150,44 @@ def test_what_runs_the_same_code_shares_a_check(stub):
     for tau in (2.0, 3.0, 0.9, 0.3):
         comhe_ext.pair_energy(random_rows(40, 12).requires_grad_(), pair=Gaussian(tau))
     assert stub.checks == 4
+
+
+def test_differences_of_angles_are_checked_too(stub):
+    weight, projection = random_rows(40, 30), random_rows(24, 30, seed=1).view(2, 12, 30)
+
+    def compare(kind="cosine", weight=weight, projection=projection):
+        return comhe_ext.angle_preserving_loss(weight, projection, kind=kind)
+
+    expected = compare(weight=weight.double(), projection=projection.double())  # by torch
+    assert stub.checks == 0
+    asked = projection.clone().requires_grad_()
+    for _ in range(2):
+        assert relative_error(compare(projection=asked), expected) <= 1e-6
+    assert stub.checks == 1
+    assert stub.calls["angle_difference"] == 2
+    compare("angle", projection=asked)
+    compare(weight=weight.clone().requires_grad_(), projection=asked)
+    compare(weight=weight[:, :20], projection=asked[..., :20])
+    assert stub.checks == 4
+    assert len(set(map(str, stub.examined))) == 4
+    assert all(x.passed for x in verdicts.Verdicts.of(CPU).found.values())
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_wrong_difference_of_angles_is_replaced(stub, number):
+    def spoil(result):
+        result = list(result)
+        result[number] = result[number] * (1 + 1e-4)
+        return result
+
+    stub.spoil = spoil
+    weight = random_rows(40, 30).requires_grad_()
+    projection = random_rows(12, 30, seed=1).unsqueeze(0).requires_grad_()
+    with pytest.warns(UserWarning, match="failed its check .* error of 1.0e-04"):
+        comhe_ext.angle_preserving_loss(weight, projection)
+    comhe_ext.angle_preserving_loss(weight, projection)
+    assert stub.checks == 1
+    assert stub.calls["angle_difference"] == 0
 
 
 def test_nothing_is_checked_where_no_kernel_runs(stub):

@@ -8,8 +8,10 @@ import itertools
 import pytest
 import torch
 
+from comhe_ext import verdicts
 from comhe_ext.kernels import gpu
-from comhe_ext.kernels.gpu import angle_loss
+from comhe_ext.kernels.gpu import angle_loss, variant
+from comhe_ext.kernels.sweep import DifferenceRequest
 from comhe_ext.testing import collapsed_rows, paired_rows, random_rows, reference, relative_error
 
 pytestmark = [
@@ -71,12 +73,12 @@ def test_difference_of_rows_of_one_column(angle):
 
 @both_kinds
 def test_difference_by_blocks(angle, monkeypatch):
-    rows, projected = rows_of(2, 200, 12, 5)
-    rows[0, 3] = rows[0, 190] * 1.001
+    rows, projected = rows_of(1, 130, 6, 3)
+    rows[0, 3] = rows[0, 120] * 1.001
     rows[0, 70] = -rows[0, 71]
     whole = check(rows, projected, angle)
     # one row tile against all columns; then several column blocks
-    monkeypatch.setattr(angle_loss, "BLOCK_ELEMENTS", (64 * 256, 64 * 256))
+    monkeypatch.setattr(angle_loss, "BLOCK_ELEMENTS", (64 * 192, 64 * 192))
     for result, expected in zip(check(rows, projected, angle), whole, strict=True):
         assert relative_error(result, expected.double()) <= 1e-6
     monkeypatch.setattr("comhe_ext.kernels.gpu.large_k.BLOCK_COLS", 64)
@@ -97,8 +99,8 @@ def test_difference_of_near_pairs(spread, antipodal, angle):
 
 @both_kinds
 def test_difference_of_near_pairs_in_wide_rows(angle):
-    rows = paired_rows(40, 260, 1e-3).unsqueeze(0)
-    check(rows, rows @ random_rows(260, 140, seed=1), angle)
+    rows = paired_rows(20, 140, 1e-3).unsqueeze(0)
+    check(rows, rows @ random_rows(140, 130, seed=1), angle)
 
 
 @both_kinds
@@ -202,13 +204,13 @@ def test_difference_leaves_out_what_is_not_wanted(wanted, angle):
 @pytest.mark.parametrize("shared_space", [0, 1])
 @pytest.mark.parametrize("rows_gradient", [True, False])
 def test_difference_of_one_set_in_many_projections(rows_gradient, shared_space, angle):
-    points = list(rows_of(3, 70, 24, 8))
+    points = list(rows_of(2, 33, 24, 8))
     one = points[shared_space][:1].clone()
-    one[0, 3] = one[0, 60] * 1.0001
+    one[0, 3] = one[0, 30] * 1.0001
     one[0, 5] = -one[0, 6]
-    points[shared_space] = one.expand(3, -1, -1)
+    points[shared_space] = one.expand(2, -1, -1)
     shared = gpu.angle_difference(points[0], points[1], angle, rows_gradient)
-    for m in range(3):
+    for m in range(2):
         rows, projected = (x[m : m + 1].contiguous() for x in points)
         single = gpu.angle_difference(rows, projected, angle, rows_gradient)
         for x, y in zip(shared, single, strict=True):
@@ -239,7 +241,20 @@ def test_difference_without_pairs(sets, n, angle):
 def test_difference_of_rows_without_columns(angle):
     # dead rows, all perpendicular
     rows = random_rows(9, 6).unsqueeze(0)
-    check(rows, rows[..., :0], angle)
+    total, to_rows, to_projected = gpu.angle_difference(rows, rows[..., :0], angle, True)
+    expected = check(rows, rows.new_zeros(1, 9, 2), angle)
+    assert torch.equal(total, expected[0])
+    assert torch.equal(to_rows, expected[1])
+    assert to_projected.shape == (1, 9, 0)
+
+
+@both_kinds
+def test_difference_passes_the_check_before_it_serves(angle):
+    rows, projected = rows_of(2, 4, 24, 8)
+    for some in (rows, rows[:1].expand(2, -1, -1)):
+        which = variant.variant_of(DifferenceRequest(some, projected, angle, True))
+        verdict = verdicts.examine(which, torch.device("cpu"))
+        assert verdict.passed, verdict
 
 
 def test_difference_refuses_mistakes():
