@@ -116,7 +116,7 @@ def variant_of(kernel: str, pair: str, given: dict[str, Any], args: tuple[Any, .
         slopes = " rows" * given["A_SLOPES"] + " projected" * given["B_SLOPES"]
         return f"{'angle' if given['ANGLE'] else 'cosine'}{slopes}"
     if kernel == "near_difference_kernel":
-        return "sum" * given["WITH_SUM"] + " force" * given["WITH_FORCE"]
+        return ("sum " * given["WITH_SUM"] + "force" * given["WITH_FORCE"]).rstrip()
     if kernel == "difference_gradient_kernel":
         return "shared" if given["SHARED"] else "sets"
     if kernel == "coefficient_kernel":

@@ -117,6 +117,27 @@ def test_nearest_rows(k, half_space):
         assert torch.equal(gpu.nearest(request), portable.nearest(exact))
 
 
+@pytest.mark.parametrize("angle", [False, True])
+@pytest.mark.parametrize(("d", "k"), [(24, 5), (576, 40), (200, 200)])
+def test_two_spaces(d, k, angle):
+    from comhe_ext.kernels import gpu, portable
+
+    rows = paired_rows(700, d, 1e-3, device="cuda")
+    sets = rows.expand(3, -1, -1)
+    projected = sets @ random_rows(3 * d, k, seed=1, device="cuda").view(3, d, k)
+    results = gpu.angle_difference(sets, projected, angle, True)
+    exact = portable.angle_difference(sets.double(), projected.double(), angle, True)
+    for result, expected, bound in zip(results, exact, (1e-6, 3e-6, 3e-6), strict=True):
+        assert relative_error(result, expected) <= bound
+    again = gpu.angle_difference(sets, projected, angle, True)
+    assert all(torch.equal(x, y) for x, y in zip(results, again, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gpu.angle_difference(sets, projected, angle, True)
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(results, captured, strict=True))
+
+
 @pytest.mark.parametrize("k", PATHS)
 def test_runs_are_equal_to_the_bit(k):
     points = paired_rows(5000, k, 1e-3, device="cuda")
