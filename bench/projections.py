@@ -68,7 +68,7 @@ def only_project(comhe: CoMHE) -> None:
     projection = comhe.projection
     assert projection is not None
     projection.step()
-    rows = comhe._projected(comhe._read())
+    rows = comhe._projected(comhe._read()[0])
     outputs = [
         sets if matrices is None else project(sets, matrices)
         for sets, matrices in projection.views(rows).values()

@@ -29,7 +29,7 @@ BOUNDS = (1e-6, 3e-6, 3e-6)  # of the sum, and of the gradients in both spaces
 def truth(rows, projected, angle):
     """Sum and both gradients of one set, in float64."""
     points = [x.double().requires_grad_() for x in (rows, projected)]
-    total = reference.angle_difference(*points, "angle" if angle else "cosine")
+    total = reference.angle_difference(points[0], points[1], "angle" if angle else "cosine")
     return total.detach(), *torch.autograd.grad(total, points)
 
 
@@ -62,13 +62,13 @@ def rows_of(sets, n, d, k, seed=0):
 def test_difference_of_every_size(n, d, k, angle):
     # nothing averages the rounding of one cosine, which a squared difference doubles
     bounds = BOUNDS if n > 2 else (6e-6, 6e-6, 6e-6)
-    check(*rows_of(2 if n == 33 else 1, n, d, k), angle, bounds)
+    check(*rows_of(2 if n == 33 else 1, n, d, k), angle=angle, bounds=bounds)
 
 
 @both_kinds
 def test_difference_of_rows_of_one_column(angle):
-    check(*rows_of(1, 9, 1, 3), angle)
-    check(*rows_of(1, 9, 3, 1), angle)
+    check(*rows_of(1, 9, 1, 3), angle=angle)
+    check(*rows_of(1, 9, 3, 1), angle=angle)
 
 
 @both_kinds
