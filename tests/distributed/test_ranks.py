@@ -98,7 +98,7 @@ def test_a_rank_that_is_missed_ends_the_others(failure):
 
 
 def test_the_example_gives_the_same_losses_on_any_number_of_ranks():
-    example = HERE.parents[1] / "examples/fsdp2.py"
+    example = HERE.parents[1] / "examples/distributed/fsdp2.py"
     processes = []
     for ranks in (1, 2):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

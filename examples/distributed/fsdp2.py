@@ -1,6 +1,6 @@
 """Train a classifier of many classes under FSDP2, with the regularizer, on processors or GPUs.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py
+    torchrun --nproc-per-node 2 examples/distributed/fsdp2.py
 
 The weights stay sharded: of the head's rows only the energy's share of each rank is computed there.
 With any number of ranks that divides the batch the losses are those of one rank.
