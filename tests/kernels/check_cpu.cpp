@@ -447,6 +447,7 @@ int main(int argc, char **argv) {
         for (int form = 0; form < 4; form++)
             for (int kind = 0; kind < KINDS; kind++)
                 for (int with_eps = 0; with_eps < 2; with_eps++, number++) {
+                    state = number + 1;  // the rows of a case are its own, whatever is added before it
                     Call call = {};
                     call.k = widths[number % 5];
                     call.eps = with_eps * 1e-4;

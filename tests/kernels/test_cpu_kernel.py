@@ -557,6 +557,7 @@ SWEEP = """
 int comhe_best_isa() { return 0; }
 int comhe_supports() { return 0; }
 int comhe_sweep() { __builtin_trap(); }
+int comhe_angle_difference() { __builtin_trap(); }
 """
 
 

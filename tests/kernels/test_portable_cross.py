@@ -19,8 +19,8 @@ PAIRS = [
     Riesz(3.5),
     Riesz(2.0, half_space=True),
     Riesz(0.0, half_space=True, angular=True),
-    Riesz(2.0, 0.3, half_space=True),  # a tangent line that tiles meet
-    Riesz(1.0, 0.3, angular=True),
+    Riesz(2.0, min_distance=0.3, half_space=True),  # a tangent line that tiles meet
+    Riesz(1.0, min_distance=0.3, angular=True),
     Gaussian(2.0),
     Gaussian(0.5, half_space=True),
     Gaussian(1.0, angular=True),

@@ -56,9 +56,9 @@ def rows_of(sets, n, d, k, seed=0):
 
 
 @both_kinds
-@pytest.mark.parametrize("k", [3, 20, 130])
-@pytest.mark.parametrize("d", [5, 40, 200])
-@pytest.mark.parametrize("n", [2, 33, 70])
+@pytest.mark.parametrize("k", [3, 20, pytest.param(130, marks=pytest.mark.long)])
+@pytest.mark.parametrize("d", [5, 40, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("n", [2, 33, pytest.param(70, marks=pytest.mark.long)])
 def test_difference_of_every_size(n, d, k, angle):
     # nothing averages the rounding of one cosine, which a squared difference doubles
     bounds = BOUNDS if n > 2 else (6e-6, 6e-6, 6e-6)

@@ -3,8 +3,6 @@
 Collected only for `test_triton_interpreter.py`, as `triton_interpreter_checks.py` is.
 """
 
-import itertools
-
 import pytest
 import torch
 
@@ -71,7 +69,19 @@ def check(points, pair, eps=0.0, gradient_bound=2e-6):
     return gradient
 
 
-@pytest.mark.parametrize(("pair", "k"), [*itertools.product(PAIRS, (3, 20))], ids=str)
+# on the CUDA cores all of them, on tensor cores every third, and all in the long suite
+every_pair_and_width = pytest.mark.parametrize(
+    ("pair", "k"),
+    [
+        pytest.param(pair, k, marks=[pytest.mark.long] if k > 8 and number % 3 else [])
+        for number, pair in enumerate(PAIRS)
+        for k in (3, 20)
+    ],
+    ids=str,
+)
+
+
+@every_pair_and_width
 def test_bounded_pair_functions(pair, k):
     assert gpu.supports(pair)
     check(random_rows(70, k), pair)
@@ -85,8 +95,7 @@ def test_bounded_pair_functions_of_many_columns(pair):
     check(random_rows(40, 130), pair)
 
 
-@pytest.mark.parametrize("k", [3, 20])
-@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@every_pair_and_width
 def test_bounded_pair_functions_of_coincident_rows(pair, k):
     points = random_rows(9, k)
     points[7] = 3.0 * points[2]

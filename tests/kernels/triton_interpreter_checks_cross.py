@@ -120,7 +120,16 @@ def check(request, energy_bound=1e-6, gradient_bound=2e-6):
     return result
 
 
-@pytest.mark.parametrize(("pair", "k"), [*itertools.product(PAIRS, (3, 20))], ids=str)
+# on the CUDA cores all of them, on tensor cores every third, and all in the long suite
+@pytest.mark.parametrize(
+    ("pair", "k"),
+    [
+        pytest.param(pair, k, marks=[pytest.mark.long] if k > 8 and number % 3 else [])
+        for number, pair in enumerate(PAIRS)
+        for k in (3, 20)
+    ],
+    ids=str,
+)
 def test_cross_of_every_pair_function(pair, k):
     both = paired_rows(112, k, 1e-2, pairs=2, seed=1, antipodal=pair.two_ended)
     rows, columns = 0.1 * both[:40], 0.1 * both[40:]  # twins on either side

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # called by no operator and no model: nobody compiles these. In kernels/ all but the pair functions
 # runs inside of operators, where nothing is traced
-EAGER = {"__main__.py", "check.py", "init.py", "verdicts.py"}
+EAGER = {"__main__.py", "check.py", "init.py", "progress.py", "verdicts.py"}
 EAGER_FOLDERS = {"cli", "gpu", "cpu", "portable", "testing"}
 
 
