@@ -103,7 +103,7 @@ def test_every_pair_function_on_packed_sets(pair, eps):
 @pytest.mark.parametrize("eps", [0.0, 0.1])
 @pytest.mark.parametrize("half_space", [False, True])
 @pytest.mark.parametrize("angular", [False, True])
-@pytest.mark.parametrize("tau", [0.1, 2.0, 20.0])
+@pytest.mark.parametrize("tau", [pytest.param(0.1, marks=pytest.mark.long), 2.0, 20.0])
 def test_gaussian_with_near_pairs_duplicates_and_dead_rows(tau, angular, half_space, eps):
     pair = Gaussian(tau, half_space=half_space, angular=angular)
     rows = paired_rows(310, 24, 1e-3, antipodal=half_space)
@@ -126,13 +126,17 @@ def test_gaussian_with_near_pairs_duplicates_and_dead_rows(tau, angular, half_sp
 @pytest.mark.parametrize(
     ("pair", "definition"),
     [
-        (Riesz(-1.9), lambda t: reference._pair_function(t, -1.9, 1e-3)),
+        pytest.param(
+            Riesz(-1.9), lambda t: reference._pair_function(t, -1.9, 1e-3), marks=pytest.mark.long
+        ),
         (Riesz(-0.5), lambda t: reference._pair_function(t, -0.5, 1e-3)),
         (Riesz(0.0, shift=0.3), lambda t: -(0.3 + t**2).log() / 2),
-        (Riesz(1.0, shift=4.0), lambda t: (4.0 + t**2) ** -0.5),
+        pytest.param(Riesz(1.0, shift=4.0), lambda t: (4.0 + t**2) ** -0.5, marks=pytest.mark.long),
         (Riesz(2.0, shift=1.0), lambda t: 1 / (1 + t**2)),
-        (Riesz(-1.5, shift=0.2), lambda t: -((0.2 + t**2) ** 0.75)),
-        (Laplace(0.02), lambda t: (-0.02 * t).exp()),
+        pytest.param(
+            Riesz(-1.5, shift=0.2), lambda t: -((0.2 + t**2) ** 0.75), marks=pytest.mark.long
+        ),
+        pytest.param(Laplace(0.02), lambda t: (-0.02 * t).exp(), marks=pytest.mark.long),
         (Laplace(3.0), lambda t: (-3 * t).exp()),
     ],
     ids=["s=-1.9", "s=-0.5", "log", "s=1", "s=2", "s=-1.5", "wide", "Laplace"],
