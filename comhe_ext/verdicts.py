@@ -37,8 +37,9 @@ from comhe_ext.samples import integers, sample_columns, sample_difference, sampl
 if TYPE_CHECKING:  # imports Triton
     from comhe_ext.kernels.gpu.variant import Variant
 
-# for these the kernels have been compiled and their machine code executed in an emulator; others
-# have only been compiled, and are served once `comhe-ext check` has passed
+# for these the kernels of sets have been compiled and their machine code executed in an emulator,
+# those of cross sets, nearest rows and two spaces only compiled; the others of both only compiled,
+# and they are served once `comhe-ext check` has passed
 SERVED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 SERVED_ONCE_CHECKED = ("sm_100", "sm_103", "gfx942", "gfx90a", "gfx950")
 # relative errors

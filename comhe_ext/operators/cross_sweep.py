@@ -54,18 +54,7 @@ class _Cross(NamedTuple):
         arguments: Sequence[Any],
     ) -> "_Cross":
         options = SweepOptions.of(arguments)
-        check_rows("rows", rows, (3,))
-        check_rows("columns", columns, (3,))
-        check_device("columns", columns, "rows", rows)
-        if rows.shape[0] != columns.shape[0] or rows.shape[2] != columns.shape[2]:
-            raise ValueError(
-                "`columns` must have as many sets and as wide rows as `rows`, got "
-                f"{tuple(columns.shape)} and {tuple(rows.shape)}"
-            )
-        check_ids("row_ids", row_ids, "rows", rows)
-        check_ids("column_ids", column_ids, "columns", columns)
-        if (row_ids is None) != (column_ids is None):
-            raise ValueError("`row_ids` and `column_ids` must be given together")
+        check_columns(rows, columns, row_ids, column_ids)
         if weights is not None:
             check_device("weights", weights, "rows", rows)
             if weights.shape != rows.shape[:2] or not weights.is_floating_point():
@@ -111,7 +100,25 @@ class _Cross(NamedTuple):
         ]
 
 
-def check_ids(name: str, ids: Tensor | None, other: str, like: Tensor) -> None:
+def check_columns(
+    rows: Tensor, columns: Tensor, row_ids: Tensor | None, column_ids: Tensor | None
+) -> None:
+    """Refuse columns that rows [B, N, k] cannot meet, and ids that do not belong to them."""
+    check_rows("rows", rows, (3,))
+    check_rows("columns", columns, (3,))
+    check_device("columns", columns, "rows", rows)
+    if rows.shape[0] != columns.shape[0] or rows.shape[2] != columns.shape[2]:
+        raise ValueError(
+            "`columns` must have as many sets and as wide rows as `rows`, got "
+            f"{tuple(columns.shape)} and {tuple(rows.shape)}"
+        )
+    _check_ids("row_ids", row_ids, "rows", rows)
+    _check_ids("column_ids", column_ids, "columns", columns)
+    if (row_ids is None) != (column_ids is None):
+        raise ValueError("`row_ids` and `column_ids` must be given together")
+
+
+def _check_ids(name: str, ids: Tensor | None, other: str, like: Tensor) -> None:
     """Refuse ids that are not int32, one a row."""
     if ids is None:
         return
@@ -144,17 +151,17 @@ def _cross_sweep(
     outputs = _empty(rows, columns, cross.dtype, gradient, row_energies)
     if rows.shape[0] == 0 or rows.shape[1] == 0 or columns.shape[1] == 0:
         return tuple(x.zero_() for x in outputs)
+    requests = cross.requests(gradient, row_energies)
     name = cross.options.backend
     if name == backends.AUTO:
         pair, width = cross.options.pair, rows.shape[2]
         name = backends.choose(None, pair, rows.device, cross.dtype, width, "cross")
-        first = next(iter(cross.requests(gradient, row_energies)))
-        if name == "triton" and not trusted(first):
+        if name == "triton" and not trusted(requests[0]):
             name = "torch"
     if name == "torch":
         refuse_capture(rows.device)
     backend = backends.load(name)
-    for index, request in enumerate(cross.requests(gradient, row_energies)):
+    for index, request in enumerate(requests):
         energy, rows_gradient, columns_gradient, energies = backend.sweep(request)
         results = energy.squeeze(0), energies, rows_gradient, columns_gradient
         for output, result in zip(outputs, results, strict=True):

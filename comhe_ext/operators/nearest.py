@@ -17,10 +17,9 @@ from comhe_ext import backends
 from comhe_ext.kernels.pair_functions import PairFunction
 from comhe_ext.kernels.portable.near_pairs import MAYBE_MULTIPLES, are_multiples
 from comhe_ext.kernels.sweep import NearestRequest
-from comhe_ext.operators.cross_sweep import check_ids
+from comhe_ext.operators.cross_sweep import check_columns
 from comhe_ext.operators.library import (
     LIBRARY,
-    check_device,
     check_rows,
     compute_dtype,
     define,
@@ -40,19 +39,12 @@ def _check(
     column_ids: Tensor | None,
     backend: str,
 ) -> None:
-    check_rows("rows", rows, (3,))
     if columns is not None:
-        check_rows("columns", columns, (3,))
-        check_device("columns", columns, "rows", rows)
-        if rows.shape[0] != columns.shape[0] or rows.shape[2] != columns.shape[2]:
-            raise ValueError(
-                "`columns` must have as many sets and as wide rows as `rows`, got "
-                f"{tuple(columns.shape)} and {tuple(rows.shape)}"
-            )
-        check_ids("column_ids", column_ids, "columns", columns)
-    check_ids("row_ids", row_ids, "rows", rows)
-    if (row_ids is None) != (column_ids is None):
-        raise ValueError("`row_ids` and `column_ids` must be given together, of rows and columns")
+        check_columns(rows, columns, row_ids, column_ids)
+    else:
+        check_rows("rows", rows, (3,))
+        if row_ids is not None or column_ids is not None:
+            raise ValueError("`row_ids` and `column_ids` need `columns`")
     if backend not in ("torch", backends.AUTO):
         error = backends.misfit(backend, None, rows.dtype, rows.shape[2], "nearest")
         if error is not None:
