@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .direct import TILES_PER_SUM, add_sums, add_tile, load_tile, zero_sums
+from .direct import TILES_PER_SUM, add_sums, add_tile, load_tile, store_totals, zero_sums
 from .pair_terms import PairConstants
 from .plan import Plan, Slots, Tiles, load_item
 from .sides import Side, load_ids, met_pairs
@@ -51,19 +51,7 @@ def cross_direct_kernel(
             sums = add_tile(sums, row_tile, columns, mask, pair, WITH_FORCE, True, K, weights)
         totals = add_sums(totals, sums, WITH_FORCE, K)
 
-    total_energy, total_axial, total_force = totals
-    heads, _, deficit_m = row_tile
-    out = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(slots.energy + out, (total_energy * value_unit).to(tl.float32))
-    if WITH_FORCE:
-        # only the part of the force across v_i goes into a slot
-        along = nothing
-        for column in tl.static_range(K):
-            along += total_force[column] * heads[column].to(tl.float64)
-        tl.store(slots.axial + out, ((total_axial + along) * deficit_m).to(tl.float32))
-        for column in tl.static_range(K):
-            tangent = total_force[column] - along * heads[column].to(tl.float64)
-            tl.store(slots.force + out * K + column, tangent.to(tl.float32))
+    store_totals(totals, row_tile, slots, slot, value_unit, WITH_FORCE, K, BLOCK_M)
 
 
 def cross_direct(

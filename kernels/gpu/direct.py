@@ -122,6 +122,32 @@ def add_sums(totals, sums, WITH_FORCE: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def store_totals(
+    totals,
+    row_tile,
+    slots,
+    slot,
+    value_unit,
+    WITH_FORCE: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Store energy, axial sum and force of a row tile in a slot: of the force the part across v."""
+    total_energy, total_axial, total_force = totals
+    heads, _, deficit_m = row_tile
+    out = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tl.store(slots.energy + out, (total_energy * value_unit).to(tl.float32))
+    if WITH_FORCE:
+        along = tl.zeros((BLOCK_M,), dtype=tl.float64)
+        for column in tl.static_range(K):
+            along += total_force[column] * heads[column].to(tl.float64)
+        tl.store(slots.axial + out, ((total_axial + along) * deficit_m).to(tl.float32))
+        for column in tl.static_range(K):
+            tangent = total_force[column] - along * heads[column].to(tl.float64)
+            tl.store(slots.force + out * K + column, tangent.to(tl.float32))
+
+
+@triton.jit
 def direct_kernel(
     rows,
     items_ptr,
@@ -168,18 +194,7 @@ def direct_kernel(
             sums = add_tile(sums, row_tile, columns, True, pair, WITH_FORCE, False, K)
         totals = add_sums(totals, sums, WITH_FORCE, K)
 
-    total_energy, total_axial, total_force = totals
-    heads, _, deficit_m = row_tile
-    out = slot.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(slots.energy + out, (total_energy * value_unit).to(tl.float32))
-    if WITH_FORCE:
-        along = nothing
-        for column in tl.static_range(K):
-            along += total_force[column] * heads[column].to(tl.float64)
-        tl.store(slots.axial + out, ((total_axial + along) * deficit_m).to(tl.float32))
-        for column in tl.static_range(K):
-            tangent = total_force[column] - along * heads[column].to(tl.float64)
-            tl.store(slots.force + out * K + column, tangent.to(tl.float32))
+    store_totals(totals, row_tile, slots, slot, value_unit, WITH_FORCE, K, BLOCK_M)
 
 
 def direct(
