@@ -8,7 +8,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import comhe_ext
-from comhe_ext import Gaussian, Riesz, backends, pair_energy
+from comhe_ext import Gaussian, Riesz, pair_energy
 from comhe_ext.testing import random_rows, relative_error
 
 pytestmark = [
@@ -42,10 +42,6 @@ def dense(rows, columns, pair, met=None, reduction="mean"):
     return total.sum() / (met.sum() * len(ends)).clamp_min(1)
 
 
-def usable(backend):
-    return backend == "torch" or backends.load(backend).OFFERS.cross
-
-
 def met_of(row_ids, column_ids):
     return row_ids[:, None] != column_ids
 
@@ -54,8 +50,6 @@ def met_of(row_ids, column_ids):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("pair", [Riesz(2.0), Riesz(0.0), Riesz(1.5), Gaussian(2.0)], ids=str)
 def test_it_is_the_definition(pair, reduction, space, backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so: see the next test")
     pair = replace(pair, **space)
     rows, columns = random_rows(37, 20, device=device), random_rows(90, 20, seed=1, device=device)
     row_ids = torch.arange(37, device=device) % 11
@@ -82,19 +76,25 @@ def test_it_is_the_definition(pair, reduction, space, backend, device):
         assert relative_error(gradient, true) <= 5e-6
 
 
-def test_a_backend_without_the_kernel_is_refused_by_name():
-    names = [name for name in ("cpu", "triton") if backends.unavailable(name) is None]
-    for name in names:
-        if usable(name):
-            continue
-        with pytest.raises(ValueError, match="no kernel for rows against columns"):
-            pair_energy(torch.ones(2, 3), torch.ones(2, 3), backend=name)
+def test_a_backend_without_the_kernel_is_refused_by_name(monkeypatch):
+    binding = pytest.importorskip("comhe_ext.kernels.cpu.binding")
+    if binding.unavailable() is not None:
+        pytest.skip(binding.unavailable())
+    monkeypatch.setattr(binding, "OFFERS", binding.OFFERS._replace(cross=False, nearest=False))
+    rows = random_rows(6, 3)
+    with pytest.raises(ValueError, match="'cpu' has no kernel for rows against columns"):
+        pair_energy(rows, rows, backend="cpu")
+    with pytest.raises(ValueError, match="'cpu' has no kernel for the nearest rows"):
+        comhe_ext.nearest(rows, backend="cpu")
+    # where nobody asks for it, the portable backend serves
+    numbers = torch.arange(6)
+    energy = pair_energy(rows, rows, row_ids=numbers, column_ids=numbers)
+    assert relative_error(energy, pair_energy(rows)) <= 1e-6
+    assert torch.equal(comhe_ext.nearest(rows)[1], comhe_ext.nearest(rows, backend="torch")[1])
 
 
 @pytest.mark.parametrize("half_space", [False, True])
 def test_against_themselves_they_are_the_set(half_space, backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
     rows = random_rows(50, 12, dtype=torch.float32, device=device)
     numbers, pair = torch.arange(50, device=device), Riesz(1.0, half_space=half_space)
     options = {"reduction": "sum", "backend": backend}
@@ -108,8 +108,6 @@ def test_against_themselves_they_are_the_set(half_space, backend, device):
 @pytest.mark.parametrize("eps", [0.0, 0.1])
 @pytest.mark.parametrize("space", SPACES, ids=str)
 def test_row_energies_of_a_set_add_up_to_its_energy(space, eps, backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
     rows, pair = random_rows(60, 10, device=device), Riesz(2.0, **space)
     rows[7] = 0.0
     rows.requires_grad_()
@@ -139,8 +137,6 @@ def test_derivatives_in_both_modes(reduction, space):
 
 
 def test_derivatives_in_one_side_alone(backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
     rows, columns = random_rows(9, 5, device=device), random_rows(8, 5, seed=1, device=device)
     both = [x.clone().requires_grad_() for x in (rows, columns)]
     expected = torch.autograd.grad(pair_energy(*both, backend=backend), both)
@@ -184,8 +180,6 @@ def test_third_derivatives_raise():
 
 
 def test_batches_are_sets_of_their_own(backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
     rows = random_rows(3 * 7, 5, device=device).view(3, 7, 5)
     columns = random_rows(3 * 4, 5, seed=1, device=device).view(3, 4, 5)
     ids = {
@@ -207,8 +201,6 @@ def test_batches_are_sets_of_their_own(backend, device):
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_without_pairs_all_is_zero(shape, reduction, backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
     points = [torch.ones(n, 4, device=device, requires_grad=True) for n in shape]
     energy = pair_energy(*points, reduction=reduction, backend=backend)
     assert torch.equal(energy, torch.zeros_like(energy))
@@ -218,8 +210,6 @@ def test_without_pairs_all_is_zero(shape, reduction, backend, device):
 
 
 def test_ids_that_leave_nothing(backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
     rows = random_rows(5, 4, device=device).requires_grad_()
     same = torch.full((5,), 7, device=device)
     energy = pair_energy(rows, rows, row_ids=same, column_ids=same, backend=backend)
@@ -229,8 +219,6 @@ def test_ids_that_leave_nothing(backend, device):
 
 
 def test_ids_may_be_any_integers(backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
     rows = random_rows(6, 4, device=device)
     small = torch.tensor([0, 1, 0, 2, 1, 3], device=device)
     large = torch.tensor([-(2**62), 5, -(2**62), 2**62, 5, 2**33], device=device)
@@ -243,8 +231,6 @@ def test_ids_may_be_any_integers(backend, device):
 
 
 def test_near_rows_and_columns_are_exact(backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
     rows = random_rows(30, 20, dtype=torch.float64)
     columns = rows + 1e-3 * random_rows(30, 20, seed=1, dtype=torch.float64)
     points = [x.float().to(device).requires_grad_() for x in (rows, columns)]
@@ -261,8 +247,6 @@ def test_near_rows_and_columns_are_exact(backend, device):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_nan_comes_out(reduction, backend, device):
-    if not usable(backend):
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
     rows, columns = random_rows(5, 4, device=device), random_rows(6, 4, seed=1, device=device)
     rows[2, 1] = torch.nan
     energy = pair_energy(rows, columns, reduction=reduction, backend=backend)

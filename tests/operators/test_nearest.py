@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from comhe_ext import backends, nearest
+from comhe_ext import nearest
 from comhe_ext.testing import paired_rows, random_rows, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
@@ -39,16 +39,10 @@ def check(found, rows, columns=None, half_space=False, met=None):
     return least
 
 
-def skip_without(backend):
-    if backend != "torch" and not backends.load(backend).OFFERS.nearest:
-        pytest.skip(f"backend {backend} has no kernel for it, and says so")
-
-
 @pytest.mark.parametrize("half_space", [False, True])
 @pytest.mark.parametrize("size", [2, 3, 97, 600])
 @pytest.mark.parametrize("k", [2, 8, 20, 130])
 def test_it_is_the_definition(k, size, half_space, backend, device):
-    skip_without(backend)
     rows = random_rows(size, k, device=device)
     distance, index = nearest(rows, half_space=half_space, backend=backend)
     check((distance, index), rows, half_space=half_space)
@@ -60,7 +54,6 @@ def test_it_is_the_definition(k, size, half_space, backend, device):
 
 @pytest.mark.parametrize("half_space", [False, True])
 def test_among_columns_and_ids(half_space, backend, device):
-    skip_without(backend)
     rows, columns = random_rows(70, 12, device=device), random_rows(300, 12, seed=1, device=device)
     row_ids, column_ids = torch.arange(70, device=device) % 7, torch.arange(300, device=device) % 9
     for ids, met in (
@@ -74,7 +67,6 @@ def test_among_columns_and_ids(half_space, backend, device):
 @pytest.mark.parametrize("angle", [1e-2, 1e-4, 1e-6])
 @pytest.mark.parametrize("antipodal", [False, True])
 def test_near_rows_are_told_apart(angle, antipodal, backend, device):
-    skip_without(backend)
     # each of the first 8 has its twin among the last
     rows = paired_rows(400, 20, angle, antipodal=antipodal, device=device)
     distance, index = nearest(rows, half_space=antipodal, backend=backend)
@@ -91,7 +83,6 @@ def test_near_rows_are_told_apart(angle, antipodal, backend, device):
 @pytest.mark.parametrize("half_space", [False, True])
 @pytest.mark.parametrize("factor", [1.0, 4.0, 0.5])
 def test_equals_have_the_lowest_index_and_no_gradient(factor, half_space, backend, device):
-    skip_without(backend)
     rows = random_rows(40, 8, device=device)
     rows[30] = factor * rows[5]
     rows[20] = (-2.0 if half_space else 2.0) * rows[5]
@@ -124,7 +115,6 @@ def test_the_distance_has_all_derivatives(half_space, angular, eps):
 
 
 def test_dead_rows_are_orthogonal_to_all(backend, device):
-    skip_without(backend)
     rows = torch.tensor([[1.0, 0, 0], [0, 0, 0], [-1.0, 0.1, 0]], device=device).requires_grad_()
     distance, index = nearest(rows, backend=backend)
     assert index.tolist() == [1, 0, 1]
@@ -135,7 +125,6 @@ def test_dead_rows_are_orthogonal_to_all(backend, device):
 
 
 def test_who_meets_nobody(backend, device):
-    skip_without(backend)
     for arguments in (
         (torch.ones(1, 3, device=device),),
         (torch.ones(2, 3, device=device), torch.ones(0, 3, device=device)),
@@ -154,7 +143,6 @@ def test_who_meets_nobody(backend, device):
 
 
 def test_nan_reaches_those_that_meet_it(backend, device):
-    skip_without(backend)
     rows = random_rows(6, 4, device=device)
     rows[2, 0] = torch.nan
     assert nearest(rows, backend=backend)[0].isnan().all()
@@ -170,7 +158,6 @@ def test_nan_reaches_those_that_meet_it(backend, device):
 
 
 def test_batches_are_sets_of_their_own(backend, device):
-    skip_without(backend)
     rows = random_rows(4 * 9, 5, device=device).view(4, 9, 5)
     distance, index = nearest(rows, backend=backend)
     for one, d, i in zip(rows, distance, index, strict=True):
@@ -194,7 +181,6 @@ def test_compile_full_graph(dynamic):
 
 
 def test_half_precision_finds_the_same_as_its_own_values(backend, device):
-    skip_without(backend)
     for dtype in (torch.float16, torch.bfloat16):
         rows = random_rows(50, 12, dtype=dtype, device=device)
         check(nearest(rows, backend=backend), rows)
