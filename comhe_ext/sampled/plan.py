@@ -11,7 +11,14 @@ from comhe_ext.kernels.pair_functions import PairFunction
 from comhe_ext.operators.rows import unit_rows
 from comhe_ext.progress import bar
 from comhe_ext.sampled.near_list import NearList, find_near
-from comhe_ext.sampled.polynomials import MAX_DEGREE, Polynomial, fit, histogram_of
+from comhe_ext.sampled.polynomials import (
+    MAX_DEGREE,
+    Numbers,
+    Polynomial,
+    fit,
+    histogram_of,
+    remembered,
+)
 
 # random pairs that a polynomial is fitted to
 FITTED_PAIRS = 200_000
@@ -38,6 +45,7 @@ class SamplingPlan:
         self.cosines = cosines
         self.listed = listed
         self.num_rows = num_rows
+        self._fitted: dict[Any, Numbers] = {}
 
     @classmethod
     def from_rows(
@@ -83,6 +91,7 @@ class SamplingPlan:
         """
         looked_at = _looked_at(rows, self.trees, generator, progress)
         self.cosines, self.listed, self.num_rows = looked_at
+        self._fitted.clear()
 
     def check(self, rows: Tensor) -> None:
         """Refuse rows that the list cannot belong to."""
@@ -93,7 +102,7 @@ class SamplingPlan:
 
     def polynomial(self, pair: PairFunction) -> Polynomial | None:
         """Fit the polynomial that stands for a pair function; None for degree 0."""
-        return fit(pair, self.cosines, self.degree)
+        return remembered(self._fitted, pair, lambda: fit(pair, self.cosines, self.degree))
 
     def on(self, device: torch.device) -> NearList:
         """Return the list on a device, and keep it there."""
@@ -118,6 +127,7 @@ class SamplingPlan:
         self.degree, self.trees = state["degree"], state["trees"]
         self.cosines = state["cosines"].to("cpu", torch.float64)
         self.listed, self.num_rows = NearList(*state["listed"]), state["num_rows"]
+        self._fitted.clear()
 
     def __repr__(self) -> str:
         return (

@@ -8,7 +8,7 @@ visited: O(N k^d) for degree d. There is no constant term, for the number of pai
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -96,9 +96,41 @@ def histogram_of(cosines: Tensor) -> Tensor:
 
 def uniform_polynomial(pair: PairFunction, dim: int) -> Polynomial | None:
     """Fit to independent random directions in `dim` dimensions: unbiased whatever the rows."""
-    # the density of their cosines, (1 - c^2)^((dim - 3) / 2)
-    density = (1.0 - bin_centers().square()).pow((max(dim, 2) - 3) / 2.0)
-    return fit(pair, density, DEGREE)
+    return remembered(_UNIFORM, (pair, dim), lambda: fit(pair, _density(dim), DEGREE))
+
+
+def _density(dim: int) -> Tensor:
+    # of the cosines, (1 - c^2)^((dim - 3) / 2)
+    return (1.0 - bin_centers().square()).pow((max(dim, 2) - 3) / 2.0)
+
+
+# what a polynomial is kept as: numbers, which belong to no mode or transform that made them
+Numbers: TypeAlias = tuple[tuple[int, ...], list[float]] | None
+_UNIFORM: dict[Any, Numbers] = {}
+MOST_REMEMBERED = 256
+
+
+def remembered(
+    known: dict[Any, Numbers], key: Any, make: Callable[[], Polynomial | None]
+) -> Polynomial | None:
+    """Make a polynomial once for each key: a fit takes longer than the blocks of a small layer.
+
+    Under torch.compile and the transforms of torch.func, whose tensors have no numbers to keep, it
+    is made anew.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return make()
+    if key not in known:
+        if len(known) >= MOST_REMEMBERED:
+            known.clear()
+        made = make()
+        known[key] = None if made is None else (made.powers, [float(x) for x in made.coefficients])
+    numbers = known[key]
+    if numbers is None:
+        return None
+    powers, coefficients = numbers
+    tensor = torch.tensor(coefficients, dtype=torch.float32, device="cpu")
+    return Polynomial(powers, tensor.unbind())
 
 
 # --- sums over pairs ------------------------------------------------------------------------------
