@@ -168,11 +168,13 @@ def exact_energy_and_gradient(
     reduction: str = "mean",
     eps: float = 0.0,
     min_distance: float = 1e-3,
+    function: Callable[[Tensor], Tensor] | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the energy [] of `points` [N, k] and its gradient [N, k] in float64, for large N.
 
-    The same numbers as `hyperspherical_energy`, a chunk of rows at a time: O(N chunk) memory.
+    The same numbers as `hyperspherical_energy`, or as `pair_energy` where a `function` of the
+    distance is given in place of Riesz', a chunk of rows at a time: O(N chunk) memory.
     Distances come from differences of rows, too, and the pair function's slope from autograd.
     Summing with matrix products costs the gradient of a pair at t radians about 1e-16 / t, so the
     nearest pairs, multiples of one row among them, are summed one by one.
@@ -187,7 +189,7 @@ def exact_energy_and_gradient(
     def pair_function(near: Tensor, far: Tensor) -> Tensor:
         root = _sqrt(near)
         distance = 2 * torch.atan2(root, _sqrt(far)) if angular else root
-        return _pair_function(distance, s, min_distance)
+        return function(distance) if function else _pair_function(distance, s, min_distance)
 
     n = p.shape[0]
     count = n * (2 * n - 1) if half_space else n * (n - 1) // 2

@@ -64,10 +64,8 @@ def truth_of(pair, definition, points, eps):
     """The same of any pair function, given its definition in terms of the distance."""
     key = (points.numpy().tobytes(), points.shape[1], pair, eps)
     if key not in _TRUTHS:
-        exact = points.double().requires_grad_()
-        space = dict(half_space=pair.half_space, angular=pair.angular)
-        energy = reference.pair_energy(exact, definition, **space, eps=eps)
-        _TRUTHS[key] = energy.detach(), *torch.autograd.grad(energy, exact)
+        options = dict(half_space=pair.half_space, angular=pair.angular, eps=eps)
+        _TRUTHS[key] = exact_energy_and_gradient(points, function=definition, **options)
     return _TRUTHS[key]
 
 

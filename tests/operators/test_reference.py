@@ -209,3 +209,17 @@ def test_energy_in_chunks_is_the_same(options):
     assert relative_error(energy, expected) < 1e-14
     # float64's rounding over the angle of the closest pairs, 1e-3
     assert relative_error(gradient, expected_gradient) < 1e-12
+
+
+def test_energy_of_any_function_in_chunks_is_the_same():
+    rows = paired_rows(41, 5, 1e-3).double().requires_grad_()
+    options = dict(half_space=True, angular=True)
+
+    def laplace(distance):
+        return (-3 * distance).exp()
+
+    expected = reference.pair_energy(rows, laplace, **options)
+    (expected_gradient,) = torch.autograd.grad(expected, rows)
+    energy, gradient = exact_energy_and_gradient(rows, function=laplace, **options, chunk=10)
+    assert relative_error(energy, expected) < 1e-14
+    assert relative_error(gradient, expected_gradient) < 1e-12
