@@ -1,0 +1,152 @@
+"""Train on CIFAR-100 with and without the regularizers.
+
+    python -m bench.training tune small --images FOLDER     choose each method's settings
+    python -m bench.training run small --images FOLDER      the comparison, with the chosen ones
+    python -m bench.training report small                   its table, differences and pictures
+    python -m bench.training one --images FOLDER --method RP-CoMHE --weight 10 ...
+
+Each call goes on where an interrupted one stopped; several processes share the runs.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench.training import data, report, tuning
+from bench.training.methods import METHODS
+from bench.training.plans import PLANS
+from bench.training.runs import Setting, train
+
+RESULTS = Path(__file__).parents[1] / "results" / "training"
+
+
+@lru_cache(maxsize=1)
+def _images(folder: Path, size: int) -> tuple[data.Images, data.Images]:
+    return data.load(folder, size)
+
+
+def _run(setting: Setting, images: Path, folder: Path) -> list[dict[str, Any]]:
+    """Train in a process of a pool: one thread, so that the runs beside it keep theirs."""
+    torch.set_num_threads(1)
+    return train(setting, lambda: _images(images, setting.size), folder)
+
+
+def run_all(
+    settings: Sequence[Setting], images: Path, folder: Path, jobs: int
+) -> list[list[dict[str, Any]]]:
+    """Train in all `settings`, `jobs` at a time, with a progress bar; return the lines of each."""
+    bar = tqdm(total=len(settings), unit="run", disable=None, desc=folder.name)
+    with (
+        bar,
+        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        runs = [pool.submit(_run, setting, images, folder) for setting in settings]
+        for run in runs:
+            run.add_done_callback(lambda _: bar.update())
+        return [run.result() for run in runs]
+
+
+def tune(options: argparse.Namespace) -> None:
+    folder = options.results / options.plan
+    chosen = tuning.tune(
+        PLANS[options.plan],
+        lambda settings: run_all(settings, options.images, folder / "tuning", options.jobs),
+    )
+    tuning.write(chosen, folder / "chosen.json")
+    print(report.as_text(tuning.table(chosen)))
+
+
+def run(options: argparse.Namespace) -> None:
+    plan, folder = PLANS[options.plan], options.results / options.plan
+    source = options.results / (options.plan if plan.tuning_seeds else "small") / "chosen.json"
+    if not source.exists():
+        sys.exit(f"{source} is missing: run `python -m bench.training tune {source.parent.name}`")
+    settings = tuning.settings(plan, tuning.read(source))
+    run_all(settings, options.images, folder / "runs", options.jobs)
+    report.report(folder)
+
+
+def one(options: argparse.Namespace) -> None:
+    given = {field.name: getattr(options, field.name) for field in fields(Setting)}
+    setting = Setting(**given)
+    with tqdm(total=setting.epochs, unit="epoch", disable=None, desc=setting.name) as bar:
+
+        def show(line: dict[str, Any]) -> None:
+            bar.update()
+            bar.set_postfix(loss=line["loss"], train_error=line["train_error"])
+
+        lines = train(
+            setting, lambda: _images(options.images, setting.size), options.results / "one", show
+        )
+    print({key: value for key, value in lines[-1].items() if key not in given})
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, call: Callable[[argparse.Namespace], None], help: str) -> Any:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(call=call)
+        command.add_argument(
+            "--results", type=Path, default=RESULTS, help="folder of results, %(default)s"
+        )
+        return command
+
+    for name, call, help in (
+        ("tune", tune, "Choose each method's settings on validation images."),
+        ("run", run, "Train with the chosen settings and the seeds of the plan."),
+    ):
+        command = add(name, call, help)
+        command.add_argument("plan", choices=PLANS)
+        command.add_argument("--images", type=Path, required=True, help="folder of CIFAR-100")
+        command.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    command = add(
+        "report",
+        lambda options: report.report(options.results / options.plan),
+        "Make the table, the differences and the pictures of a plan's runs.",
+    )
+    command.add_argument("plan", choices=PLANS)
+    command = add("one", one, "Train once.")
+    command.add_argument("--images", type=Path, required=True, help="folder of CIFAR-100")
+    for field in fields(Setting):
+        choices = {"method": METHODS}.get(field.name)
+        command.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default) if not isinstance(field.default, bool) else _flag,
+            default=field.default,
+            choices=choices,
+            help="%(default)s" if choices is None else None,
+        )
+    return parser
+
+
+def _flag(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError("must be yes or no")
+    return text == "yes"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
+    try:
+        options.call(options)
+    except (FileNotFoundError, ValueError) as problem:
+        sys.exit(str(problem))
+
+
+if __name__ == "__main__":
+    main()

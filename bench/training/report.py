@@ -1,0 +1,171 @@
+"""The table, the paired differences and the pictures of a plan's runs."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from bench.training.plans import HELD, NONE
+from bench.training.runs import read_lines
+
+CONFIDENCE = 0.95
+
+
+def load(folder: Path) -> pd.DataFrame:
+    """Read the lines of all runs in `folder`, one row an epoch.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file)]
+    if not lines:
+        raise FileNotFoundError(f"no runs in {folder}")
+    frame = pd.DataFrame(lines)
+    # the layers' mean
+    for name in ("energies", "norms"):
+        frame[name] = [np.mean(list(x.values())) if isinstance(x, dict) else np.nan
+                       for x in frame[name]]  # fmt: skip
+    return frame
+
+
+def last_epochs(frame: pd.DataFrame) -> pd.DataFrame:
+    """Take the last line of the runs that came to their end."""
+    return frame[frame.epoch == frame.epochs]
+
+
+def summary(last: pd.DataFrame) -> pd.DataFrame:
+    """Average each method over its seeds, in the order of the mean error; deviations of a run."""
+    groups = last.groupby("method", sort=False)
+    table = pd.DataFrame(
+        {
+            "runs": groups.size(),
+            "test error, %": groups.test_error.mean(),
+            "deviation": groups.test_error.std(),
+            "training error, %": groups.train_error.mean(),
+            "energy": groups.energies.mean(),
+            "row norm": groups.norms.mean(),
+            "step, ms": groups.step_ms.median(),
+            "of it the method, ms": groups.penalty_ms.median(),
+            "lr": groups.lr.first(),
+            "weight decay": groups.weight_decay.first(),
+            "weights": groups.weight.first().map("{:g}".format)
+            + " / "
+            + groups.output_weight.first().map("{:g}".format),
+        }
+    )
+    return table.sort_values("test error, %").reset_index()
+
+
+def differences(last: pd.DataFrame) -> pd.DataFrame:
+    """Compare each method with "none" and with "norms held", seed by seed.
+
+    The interval is Student's, of one comparison. `differs` is after Holm's correction over all of
+    them: the k-th smallest of m values of p must not be above (1 - confidence) / (m - k + 1), nor
+    any before it.
+    """
+    errors = last.pivot(index="seed", columns="method", values="test_error")
+    rows = []
+    for control in (NONE, HELD):
+        for method in errors.columns:
+            if control not in errors or method == control or (control, method) == (HELD, NONE):
+                continue
+            paired = (errors[method] - errors[control]).dropna()
+            if len(paired) < 2:
+                continue
+            test = stats.ttest_1samp(paired, 0.0)
+            low, high = test.confidence_interval(CONFIDENCE)
+            rows.append(
+                {
+                    "method": method,
+                    "compared with": control,
+                    "seeds": len(paired),
+                    "difference, %": paired.mean(),
+                    "low": low,
+                    "high": high,
+                    "p": test.pvalue,
+                }
+            )
+    table = pd.DataFrame(
+        rows,
+        columns=["method", "compared with", "seeds", "difference, %", "low", "high", "p"],
+    )
+    order = table.p.sort_values().index
+    allowed = [(1 - CONFIDENCE) / (len(order) - place) for place in range(len(order))]
+    holds = (table.p[order].to_numpy() <= allowed).cumprod().astype(bool)
+    table["differs"] = pd.Series(holds, index=order, dtype=object).map({True: "yes", False: "no"})
+    return table
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """Write a table as Markdown."""
+    return table.to_markdown(index=False, floatfmt=".4g")
+
+
+def report(folder: Path) -> None:
+    """Print the tables of the runs in `folder`, and write them and the pictures into it."""
+    frame = load(folder / "runs")
+    last = last_epochs(frame)
+    parts = [as_text(summary(last)), as_text(differences(last))]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    print("\n\n".join(parts))
+    for name, picture in (
+        ("errors", error_picture(last)),
+        ("energies", energy_picture(frame)),
+        ("widths", width_picture(last)),
+    ):
+        if picture is not None:
+            picture.savefig(folder / f"{name}.png", dpi=120)
+            plt.close(picture)
+
+
+def error_picture(last: pd.DataFrame) -> Figure:
+    """Draw each run's test error, and each method's mean."""
+    order = list(summary(last).method)[::-1]
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(order) + 1), layout="constrained")
+    for place, method in enumerate(order):
+        errors = last.test_error[last.method == method]
+        axes.plot(errors, [place] * len(errors), "o", alpha=0.5, color="tab:blue")
+        axes.plot(errors.mean(), place, "|", markersize=18, color="black")
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlabel("test error, %: each run, and the mean")
+    return figure
+
+
+def energy_picture(frame: pd.DataFrame) -> Figure:
+    """Draw the mean energy of the layers over the training, a line a method."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    seen = frame.dropna(subset="energies")
+    ends = []
+    for method, lines in seen.groupby("method", sort=False):
+        curve = lines.groupby("epoch").energies.mean()
+        (line,) = axes.plot(curve.index, curve, label=method)
+        ends.append((curve.iloc[-1], method, line.get_color(), curve.index[-1]))
+    # a label at the end of its line, moved up where it would cover the one below
+    low, high = axes.get_ylim()
+    place = -np.inf
+    for value, method, color, epoch in sorted(ends):
+        place = max(value, place + 0.05 * (high - low))
+        axes.annotate(method, (epoch, place), color=color, xytext=(4, 0), va="center",
+                      textcoords="offset points", annotation_clip=False)  # fmt: skip
+    axes.margins(x=0.01)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("energy, the layers' mean")
+    return figure
+
+
+def width_picture(last: pd.DataFrame) -> Figure | None:
+    """Draw the mean test error against the width, where there are several."""
+    if last.width.nunique() < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for method, runs in last.groupby("method", sort=False):
+        errors = runs.groupby("width").test_error
+        axes.errorbar(errors.mean().index, errors.mean(), errors.std(), label=method, capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("channels of the first stage, logarithmic")
+    axes.set_ylabel("test error, %, with the deviation of a run")
+    axes.legend(frameon=False)
+    return figure
