@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,10 +45,11 @@ def minimum_energy_(
         for step in range(steps):    # by SGD with momentum and a cosine schedule
             energy = compressive_energy(weight, random_projection(20, 40, d), half_space=True)
 
-    The rows keep their lengths; rows of zero norm stay as they are. Rows of at most `dim` columns
-    are not projected. Fresh projections are drawn each step. What is minimized is N/2 times the
-    mean energy, so that the step of a row, relative to its length, does not depend on N. `weight`
-    is written once, at the end: a call that fails or is interrupted leaves it unchanged.
+    The rows keep their lengths; rows of zero norm stay as they are. Fresh projections are drawn
+    each step. What is minimized is N/2 times the mean energy, so that the step of a row, relative
+    to its length, does not depend on N. Rows of at most `dim` columns are not projected, and their
+    energy is minimized by L-BFGS. `weight` is written once, at the end: a call that fails or is
+    interrupted leaves it unchanged.
 
     Args:
         weight: [N, d], or [N, ...] of a convolution, whose rows are its filters; float16, bfloat16,
@@ -58,10 +59,11 @@ def minimum_energy_(
         dim: k, the dimension projected to.
         s, half_space: see `comhe_ext.hyperspherical_energy`.
         steps: at most.
-        lr: of the first step; it falls to 0 as half a cosine.
+        lr: of the first step of SGD; it falls to 0 as half a cosine.
         momentum: of SGD.
         patience, tolerance: stop when `patience` steps together lower the mean energy by less than
-            `tolerance` times the whole decrease so far; tolerance 0 never stops early.
+            `tolerance` times the whole decrease so far; tolerance 0 never stops early, L-BFGS only
+            where the energy falls no more.
         generator: source of the projections, on the device of `weight`.
         progress: show a progress bar, a string is its title; needs the package tqdm.
         options: `pair`, any pair function, in place of `s`, `angular` and `min_distance`; and all
@@ -78,7 +80,8 @@ def minimum_energy_(
         RuntimeError: `weight` is expanded: several of its elements are one number in memory.
 
     Note:
-        Memory: four times that of `weight`, in float32, and 2 C N k numbers.
+        Memory: four times that of `weight`, in float32, and 2 C N k numbers; without a projection
+        twenty times that of `weight`.
 
     Source: RP-CoMHE of Lin et al. (2020), as an initializer: Qiu et al. (2025), POET.
     """
@@ -119,12 +122,13 @@ def minimum_energy_(
             compute_dtype(weight), copy=True, memory_format=torch.contiguous_format
         )
         largest, lengths = _normalize_(rows)
-        velocity = torch.zeros_like(rows)
-        plateau = _Plateau(patience, tolerance)
         with bar(steps, progress, "minimum_energy_") as advance:
-            for step in range(steps):
-                matrices = None
-                if width > dim:
+            if width <= dim:
+                _settle_(rows, settings, steps, patience, tolerance, advance)
+            else:
+                velocity = torch.zeros_like(rows)
+                plateau = _Plateau(patience, tolerance)
+                for step in range(steps):
                     matrices = random_projection(
                         num_projections,
                         dim,
@@ -133,13 +137,13 @@ def minimum_energy_(
                         device=rows.device,
                         dtype=rows.dtype,
                     )
-                energy, gradient = _energy_and_gradient(rows, matrices, settings)
-                velocity.mul_(momentum).add_(gradient, alpha=len(rows))
-                rows.sub_(velocity, alpha=lr * (1 + math.cos(math.pi * step / steps)) / 2)
-                _normalize_(rows)
-                advance()
-                if plateau.reached(energy):
-                    break
+                    energy, gradient = _energy_and_gradient(rows, matrices, settings)
+                    velocity.mul_(momentum).add_(gradient, alpha=len(rows))
+                    rows.sub_(velocity, alpha=lr * (1 + math.cos(math.pi * step / steps)) / 2)
+                    _normalize_(rows)
+                    advance()
+                    if plateau.reached(energy):
+                        break
         if not bool(rows.isfinite().all()):
             raise ValueError(
                 "the energy of `weight` or its gradient overflows: use a smaller `s` or `lr`"
@@ -154,6 +158,51 @@ def minimum_energy_(
     # an inference tensor may be written in inference mode only
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         return weight.copy_(turned)
+
+
+def directions(
+    n: int,
+    dim: int,
+    *,
+    generator: Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw `n` directions that are spread evenly over the lines through the origin.
+
+    Torch equivalent::
+
+        rows = torch.randn(n, dim)
+        directions = normalize(minimum_energy_(rows, dim=dim))
+
+    For averages over directions, as in sliced Wasserstein distances: each direction alone is
+    uniform on the sphere, so that the average is unbiased, and together they leave no part of it
+    out, so that it varies less than with independent or orthogonal ones.
+
+    Args:
+        n: number of directions.
+        dim: of the space.
+        generator: source of the start, on `device`.
+        device, dtype: of the result; float16 and bfloat16 are rounded at the end.
+
+    Returns:
+        Unit rows [n, dim], at a minimum of the half-space energy, s = 2.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type or out of range.
+
+    Source: rows of least energy as points of quadrature: Brauchart et al. (2014), QMC designs.
+    """
+    check_count("n", n)
+    check_count("dim", dim)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"`dtype` must be a floating-point dtype, got {dtype}")
+    rows = torch.randn(
+        n, dim, generator=generator, device=device, dtype=torch.promote_types(dtype, torch.float32)
+    )
+    if dim > 1:
+        minimum_energy_(rows, dim=dim)
+    return torch.nn.functional.normalize(rows).to(dtype)
 
 
 def minimum_energy_model_(
@@ -231,6 +280,46 @@ def _check_weight(name: str, weight: Tensor) -> None:
     if not bool(finite.all()):
         row = int(finite.logical_not().nonzero()[0])
         raise ValueError(f"`{name}` must be finite, got NaN or infinity in row {row}")
+
+
+def _settle_(
+    rows: Tensor,
+    settings: Settings,
+    steps: int,
+    patience: int,
+    tolerance: float,
+    advance: Callable[[int], object],
+) -> None:
+    """Minimize the energy of unit `rows` in place, without projections.
+
+    In few dimensions neighbours are close, and no step size suits them and the rest: the curvature
+    goes as 1/r^(s + 2). L-BFGS finds one, and nothing is drawn that could disturb it.
+    """
+    leaf = rows.detach().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [leaf],
+        history_size=5,
+        tolerance_grad=0.0,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def evaluate() -> Tensor:
+        energy, leaf.grad = _energy_and_gradient(leaf, None, settings)
+        return energy
+
+    energies = [float(evaluate())]
+    while steps > 0:
+        count = min(patience, steps)
+        optimizer.param_groups[0].update(max_iter=count, max_eval=2 * count)
+        optimizer.step(evaluate)
+        energies.append(float(evaluate()))
+        advance(count)
+        steps -= count
+        # written so that it is over where one of them is NaN
+        if not energies[-2] - energies[-1] > tolerance * (energies[0] - energies[-1]):
+            break
+    _normalize_(rows)
 
 
 class _Plateau:

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def bar(total: int, progress: bool | str, title: str) -> Iterator[Callable[[], object]]:
-    """Show a progress bar of so many steps, and yield what advances it by one.
+def bar(total: int, progress: bool | str, title: str) -> Iterator[Callable[..., object]]:
+    """Show a progress bar of so many steps, and yield what advances it, by one or by a number.
 
     Args:
         total: the steps.
@@ -14,7 +14,7 @@ def bar(total: int, progress: bool | str, title: str) -> Iterator[Callable[[], o
         title: without a title of the user's.
     """
     if not progress:
-        yield lambda: None
+        yield lambda steps=1: None
         return
     try:
         from tqdm.auto import tqdm

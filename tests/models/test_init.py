@@ -1,12 +1,14 @@
 """The initializer of least energy: known optima, what it keeps, when it stops."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import comhe_ext
 from comhe_ext import bounds
-from comhe_ext.init import minimum_energy_, minimum_energy_model_
+from comhe_ext.init import directions, minimum_energy_, minimum_energy_model_
 from comhe_ext.kernels.pair_functions import Riesz
 from comhe_ext.testing import random_rows, relative_error
 
@@ -31,6 +33,68 @@ def test_unprojected_rows_reach_the_simplex_and_the_orthogonal_rows():
     off_diagonal = cosines[~torch.eye(12, dtype=torch.bool)]
     assert bool((off_diagonal + 1 / 11).abs().max() < 1e-2)
     assert excess(minimum_energy_(random_rows(12, 30)), half_space=True) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("n", "best"), [(4, 3.674234614), (6, 9.985281374), (12, 49.165253058), (32, 412.261274651)]
+)
+def test_few_dimensions_reach_the_least_energy_known(n, best):
+    # Thomson's electrons (Wales and Ulker, 2006); several starts, for there are other minima
+    energies = []
+    for seed in range(5):
+        weight = torch.randn(n, 3, generator=generator(seed), dtype=torch.float64)
+        options = dict(s=1.0, half_space=False)
+        minimum_energy_(weight, **options, min_distance=0.0, tolerance=0.0)
+        energies.append(comhe_ext.hyperspherical_energy(weight, 1.0, reduction="sum") / 2)
+    assert float(min(energies)) == pytest.approx(best, rel=1e-8)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_neighbours_in_few_dimensions_end_apart(dim):
+    weight = random_rows(24, dim)
+    weight[1] = weight[0] + 1e-4 * weight[2]  # so close that a step of any fixed size throws it
+    minimum_energy_(weight)
+    angles, _ = comhe_ext.nearest(weight, half_space=True, angular=True)
+    # in the plane they end at equal angles; on the sphere no two are far closer than the others
+    bound = math.pi / 24 * (1 - 1e-3) if dim == 2 else 0.8 * float(angles.mean())
+    assert float(angles.min()) >= bound
+
+
+def test_directions_of_the_plane_and_of_the_icosahedron():
+    plane = directions(7, 2, generator=generator(), dtype=torch.float64)
+    angles = torch.atan2(plane[:, 1], plane[:, 0]).remainder(math.pi).sort().values
+    assert torch.allclose(angles.diff(), torch.full((6,), math.pi / 7).double(), atol=1e-5)
+    # the six axes of the icosahedron meet at cos = 1/sqrt(5)
+    axes = directions(6, 3, generator=generator(), dtype=torch.float64)
+    cosines = (axes @ axes.T).abs()[~torch.eye(6, dtype=torch.bool)]
+    assert torch.allclose(cosines, torch.full((30,), 5**-0.5).double(), atol=1e-5)
+
+
+def test_an_average_over_directions_is_unbiased_and_varies_less():
+    def squares(rows):  # of a random line; its mean over the sphere is |a|^2 / 3
+        return (rows.double() @ torch.tensor([1.0, 2.0, -2.0]).double()).square().mean()
+
+    draws = generator()
+    ours = torch.stack([squares(directions(9, 3, generator=draws)) for _ in range(49)])
+    independent = torch.stack(
+        [squares(nn.functional.normalize(torch.randn(9, 3, generator=draws))) for _ in range(49)]
+    )
+    assert abs(float(ours.mean()) - 3.0) <= 4 * float(ours.std()) / 7
+    assert float(ours.std()) < 0.2 * float(independent.std())
+
+
+def test_directions_are_drawn_by_the_generator():
+    first, again, other = (directions(5, 4, generator=generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    half = directions(5, 4, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert directions(3, 1).abs().tolist() == [[1.0]] * 3
+    assert directions(1, 6).norm() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="`dim` must be at least 1"):
+        directions(3, 0)
+    with pytest.raises(TypeError, match="floating-point"):
+        directions(3, 2, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(("n", "d"), [(64, 64), (100, 50), (40, 120)])
