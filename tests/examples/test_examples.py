@@ -14,6 +14,8 @@ EXAMPLES = {
     "codebook": (["--steps", "3"], "perplexity", 3),
     "dino_features": (["--steps", "4"], "find their other view", 3),
     "face_head": (["--steps", "3"], "verification", 2),
+    "overcomplete_ica": (["--steps", "3", "--patches", "300"], "features with a twin", 3),
+    "sliced_wasserstein": (["--pixels", "100", "--draws", "2"], "%", 16),
     "sparse_autoencoder": (["--steps", "3"], "largest cosine", 2),
     "thomson": (["--starts", "2"], "a random start ends at", 2),
 }
@@ -75,3 +77,33 @@ def test_the_area_under_the_curve(monkeypatch):
     scores[0, 1], scores[2, 3] = 0.9, 0.8
     scores[0, 2], scores[0, 3], scores[1, 2], scores[1, 3] = 0.1, 0.2, 0.85, 0.3
     assert area(scores, labels) == pytest.approx(7 / 8)  # only 0.85 over 0.8 is wrong
+
+
+def test_features_of_photos_have_no_twins(monkeypatch, tmp_path):
+    module = load("overcomplete_ica", monkeypatch)
+    patches = module.load_patches(4000)
+    covariance = patches.train.T.cov()
+    assert torch.allclose(covariance, torch.eye(module.DIMENSIONS), atol=1e-3)
+    features = {
+        method: module.train(method, patches, 600, seed=0)
+        for method in ("none", "half-space energy")
+    }
+    found = {method: module.judge(rows, patches) for method, rows in features.items()}
+    assert found["half-space energy"].twins == 0.0
+    assert found["none"].twins > 0.0  # more the longer it trains
+    assert found["half-space energy"].largest_cosine < 0.6
+    # and ten features explain more
+    assert found["half-space energy"].unexplained < 0.9 * found["none"].unexplained
+    module.draw(features, patches, tmp_path / "features.png")
+    assert (tmp_path / "features.png").stat().st_size > 10_000
+
+
+def test_directions_of_least_energy_err_least(monkeypatch, tmp_path):
+    module = load("sliced_wasserstein", monkeypatch)
+    monkeypatch.setattr(module, "COUNTS", (12, 24))
+    found = module.errors(pixels=500, draws=6)
+    for others in ("independent", "orthogonal blocks", "Fibonacci lattice"):
+        for ours, theirs in zip(found["least energy"], found[others], strict=True):
+            assert ours < theirs, others
+    module.draw_errors(found, tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").stat().st_size > 10_000
