@@ -70,6 +70,14 @@ def has_fast_functions(device: torch.device) -> bool:
     return target_of(device).startswith("sm_")
 
 
+def registers(device: torch.device, most: int) -> dict[str, int]:
+    """Launch option by which NVIDIA's assembler takes up to `most` registers instead of spilling.
+
+    Left alone it saves a few for more programs side by side. AMD's compiler has no such option.
+    """
+    return {"maxnreg": most} if target_of(device).startswith("sm_") else {}
+
+
 def check(points: Tensor, name: str = "points") -> None:
     """Raise for what these kernels cannot take."""
     if points.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -256,6 +264,8 @@ def _sweep_projected(request: SweepRequest, source: Projected) -> SweepResult:
             call.tiles.block_m,
             request.eps,
             projection_precision(device),
+            # larger tiles take more than that, and the compiler gives it to them
+            registers(device, 168) if call.tiles.block_m * row_width(k) <= 64 * 32 else {},
         )
         hold([sets])
         return SweepResult(*_sweep_pairs(call, points, rows))
@@ -307,7 +317,15 @@ def _sweep_pairs(call: Call, points: Tensor, rows: UnitRows) -> tuple[Tensor, Te
         slots = direct(rows, plan, tiles, pair, with_gradient)
     elif call.is_large:
         slots = large_k(
-            points, rows, call.sizes, plan, tiles.block_m, pair, with_gradient, call.terms
+            points,
+            rows,
+            call.sizes,
+            plan,
+            tiles.block_m,
+            pair,
+            with_gradient,
+            call.terms,
+            registers(points.device, 128),
         )
     else:
         slots = pairwise(rows, call.k, plan, tiles, pair, with_gradient, call.terms)

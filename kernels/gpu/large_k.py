@@ -8,7 +8,7 @@ sum would lose digits. Operands are the same fp16 pairs as in `pairwise`. Near p
 the elementwise kernel and added by a second one, which returns at once for rows that have none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -283,8 +283,12 @@ def large_k(
     pair: PairConstants,
     with_force: bool,
     terms: tuple[int, int],
+    options: Mapping[str, int],
 ) -> Slots:
-    """Raw energies, forces and axial sums; one slot a row tile, so slots are packed rows."""
+    """Raw energies, forces and axial sums; one slot a row tile, so slots are packed rows.
+
+    options: of the launch of the coefficients, by `backend.registers`.
+    """
     width = rows.hi.shape[1]
     slots = Slots.empty(plan.num_row_tiles, block_m, width, with_force, points.device)
     for result in (slots.energy, slots.force, slots.axial):
@@ -294,7 +298,7 @@ def large_k(
     operands = Operands.of(rows, terms)
     halves = (2 if terms[1] == 3 else 1) if with_force else 0
     for block in blocks(sizes, plan, block_m, elements, not with_force):
-        _add_block(points, rows, operands, slots, block, halves, pair)
+        _add_block(points, rows, operands, slots, block, halves, pair, options)
     return slots
 
 
@@ -306,6 +310,7 @@ def _add_block(
     block: Block,
     halves: int,
     pair: PairConstants,
+    options: Mapping[str, int],
 ) -> None:
     """Add what the columns of a block do to its rows.
 
@@ -335,6 +340,7 @@ def _add_block(
         BLOCK_M=COEFFICIENT_ROWS,
         BLOCK_N=COEFFICIENT_COLS,
         num_warps=4,
+        **options,
     )
     if with_force:
         operands.add_force(slots.force, coefficient, block.cols, pair.arguments.range_unit)

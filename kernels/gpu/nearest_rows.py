@@ -324,6 +324,15 @@ def _nearest(request: NearestRequest, rows: Tensor, columns: Tensor | None) -> T
     return out
 
 
+def _warps(device: torch.device, whole: bool) -> int:
+    """Warps of a program; a product in parts takes more registers, of which AMD's warps have more.
+
+    On gfx942 eight of them share what four have, and spill in the loop.
+    """
+    doubled = not whole and not backend.target_of(device).startswith("gfx")
+    return TILES.num_warps * (1 + doubled)
+
+
 def _launch(request: NearestRequest, m: Side, n: Side, plan: Plan, out: Tensor, own: bool) -> None:
     block_m, block_n = TILES.block_m, TILES.block_n
     width, k = m.rows.hi.shape[1], m.points.shape[1]
@@ -351,7 +360,7 @@ def _launch(request: NearestRequest, m: Side, n: Side, plan: Plan, out: Tensor, 
         BLOCK_N=block_n,
         STAGES=TILES.num_stages if width == step else 1,
         # a product in parts takes more registers
-        num_warps=TILES.num_warps if width == step else 2 * TILES.num_warps,
+        num_warps=_warps(m.points.device, width == step),
     )
     nearest_choose_kernel[(plan.num_row_tiles, block_m // NEAR_BLOCK)](
         m,

@@ -10,7 +10,7 @@ a third one, `rest`), or of float32 numbers that hold v, a column after the othe
 differences of `direct`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -318,6 +318,7 @@ def project_normalize(
     block_m: int,
     eps: float,
     precision: str,
+    options: Mapping[str, int],
 ) -> Tensor:
     """Fill `points` [T, k] with the projected rows and `rows` with their unit rows.
 
@@ -327,6 +328,7 @@ def project_normalize(
             are. Sets are ordered weight by weight, matrix by matrix.
         points, rows, plan, block_m, eps: as for `normalize`.
         precision: Triton's name of the float32 product.
+        options: of the launch, by `backend.registers`.
 
     Returns:
         The table of the sets, which the kernel reads.
@@ -366,6 +368,7 @@ def project_normalize(
             BLOCK_K=max(16, triton.next_power_of_2(k)),
             BLOCK_D=PROJECTION_BLOCK_D,
             num_warps=projection_warps(block_m, triton.next_power_of_2(k)),
+            **options,
         )
         tile += num_tiles
     return table
