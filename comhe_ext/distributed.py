@@ -195,7 +195,7 @@ def pair_energy(
         pair, eps, backend: see `comhe_ext.pair_energy`. group: see `hyperspherical_energy`.
 
     Returns, raises: see `hyperspherical_energy`. With columns, and by rows, the gradients in what
-        was gathered are summed over the ranks, and all is differentiable twice.
+    was gathered are summed over the ranks, and all is differentiable twice.
     """
     check_weight(rows, "rows")
     settings = pair_settings(pair, reduction, eps, backend, ("mean", "sum", "rows"))

@@ -73,8 +73,8 @@ def polarization(
         TypeError, ValueError, RuntimeError: see `comhe_ext.pair_energy`.
 
     Source: Liu et al. (2021), MHP: the pole minimizes what the weights maximize. In their code a
-        step of the weights comes after ten of the pole, with weight 1 for hidden layers, 10 for the
-        output layer.
+    step of the weights comes after ten of the pole, with weight 1 for hidden layers, 10 for the
+    output layer.
     """
     check_matrix("weight", weight)
     pair = Riesz(s=s, half_space=half_space)
@@ -106,8 +106,8 @@ def covering(
     Returns, raises: see `polarization`.
 
     Source: Liu et al. (2021), MHC: the pole maximizes what the weights minimize, with gamma = 10.
-        In their code a step of the weights comes after ten of the pole, with weight 0.01 for hidden
-        layers, 0.1 for the output layer.
+    In their code a step of the weights comes after ten of the pole, with weight 0.01 for hidden
+    layers, 0.1 for the output layer.
     """
     check_matrix("weight", weight)
     gamma = positive("gamma", gamma)

@@ -28,7 +28,7 @@ def koleo(x: Tensor, eps: float = 1e-8, *, backend: BackendName | None = None) -
         TypeError, ValueError, RuntimeError: see `comhe_ext.nearest`.
 
     Source: Sablayrolles et al. (2019); Oquab et al. (2024), DINOv2, where the losses of the two
-        global views, as B = 2 groups, are added with weight 0.1.
+    global views, as B = 2 groups, are added with weight 0.1.
     """
     eps = check_factor("eps", eps)
     distance, _ = nearest(x, backend=backend)
@@ -75,7 +75,7 @@ def separation(
     Returns, raises: see `koleo`.
 
     Source: Liu et al. (2021), MHS. In their code hidden layers have weight 0.1, in half space,
-        where a pair counts once more as its mirror image: 0.2 of this loss; the output layer has 1.
+    where a pair counts once more as its mirror image: 0.2 of this loss; the output layer has 1.
     """
     distance, _ = nearest(w, half_space=half_space, backend=backend)
     if w.shape[-2] < 2:

@@ -87,7 +87,7 @@ def frame_potential(w: Tensor) -> Tensor:
         TypeError, ValueError: see `comhe_ext.hyperspherical_energy`.
 
     Source: Benedetto and Fickus (2003). It is the global orthogonal regularization of
-        EmbeddingGemma, and up to a factor soft orthogonality and that of VQ codebooks.
+    EmbeddingGemma, and up to a factor soft orthogonality and that of VQ codebooks.
     """
     check_weight(w, "w")
     n, d = w.shape[-2:]

@@ -124,7 +124,7 @@ def gram(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes do not fit.
 
     Source: Simeoni et al. (2025), the Gram loss of DINOv3, with `remove_neg` off, as they train.
-        Their mean over images is the mean of this loss over B.
+    Their mean over images is the mean of this loss over B.
     """
     check_weight(student, "student")
     check_weight(teacher, "teacher")

@@ -269,8 +269,8 @@ class RandomProjection(Projection):
         TypeError, ValueError: an argument is of the wrong type or out of range.
 
     Source: Lin et al. (2020); the defaults are those of the authors' code. "sparse": Achlioptas
-        (2003), in the blocks of Kane and Nelson (2014); "hadamard": Ailon and Chazelle (2006),
-        Tropp (2011); "fourier": Woolfe et al. (2008).
+    (2003), in the blocks of Kane and Nelson (2014); "hadamard": Ailon and Chazelle (2006),
+    Tropp (2011); "fourier": Woolfe et al. (2008).
     """
 
     def __init__(
