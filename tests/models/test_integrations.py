@@ -1,9 +1,7 @@
-"""The examples of the documentation, and CoMHE in other people's training loops."""
+"""CoMHE in other people's training loops."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,24 +10,6 @@ from torch import nn
 from comhe_ext import CoMHE
 from comhe_ext.projections import RandomProjection
 from comhe_ext.testing import random_rows, relative_error
-
-ROOT = Path(__file__).parents[2]
-
-
-def examples():
-    """The Python blocks of each page, by their headings."""
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        for section in re.split(r"^#+ ", page.read_text(), flags=re.M):
-            blocks = re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
-            for block in blocks:
-                yield pytest.param(block, id=f"{page.stem}: {section.partition(chr(10))[0]}")
-
-
-@pytest.mark.filterwarnings("ignore")  # of other people's packages
-@pytest.mark.parametrize("code", list(examples()))
-def test_example(code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "example", "exec"), {"__name__": "example"})
 
 
 def test_importing_the_package_brings_none_of_them():
