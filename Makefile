@@ -15,14 +15,14 @@ SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 FUZZ_RUNS ?= 4000
 FUZZ_CXX ?= clang++
 
-.PHONY: demo bench test test-long test-versions test-install lint wheel dist hub-kernel sanitize fuzz compile-gpu clean
+.PHONY: demo bench test test-long docs test-versions test-install lint wheel dist hub-kernel sanitize fuzz compile-gpu clean
 
 # how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save puts the
-# training's numbers into README.md
+# training's numbers into docs/benchmarks.md
 demo: $(INSTALLED)
 	$(BIN)/python -m bench demo $(ARGS)
 
-# everything beside its peers, into bench/results and README.md; ARGS="sweep --quick" for a part
+# everything beside its peers, into bench/results, README.md and docs/; ARGS="sweep --quick" for a part
 bench: $(INSTALLED)-bench
 	$(BIN)/python -m bench $(or $(ARGS),all)
 
@@ -31,6 +31,10 @@ test: lint
 
 test-long: lint
 	$(PYTEST) $(ARGS)
+
+# the site of the documentation, into build/site; broken links and anchors fail
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # the core tests under other versions, each in an environment of its own, into docs/versions.md:
 # VERSIONS="2.6.0 2.14.1:python3.13"; ARGS="--tests FILE ..." for others, without the page

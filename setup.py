@@ -30,6 +30,9 @@ DEMO = [
     "scipy>=1.11",
 ]
 
+# what `make docs` builds the site with
+DOCS = ["mkdocs-material>=9.5,<10", "mkdocstrings-python>=2,<3"]
+
 # what some uses need; importing the package brings none of them
 INTEGRATIONS = {
     "cli": ["matplotlib>=3.8", "tqdm>=4.60"],
@@ -185,9 +188,11 @@ setup(
             "scipy>=1.11",
             "setuptools>=77",
             "tensorboard>=2.17",
+            *DOCS,
             *(package for packages in INTEGRATIONS.values() for package in packages),
         ],
         "demo": DEMO,
+        "docs": DOCS,
         # peers: what is measured beside the package, each optional
         "bench": [
             *DEMO,
