@@ -15,7 +15,7 @@ SANITIZERS := -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 FUZZ_RUNS ?= 4000
 FUZZ_CXX ?= clang++
 
-.PHONY: demo bench test test-long docs test-versions test-install lint wheel dist hub-kernel sanitize fuzz compile-gpu clean
+.PHONY: demo bench test test-long coverage docs test-versions test-install lint wheel dist hub-kernel sanitize fuzz compile-gpu clean
 
 # how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save puts the
 # training's numbers into docs/benchmarks.md
@@ -31,6 +31,16 @@ test: lint
 
 test-long: lint
 	$(PYTEST) $(ARGS)
+
+# which lines of Python the quick tests run, in build/coverage/index.html; the compiled kernels are
+# not counted, and Triton's run in its interpreter
+coverage: $(INSTALLED)
+	rm -rf build/coverage && mkdir -p build/coverage
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n auto --maxprocesses 4 --dist worksteal \
+		-m "not long" $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet
+	$(BIN)/coverage report
 
 # the site of the documentation, into build/site; broken links and anchors fail
 docs: $(INSTALLED)

@@ -179,6 +179,7 @@ setup(
     extras_require={
         # pinned where another version would judge the same code otherwise
         "dev": [
+            "coverage>=7.10",
             "hypothesis>=6.100",
             "mypy==2.4.1",
             "numpy>=1.26",
