@@ -17,12 +17,11 @@ FUZZ_CXX ?= clang++
 
 .PHONY: demo bench test test-long coverage docs test-versions test-install lint wheel dist hub-kernel sanitize fuzz compile-gpu clean
 
-# how it regularizes a real network, and the operator against naive PyTorch; ARGS=--save puts the
-# training's numbers into docs/benchmarks.md
+# how it regularizes a real network; ARGS=--save puts the numbers into the documents
 demo: $(INSTALLED)
 	$(BIN)/python -m bench demo $(ARGS)
 
-# everything beside its peers, into bench/results, README.md and docs/; ARGS="sweep --quick" for a part
+# everything beside its peers, into bench/results and the documents; ARGS="sweep --quick" for a part
 bench: $(INSTALLED)-bench
 	$(BIN)/python -m bench $(or $(ARGS),all)
 
