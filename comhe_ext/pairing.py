@@ -12,7 +12,7 @@ from comhe_ext.operators.sweep import SweepOptions
 
 
 @dataclass(frozen=True)
-class _Ids:
+class NumberedIds:
     """Ids of rows [B, N] and columns [B, M], numbered from 0 on, int32."""
 
     rows: Tensor
@@ -21,7 +21,7 @@ class _Ids:
     @classmethod
     def of(
         cls, row_ids: Tensor | None, column_ids: Tensor | None, rows: Tensor, columns: Tensor
-    ) -> "_Ids | None":
+    ) -> "NumberedIds | None":
         """Give the ids of each set, any integers, numbers from 0 on; a GPU is not waited for."""
         if row_ids is None or column_ids is None:
             return None
@@ -49,7 +49,8 @@ class _Ids:
         return total - of_id.gather(1, self.rows.long())
 
 
-def _tensors(ids: _Ids | None) -> tuple[Tensor | None, Tensor | None]:
+def tensors_of(ids: NumberedIds | None) -> tuple[Tensor | None, Tensor | None]:
+    """Give the ids as the operators take them."""
     return (None, None) if ids is None else (ids.rows, ids.columns)
 
 
@@ -64,30 +65,23 @@ def cross_energies(
     batched = rows.dim() == 3
     if not batched:
         rows, columns = rows.unsqueeze(0), columns.unsqueeze(0)
-    ids = _Ids.of(row_ids, column_ids, rows, columns)
-    energies = cross_energy(rows, columns, *_tensors(ids), options)
+    ids = NumberedIds.of(row_ids, column_ids, rows, columns)
+    energies = cross_energy(rows, columns, *tensors_of(ids), options)
     if ids is not None and options.reduction == "mean":
         # the operator has divided by the number of all pairs
-        met = _met(ids, rows, columns)
+        met = count_met(ids, rows, columns)
         factor = rows.shape[1] * columns.shape[1] / met.clamp_min(1.0)
         energies = energies * factor.to(energies.dtype)
     return energies if batched else energies.squeeze(0)
 
 
-def count_met(
-    row_ids: Tensor | None, column_ids: Tensor | None, rows: Tensor, columns: Tensor
-) -> Tensor:
+def count_met(ids: NumberedIds | None, rows: Tensor, columns: Tensor) -> Tensor:
     """Count the pairs of rows [B, N, d] and columns [B, M, d] that meet, float64 [B]."""
-    ids = _Ids.of(row_ids, column_ids, rows, columns)
     if ids is not None:
-        return _met(ids, rows, columns)
+        ones = torch.ones(columns.shape[:2], dtype=torch.float64, device=columns.device)
+        return ids.sum_of_met(rows, ones).sum(1)
     count = rows.shape[1] * columns.shape[1]
     return torch.full(rows.shape[:1], count, dtype=torch.float64, device=rows.device)
-
-
-def _met(ids: _Ids, rows: Tensor, columns: Tensor) -> Tensor:
-    ones = torch.ones(columns.shape[:2], dtype=torch.float64, device=columns.device)
-    return ids.sum_of_met(rows, ones).sum(1)
 
 
 def row_energies(rows: Tensor, options: SweepOptions) -> Tensor:
@@ -116,8 +110,8 @@ def nearest_rows(
         rows = rows.unsqueeze(0)
         columns = None if columns is None else columns.unsqueeze(0)
     others = rows if columns is None else columns
-    ids = _Ids.of(row_ids, column_ids, rows, others)
-    index = nearest_index(rows, columns, *_tensors(ids), half_space, eps, backend)
+    ids = NumberedIds.of(row_ids, column_ids, rows, others)
+    index = nearest_index(rows, columns, *tensors_of(ids), half_space, eps, backend)
     if others.shape[1] == 0:
         distance = rows.new_full(index.shape, torch.inf, dtype=compute_dtype(rows, others))
     else:
@@ -127,7 +121,7 @@ def nearest_rows(
     return (distance, index) if batched else (distance.squeeze(0), index.squeeze(0))
 
 
-def _meets_nan(rows: Tensor, columns: Tensor | None, ids: _Ids | None) -> Tensor:
+def _meets_nan(rows: Tensor, columns: Tensor | None, ids: NumberedIds | None) -> Tensor:
     """Tell which rows are, or meet, a row of NaN or infinity, [B, N]; they have no nearest."""
     row_is_nan = ~rows.detach().isfinite().all(-1)
     nan = row_is_nan if columns is None else ~columns.detach().isfinite().all(-1)

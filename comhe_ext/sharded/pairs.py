@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from comhe_ext.operators.cross import cross_energy
 from comhe_ext.operators.library import leave_trace
 from comhe_ext.operators.nearest import antipode_energies
-from comhe_ext.pairing import count_met, cross_energies, nearest_rows
+from comhe_ext.pairing import NumberedIds, count_met, nearest_rows, tensors_of
 from comhe_ext.settings import Settings
 from comhe_ext.sharded.collectives import Gather, Shards, total
 from comhe_ext.sharded.rows import ShardedRows, dim_of
@@ -40,14 +41,15 @@ def pair_energies(
         own = ids.columns.expand(points.shape[0], -1)
         column_ids = gathered(own.unsqueeze(2), columns.rows).squeeze(2)
     options = settings.options((points, others), needs="cross")
-    energies = cross_energies(points, others, row_ids, column_ids, options)
+    numbered = NumberedIds.of(row_ids, column_ids, points, others)
+    energies = cross_energy(points, others, *tensors_of(numbered), options)
     if settings.reduction == "rows":
         return energies
     if settings.reduction == "mean":
-        # from the mean of this rank's pairs to their part of the mean of all
-        met = count_met(row_ids, column_ids, points, others)
-        of_all = _total_count(met, rows.rows)
-        energies = energies * (met / of_all.clamp_min(1.0)).to(energies.dtype)
+        # the operator has divided by the number of all pairs of this rank
+        pairs = points.shape[1] * others.shape[1]
+        of_all = _total_count(count_met(numbered, points, others), rows.rows)
+        energies = energies * (pairs / of_all.clamp_min(1.0)).to(energies.dtype)
     return total(energies, rows.rows.groups)
 
 
