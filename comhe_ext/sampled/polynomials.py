@@ -170,19 +170,27 @@ def _over_cosines(polynomial: Polynomial, v: Tensor) -> Tensor:
 
 def _sum_of_powers(v: Tensor, power: int) -> Tensor:
     """Sum c_ij^power over all ordered pairs of each set, by moments."""
+    return moments(v, power).square().sum((-2, -1))
+
+
+def moments(v: Tensor, power: int) -> Tensor:
+    """Sum over the rows of each set [S, n, k] what c^power is made of -> [S, a, b], float64.
+
+    The sum of the products of two sets' moments is that of c^power over the pairs between them.
+    """
     if power == 1:
-        return v.sum(1, dtype=torch.float64).square().sum(-1)
+        return v.sum(1, keepdim=True, dtype=torch.float64)
     n, k = v.shape[1:]
     products = k * (k + 1) // 2
     # rows at a time, for what is made of each of them, and of each product
     rows = CHUNK // (k if power == 2 else products)
     size = {2: k * k, 3: k * products, 4: products * products}[power]
     rows = max(min(rows // ROWS_OF_PRODUCT, CHUNK // size), 1) * ROWS_OF_PRODUCT
-    squares = []
+    sums = []
     for some in v.split(max(rows // n, 1)):
-        moments = [recomputed(_MOMENTS[power], part) for part in some.split(rows, 1)]
-        squares.append(torch.stack(moments).sum(0).square().sum((-2, -1)))
-    return torch.cat(squares)
+        parts = [recomputed(_MOMENTS[power], part) for part in some.split(rows, 1)]
+        sums.append(torch.stack(parts).sum(0))
+    return torch.cat(sums)
 
 
 def _moment(left: Tensor, right: Tensor) -> Tensor:
