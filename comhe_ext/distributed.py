@@ -15,11 +15,21 @@ them, need none of this: `comhe_ext.hyperspherical_energy` and the others take t
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import Tensor
+import torch
+from torch import Generator, Tensor
 
-from comhe_ext.checks import check_factor, check_flag, check_pairing, check_projection, check_weight
+from comhe_ext.checks import (
+    check_factor,
+    check_flag,
+    check_pairing,
+    check_projection,
+    check_weight,
+    is_dtensor,
+)
 from comhe_ext.functional import backend_for_nearest, split_columns
 from comhe_ext.kernels.pair_functions import PairFunction, Riesz
+from comhe_ext.sampled.keywords import Method, check_sampling, check_sampling_of_pairs
+from comhe_ext.sampled.plan import SamplingPlan
 from comhe_ext.settings import (
     BackendName,
     PairReduction,
@@ -29,7 +39,8 @@ from comhe_ext.settings import (
 )
 from comhe_ext.sharded.energy import Strategy
 from comhe_ext.sharded.pairs import Ids, nearest_of_all, pair_energies, row_energies
-from comhe_ext.sharded.rows import plain_shard
+from comhe_ext.sharded.plan import common_plan
+from comhe_ext.sharded.rows import dtensor_shard, mesh_groups, plain_shard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,6 +53,7 @@ __all__ = [
     "hyperspherical_energy",
     "nearest",
     "pair_energy",
+    "sampling_plan",
 ]
 
 
@@ -57,6 +69,10 @@ def hyperspherical_energy(
     eps: float = 0.0,
     min_distance: float = 1e-3,
     backend: BackendName | None = None,
+    method: Method = "exact",
+    samples: int = 1024,
+    plan: SamplingPlan | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Compute the energy of the rows of all ranks together.
 
@@ -73,6 +89,11 @@ def hyperspherical_energy(
         group: the ranks that have rows; None is all of them.
         strategy: "gather", every rank sees all rows at once; "ring", the rows of one other rank at
             a time, in memory for a few ranks' rows; None takes "ring" from 8,192 rows of a rank on.
+        method: "exact", or "sampled": an unbiased estimate in O(n samples) time, of which `samples`
+            rows travel, and moments of k (k + 1) / 2 numbers.
+        samples: drawn rows that each row meets, for "sampled"; exact where they are all rows.
+        plan: made by `sampling_plan`, whose listed rows travel, too.
+        generator: source of the draws; all ranks take what the one of the first rank gives.
 
     Returns:
         The energy, [] or [B], the same on all ranks, float32 (float64 for float64 rows).
@@ -87,7 +108,8 @@ def hyperspherical_energy(
         the latest after the timeout of the group.
     """
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
-    energies = plain_shard(rows, group).energies(settings, strategy=strategy)
+    sampling = check_sampling(method, samples, plan, generator)
+    energies = plain_shard(rows, group, sampling).energies(settings, strategy=strategy)
     return energies.view(rows.shape[:-2])
 
 
@@ -104,6 +126,10 @@ def compressive_energy(
     eps: float = 0.0,
     min_distance: float = 1e-3,
     backend: BackendName | None = None,
+    method: Method = "exact",
+    samples: int = 1024,
+    plan: SamplingPlan | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Compute the mean energy of the rows of all ranks after each of several projections.
 
@@ -118,11 +144,13 @@ def compressive_energy(
         projection: [C, k, d], the same on all ranks; its gradient is, too.
         s, half_space, angular, reduction, eps, min_distance, backend, group, strategy: see
             `hyperspherical_energy`.
+        method, samples, plan, generator: see there; of a plan the list of near pairs serves, and
+            rows are drawn anew for each set.
 
     Returns, raises: see `hyperspherical_energy`.
     """
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
-    shard = plain_shard(rows, group)
+    shard = plain_shard(rows, group, check_sampling(method, samples, plan, generator))
     check_projection(rows, projection)
     energies = shard.energies(settings, projection, strategy)
     return energies.view(*rows.shape[:-2], projection.shape[0]).mean(-1)
@@ -141,6 +169,10 @@ def group_energy(
     eps: float = 0.0,
     min_distance: float = 1e-3,
     backend: BackendName | None = None,
+    method: Method = "exact",
+    samples: int = 1024,
+    plan: SamplingPlan | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Compute the mean over groups of coordinates of the energy of the rows of all ranks.
 
@@ -153,11 +185,13 @@ def group_energy(
         groups: of coordinates, see `comhe_ext.group_energy`.
         s, half_space, angular, reduction, eps, min_distance, backend, group, strategy: see
             `hyperspherical_energy`.
+        method, samples, plan, generator: see there; of a plan the list of near pairs serves, and
+            rows are drawn anew for each set.
 
     Returns, raises: see `hyperspherical_energy`.
     """
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
-    shard = plain_shard(rows, group)
+    shard = plain_shard(rows, group, check_sampling(method, samples, plan, generator))
     parts = split_columns(shard.local, groups)
     return (
         shard.of_groups(parts)
@@ -179,6 +213,10 @@ def pair_energy(
     reduction: PairReduction = "mean",
     eps: float = 0.0,
     backend: BackendName | None = None,
+    method: Method = "exact",
+    samples: int = 1024,
+    plan: SamplingPlan | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Compute the energy of the rows of all ranks, among themselves or against all columns.
 
@@ -192,7 +230,9 @@ def pair_energy(
         row_ids, column_ids: of the rows and columns of this rank, see `comhe_ext.pair_energy`.
         reduction: "rows" gives the energies of the rows of this rank, [n] or [B, n].
         strategy: without columns and not by rows; see `hyperspherical_energy`.
-        pair, eps, backend: see `comhe_ext.pair_energy`. group: see `hyperspherical_energy`.
+        pair, eps, backend: see `comhe_ext.pair_energy`.
+        group, method, samples, plan, generator: see `hyperspherical_energy`; "sampled" is for rows
+            among themselves, and not for "rows".
 
     Returns, raises: see `hyperspherical_energy`. With columns, and by rows, the gradients in what
     was gathered are summed over the ranks, and all is differentiable twice.
@@ -200,7 +240,8 @@ def pair_energy(
     check_weight(rows, "rows")
     settings = pair_settings(pair, reduction, eps, backend, ("mean", "sum", "rows"))
     check_pairing(rows, columns, row_ids, column_ids)
-    shard = plain_shard(rows, group)
+    sampling = check_sampling_of_pairs(method, samples, plan, generator, columns, reduction)
+    shard = plain_shard(rows, group, sampling)
     if columns is not None:
         ids = None if row_ids is None or column_ids is None else Ids(row_ids, column_ids)
         energies = pair_energies(shard, plain_shard(columns, group), ids, settings)
@@ -242,3 +283,43 @@ def nearest(
     eps, chosen = check_factor("eps", eps), backend_for_nearest(backend, rows)
     distance, index = nearest_of_all(shard, half_space, angular, eps, chosen)
     return (distance, index) if rows.dim() == 3 else (distance.squeeze(0), index.squeeze(0))
+
+
+def sampling_plan(
+    rows: Tensor,
+    degree: int = 2,
+    trees: int = 4,
+    *,
+    group: ProcessGroup | None = None,
+    generator: Generator | None = None,
+) -> SamplingPlan:
+    """Make a plan for sampling the rows of all ranks, the same on all of them.
+
+    Torch equivalent::
+
+        plan = comhe_ext.sampled.SamplingPlan.from_rows(torch.cat(rows_of_all_ranks), degree, trees)
+
+    where the rows are gathered, the first rank makes the plan, and the others get it from there. To
+    be made anew every few dozen steps only, for the whole rows travel.
+
+    Args:
+        rows: [n, d], the rows of this rank; or a DTensor, whose ranks call together.
+        degree, trees: see `comhe_ext.sampled.SamplingPlan.from_rows`.
+        group: the ranks that have rows; None is all of them. Not for a DTensor.
+        generator: source of the random numbers on the first rank, on the device of `rows`.
+
+    Raises:
+        TypeError, ValueError: see `comhe_ext.sampled.SamplingPlan.from_rows`.
+    """
+    check_weight(rows, "rows", sharded=True)
+    if rows.dim() != 2:
+        raise ValueError(f"`rows` must be 2-D, got shape {tuple(rows.shape)}")
+    if is_dtensor(rows) and group is not None:
+        raise ValueError("`group` must be None for a DTensor, whose mesh tells the ranks")
+    with torch.no_grad():
+        if is_dtensor(rows):
+            shard, groups = dtensor_shard(rows, "rows"), mesh_groups(rows)
+        else:
+            shard = plain_shard(rows, group)
+            groups = list(shard.rows.groups)
+        return common_plan(shard, groups, degree, trees, generator)

@@ -31,7 +31,7 @@ from comhe_ext.sampled.keywords import (
     Method,
     Sampling,
     check_sampling,
-    refuse_sampled,
+    check_sampling_of_pairs,
     sampled_energies,
 )
 from comhe_ext.sampled.plan import SamplingPlan
@@ -92,7 +92,8 @@ def hyperspherical_energy(
         samples: rows of a block, for "sampled"; where one block holds all rows it is exact.
         plan: a `comhe_ext.sampled.SamplingPlan` of these rows, which takes most of the estimate's
             variance; needed where near-duplicates carry the energy.
-        generator: source of the partition, on the device of `weight`; not under torch.compile.
+        generator: source of the partition, on the device of `weight`; not under torch.compile. Of a
+            DTensor that of the first rank counts, and the plan is the same on all ranks.
 
     Returns:
         The energy, [] or [B], float32 (float64 for float64 weights). 0 where there is no pair.
@@ -113,8 +114,7 @@ def hyperspherical_energy(
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
     sampling = check_sampling(method, samples, plan, generator)
     if is_dtensor(weight):
-        refuse_sampled(sampling)
-        return dtensor_shard(weight).energies(settings).view(weight.shape[:-2])
+        return dtensor_shard(weight, sampling=sampling).energies(settings).view(weight.shape[:-2])
     return _energies_of_sets(weight, settings.options((weight,)), sampling)
 
 
@@ -170,15 +170,10 @@ def pair_energy(
     """
     check_weight(rows, "rows", sharded=columns is None)
     settings = pair_settings(pair, reduction, eps, backend, ("mean", "sum", "rows"))
-    sampling = check_sampling(method, samples, plan, generator)
+    sampling = check_sampling_of_pairs(method, samples, plan, generator, columns, reduction)
     check_pairing(rows, columns, row_ids, column_ids)
-    if sampling is not None and (columns is not None or reduction == "rows"):
-        raise ValueError(
-            "`method` must be 'exact' for rows against columns and for reduction='rows'"
-        )
     if is_dtensor(rows):
-        refuse_sampled(sampling)
-        shard = dtensor_shard(rows, "rows")
+        shard = dtensor_shard(rows, "rows", sampling)
         if reduction == "rows":
             return like_rows(row_energies_of_all(shard, settings), rows)
         return shard.energies(settings).view(rows.shape[:-2])
@@ -295,11 +290,10 @@ def compressive_energy(
     check_weight(weight, sharded=True)
     sampling = check_sampling(method, samples, plan, generator)
     if is_dtensor(weight):
-        refuse_sampled(sampling)
         whole = projection.full_tensor() if is_dtensor(projection) else projection
         check_projection(weight, whole)
         settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
-        energies = dtensor_shard(weight).energies(settings, whole)
+        energies = dtensor_shard(weight, sampling=sampling).energies(settings, whole)
         return energies.view(*weight.shape[:-2], whole.shape[0]).mean(-1)
     check_projection(weight, projection)
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
@@ -356,8 +350,7 @@ def group_energy(
     settings = energy_settings(s, half_space, angular, reduction, eps, min_distance, backend)
     sampling = check_sampling(method, samples, plan, generator)
     if is_dtensor(weight):
-        refuse_sampled(sampling)
-        shard = dtensor_shard(weight)
+        shard = dtensor_shard(weight, sampling=sampling)
         energies = shard.of_groups(split_columns(shard.points(), groups)).energies(settings)
         return energies.view(*weight.shape[:-2], -1).mean(-1)
     parts = stack_parts(split_columns(weight, groups))

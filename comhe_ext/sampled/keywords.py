@@ -39,6 +39,23 @@ def check_sampling(
     return Sampling(samples, plan, generator)
 
 
+def check_sampling_of_pairs(
+    method: str,
+    samples: int,
+    plan: SamplingPlan | None,
+    generator: Generator | None,
+    columns: Tensor | None,
+    reduction: str,
+) -> Sampling | None:
+    """Check the same of an energy that may be one of rows against columns, or of each row."""
+    sampling = check_sampling(method, samples, plan, generator)
+    if sampling is not None and (columns is not None or reduction == "rows"):
+        raise ValueError(
+            "`method` must be 'exact' for rows against columns and for reduction='rows'"
+        )
+    return sampling
+
+
 def check_draws(plan: SamplingPlan | None, generator: Generator | None) -> None:
     """Refuse what is no plan or no source of random numbers."""
     if plan is not None and not isinstance(plan, SamplingPlan):
@@ -47,12 +64,6 @@ def check_draws(plan: SamplingPlan | None, generator: Generator | None) -> None:
         raise TypeError(
             f"`generator` must be a torch.Generator or None, got {type(generator).__name__}"
         )
-
-
-def refuse_sampled(sampling: Sampling | None) -> None:
-    """Refuse to sample rows of which each rank has a part."""
-    if sampling is not None:
-        raise ValueError("`method` must be 'exact' for a DTensor, of which each rank holds a part")
 
 
 def sampled_energies(

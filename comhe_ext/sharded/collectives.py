@@ -76,9 +76,17 @@ class Shards:
 
     @property
     def first(self) -> int:
-        """Number of the first row of this rank, where there is one group."""
-        ((sizes,), (rank,)) = self.sizes, self.ranks
-        return sum(sizes[:rank])
+        """Number of the first row of this rank in the whole."""
+        return sum(sum(sizes[:rank]) for sizes, rank in zip(self.sizes, self.ranks, strict=True))
+
+    def of_numbers(self, numbers: Tensor) -> "Shards":
+        """Say who has how many of some rows, whose numbers in the whole ascend."""
+        begin, counts = self.first, []
+        for sizes, rank in zip(self.sizes, self.ranks, strict=True):
+            begin -= sum(sizes[:rank])
+            ends = torch.tensor([begin, *sizes], device="cpu").cumsum(0).to(numbers.device)
+            counts.append(tuple(torch.searchsorted(numbers, ends).diff().tolist()))
+        return Shards(self.groups, tuple(counts))
 
 
 def exchange(numbers: Sequence[int], group: Group, device: torch.device) -> list[list[int]]:
@@ -111,6 +119,21 @@ class Gather:
             self._work.wait()
         by_rank = self._received.unflatten(0, (len(self.sizes), -1))
         return [rows[:, :size] for rows, size in zip(by_rank, self.sizes, strict=True)]
+
+
+class AllRows:
+    """The rows of all ranks, in their order, on their way while something else is computed."""
+
+    def __init__(self, rows: Tensor, shards: Shards) -> None:
+        self._shards = shards
+        self._innermost = Gather(rows, shards.groups[0], shards.sizes[0])
+
+    def wait(self) -> Tensor:
+        """Return them as [V, N, k]."""
+        rows = torch.cat(self._innermost.wait(), 1)
+        for group, sizes in zip(self._shards.groups[1:], self._shards.sizes[1:], strict=True):
+            rows = torch.cat(Gather(rows, group, sizes).wait(), 1)
+        return rows
 
 
 class OtherRows:

@@ -262,6 +262,26 @@ class _Energies(torch.autograd.Function):
         return None, *results
 
 
+def differentiable_once(points: Tensor) -> Tensor:
+    """Return the points as they are; the derivative of a gradient in them raises."""
+    same: Tensor = _Points.apply(points)
+    return same
+
+
+class _Points(torch.autograd.Function):
+    """Points whose gradient is no function of them."""
+
+    @staticmethod
+    def forward(ctx: Any, points: Tensor) -> Tensor:
+        ctx.save_for_backward(points)
+        return points.view_as(points)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (points,) = ctx.saved_tensors
+        return _Once.apply(gradient, points) if torch.is_grad_enabled() else gradient
+
+
 class _Once(torch.autograd.Function):
     """A gradient in some rows, whose derivative in them raises."""
 

@@ -15,7 +15,7 @@ from comhe_ext.operators.library import leave_trace
 from comhe_ext.operators.nearest import antipode_energies
 from comhe_ext.pairing import NumberedIds, count_met, nearest_rows, tensors_of
 from comhe_ext.settings import Settings
-from comhe_ext.sharded.collectives import Gather, Shards, total
+from comhe_ext.sharded.collectives import AllRows, Shards, total
 from comhe_ext.sharded.rows import ShardedRows, dim_of
 
 if TYPE_CHECKING:
@@ -123,8 +123,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shards: Shards) -> Tensor:
         ctx.shards = shards
-        (group,), (sizes,) = shards.groups, shards.sizes
-        return torch.cat(Gather(rows, group, sizes).wait(), 1)
+        return AllRows(rows, shards).wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -12,9 +12,18 @@ from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import DTYPES
 from comhe_ext.operators.rows import project
 from comhe_ext.packing import stack_parts
+from comhe_ext.sampled import keywords
+from comhe_ext.sampled.keywords import Sampling
 from comhe_ext.settings import Settings
 from comhe_ext.sharded.collectives import Group, Shards, common, exchange, joined, total
 from comhe_ext.sharded.energy import Sets, check_strategy, local_energies
+from comhe_ext.sharded.sampled import (
+    CommonSampling,
+    agreed,
+    agreed_over,
+    proposal,
+    sampled_energies,
+)
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -33,12 +42,14 @@ class ShardedRows:
         rows: who has which rows.
         columns: who has which columns of these rows; one group at most.
         sets: who has which sets; one group at most.
+        sampling: how their energies are to be sampled; None: they are exact.
     """
 
     local: Tensor
     rows: Shards = UNDIVIDED
     columns: Shards = UNDIVIDED
     sets: Shards = UNDIVIDED
+    sampling: CommonSampling | None = None
 
     def points(self, matrices: Tensor | None = None) -> Tensor:
         """Make the rows of these sets, projected by each of [C, k, d] -> [V C, n, k].
@@ -60,17 +71,34 @@ class ShardedRows:
     ) -> Tensor:
         """Compute the energies of the whole, [V C] of all sets, the same on all ranks."""
         check_strategy(strategy, self.rows)
+        if strategy is not None and self.sampling is not None:
+            raise ValueError(f"`strategy` is for method='exact', got {strategy!r}")
         points = self.points(matrices)
-        if self.rows.groups:
-            options = settings.options([points], needs="cross")
-            (parts,) = local_energies([Sets(points, self.rows)], options, strategy)
-            energies = total(parts, self.rows.groups)
+        if self.sampling is not None:
+            sampling = self.sampling if matrices is None else self.sampling.of_other_rows()
+            energies = self._sampled(points, sampling, settings)
+        elif self.rows.groups:
+            energies = self._exact(points, settings, strategy)
         else:
             energies = energy([points], [None], settings.options([points]))
         if not self.sets.groups:
             return energies
         count = 1 if matrices is None else matrices.shape[0]
         return joined(energies.view(1, 1, -1), self.sets.times(count)).flatten()
+
+    def _exact(self, points: Tensor, settings: Settings, strategy: str | None = None) -> Tensor:
+        options = settings.options([points], needs="cross")
+        (parts,) = local_energies([Sets(points, self.rows)], options, strategy)
+        return total(parts, self.rows.groups)
+
+    def _sampled(self, points: Tensor, sampling: CommonSampling, settings: Settings) -> Tensor:
+        if not self.rows.groups:
+            options, here = settings.options([points]), sampling.on(points.device)
+            return keywords.sampled_energies(points, options, here, as_planned=sampling.as_planned)
+        if sampling.samples >= self.rows.total or len(points) == 0:
+            return self._exact(points, settings)
+        options = settings.options([points], needs="cross")
+        return sampled_energies(points, self.rows, sampling, options)
 
     def with_all_columns(self) -> "ShardedRows":
         """Put the columns of all ranks together."""
@@ -80,14 +108,16 @@ class ShardedRows:
         """Make sets [V G, n, k] of G parts of the columns of `points`."""
         stacked = stack_parts(parts)
         sets = self.sets.times(len(parts)) if self.sets.groups else self.sets
-        return replace(self, local=stacked.flatten(0, 1), columns=UNDIVIDED, sets=sets)
+        sampling = self.sampling and self.sampling.of_other_rows()
+        local = stacked.flatten(0, 1)
+        return replace(self, local=local, columns=UNDIVIDED, sets=sets, sampling=sampling)
 
 
-def plain_shard(rows: Tensor, group: Group | None) -> ShardedRows:
+def plain_shard(rows: Tensor, group: Group | None, sampling: Sampling | None = None) -> ShardedRows:
     """Take the rows [n, d] or [B, n, d] of this rank, and ask the others of the group for theirs.
 
     Raises:
-        ValueError: on every rank, where they do not fit together.
+        ValueError: on every rank, where they do not fit together, or are sampled differently.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError(
@@ -99,7 +129,9 @@ def plain_shard(rows: Tensor, group: Group | None) -> ShardedRows:
     check_weight(rows, "rows")
     local = rows if rows.dim() == 3 else rows.unsqueeze(0)
     sets, n, width = local.shape
-    numbers = exchange([n, sets, width, DTYPES.index(rows.dtype)], group, rows.device)
+    form = [n, sets, width, DTYPES.index(rows.dtype)]
+    told = exchange([*form, *proposal(sampling)], group, rows.device)
+    numbers = [one[: len(form)] for one in told]
     forms = {(*form,) for _, *form in numbers}
     if len(forms) > 1:
         shapes = ", ".join(
@@ -108,26 +140,39 @@ def plain_shard(rows: Tensor, group: Group | None) -> ShardedRows:
         raise ValueError(
             f"`rows` must have as many sets and columns, and one dtype, on all ranks, got {shapes}"
         )
-    return ShardedRows(local, Shards((group,), (tuple(n for n, *_ in numbers),)))
+    common_sampling = agreed(sampling, [one[len(form) :] for one in told])
+    shards = Shards((group,), (tuple(n for n, *_ in numbers),))
+    return ShardedRows(local, shards, sampling=common_sampling)
 
 
 # --- DTensors -------------------------------------------------------------------------------------
 
 
-def dtensor_shard(weight: "DTensor", name: str = "weight") -> ShardedRows:
+def dtensor_shard(
+    weight: "DTensor", name: str = "weight", sampling: Sampling | None = None
+) -> ShardedRows:
     """Take the part of rows [N, d] or [B, N, d] that is on this rank, and who has the others.
 
-    Nothing is asked, unless several dimensions of a mesh share the rows. The gradient of the part
-    becomes one of the placements of the DTensor.
+    Nothing is asked, unless several dimensions of a mesh share the rows, or their energies are to
+    be sampled, from one seed on all ranks. The gradient of the part becomes one of the placements
+    of the DTensor.
 
     Raises:
-        ValueError: placements that cannot be taken.
+        ValueError: placements that cannot be taken; on every rank, where they sample differently.
     """
     check_placements(name, weight)
     local = local_part(weight)
     rows, columns = (shards_along(weight, dim) for dim in (weight.dim() - 2, weight.dim() - 1))
     sets = shards_along(weight, 0) if weight.dim() == 3 else UNDIVIDED
-    return ShardedRows(local if weight.dim() == 3 else local.unsqueeze(0), rows, columns, sets)
+    common_sampling = agreed_over(sampling, mesh_groups(weight), local.device)
+    local = local if weight.dim() == 3 else local.unsqueeze(0)
+    return ShardedRows(local, rows, columns, sets, common_sampling)
+
+
+def mesh_groups(tensor: "DTensor") -> list[Group]:
+    """List the groups of this rank along all dimensions of a DTensor's mesh."""
+    mesh = tensor.device_mesh
+    return [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
 
 def local_part(tensor: "DTensor") -> Tensor:

@@ -43,7 +43,7 @@ def close(actual, expected, tolerance, whole=None):
     expected = expected.double()
     size = (expected if whole is None else whole.double()).norm()
     error = (actual.double() - expected).norm()
-    assert error <= tolerance * size + 1e-300, f"{float(error)} of {float(size)}"
+    assert error <= tolerance * size + 1e-300, f"{error.item()} of {size.item()}"
 
 
 class Traffic(TorchDispatchMode):
