@@ -19,7 +19,7 @@ from comhe_ext.selection import Choice, Factors
 from comhe_ext.selectors import Selector, Split, as_patterns, as_selectors
 from comhe_ext.settings import EnergyOptions, Settings, lists_energy_options, mean_settings
 from comhe_ext.sharded.collectives import total
-from comhe_ext.sharded.model import sharded_rows, total_energy
+from comhe_ext.sharded.model import sampled_shard, sharded_rows, total_energy
 from comhe_ext.sharded.rows import ShardedRows
 from comhe_ext.steps import StepCounter, host_tensor, loaded, set_number, unseen_by_checkpoint
 
@@ -85,8 +85,8 @@ class CoMHE(nn.Module):
         auto_step: False counts the calls of `step` instead.
         method: "exact"; "sampled", an unbiased estimate from random blocks of each layer's rows,
             partitioned anew for each projection at each step; or "auto", "sampled" for layers of
-            more than `above` rows. On several ranks all draw the same blocks. Adversarial matrices
-            learn from samples, too, of other blocks; angle-preserving ones from all rows.
+            more than `above` rows. On several ranks all draw the same. Adversarial matrices learn
+            from samples, too, of other blocks; angle-preserving ones from all rows.
         samples: rows of a block; sets of at most twice as many are never sampled.
         above: see `method`.
         options: `pair`, any pair function, in place of `s`, `angular` and `min_distance`; and all
@@ -427,7 +427,7 @@ class CoMHE(nn.Module):
             views.update(self.projection.views(projected))
         output = self.output_layer
         parts = {
-            name: (self._part(number, name, view, shards), shards.get(name))
+            name: self._part(number, name, view, shards.get(name))
             for number, (name, view) in enumerate(views.items())
         }
         hidden = [part for name, part in parts.items() if name != output]
@@ -446,13 +446,14 @@ class CoMHE(nn.Module):
         number: int,
         name: str,
         view: tuple[Tensor, Tensor | None],
-        shards: Mapping[str, ShardedRows],
-    ) -> Part:
-        """Make the part of a layer; one that lives on several ranks is not sampled."""
-        factor = self._factors[name]
-        if name in shards:
-            return Part(*view, factor)
-        return self._partitions.part(self._step, number, *view, factor)
+        shard: ShardedRows | None,
+    ) -> tuple[Part, ShardedRows | None]:
+        """Make the part of a layer, and say who has how much of it."""
+        partitions, factor = self._partitions, self._factors[name]
+        if shard is None:
+            return partitions.part(self._step, number, *view, factor), None
+        part = Part(*view, factor)
+        return part, sampled_shard(shard, part, partitions, self._step, number)
 
     def _zero(self) -> Tensor:
         first = self._layers[0]

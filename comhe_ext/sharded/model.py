@@ -10,12 +10,14 @@ from torch import Tensor
 from comhe_ext import packing
 from comhe_ext.checks import is_dtensor
 from comhe_ext.layers import CONVOLUTIONS, TRANSPOSED, Layer
-from comhe_ext.packing import Part
-from comhe_ext.projections.fixed import GroupProjection, Projection, RandomProjection
+from comhe_ext.packing import Part, Partitions
+from comhe_ext.projections.fixed import GroupProjection, Projection, RandomProjection, mixed
+from comhe_ext.sampled.estimator import permutations
 from comhe_ext.settings import Settings
 from comhe_ext.sharded.collectives import Shards, total
 from comhe_ext.sharded.energy import Sets, local_energies
 from comhe_ext.sharded.rows import ShardedRows, dim_of, local_part, shards_along
+from comhe_ext.sharded.sampled import CommonSampling, sampled_energies
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -119,24 +121,54 @@ def total_energy(parts: Sequence[tuple[Part, ShardedRows | None]], settings: Set
     """Sum over at least one part of its factor times the mean energy of its sets -> [].
 
     Parts on this rank alone share sweeps, see `packing.total_energy`; those that the same ranks
-    share have one sum over these ranks in common.
+    share have one sum over these ranks in common, those of which a sample is drawn one each.
     """
     here: list[Part] = []
     spread: dict[object, list[_Spread]] = {}
+    totals: list[Tensor] = []
     for part, shard in parts:
         if shard is None:
             here.append(part)
             continue
         points = part.rows if part.matrices is None else shard.points(part.matrices)
-        if shard.rows.groups:
+        sampling = shard.sampling
+        if shard.rows.groups and sampling is not None:
+            sampled = settings.options([points], needs="cross")
+            energy = sampled_energies(points, shard.rows, sampling, sampled).mean()
+            totals.append(part.factor * energy)
+        elif shard.rows.groups:
             key = (*map(id, shard.rows.groups), points.dtype, points.device)
             spread.setdefault(key, []).append(_Spread(points, shard.rows, part.factor))
+        elif sampling is not None:
+            sets, n = points.shape[:2]
+            order = permutations(sets, n, points.device, sampling.on(points.device).generator)
+            here.append(Part(points, None, part.factor, order, sampling.samples))
         else:
             here.append(Part(points, None, part.factor))
-    totals = [packing.total_energy(here, settings)] if here else []
+    if here:
+        totals.append(packing.total_energy(here, settings))
     for pack in spread.values():
         options = [settings.options([x.points], needs="cross") for x in pack]
         energies = local_energies([Sets(x.points, x.shards) for x in pack], options[0])
         sums = [x.mean() * y.factor for x, y in zip(energies, pack, strict=True)]
         totals.append(total(torch.stack(sums).sum(), pack[0].shards.groups))
     return packing.add(totals)
+
+
+def sampled_shard(
+    shard: ShardedRows, part: Part, partitions: Partitions, step: Tensor, stream: int
+) -> ShardedRows:
+    """Let a layer be sampled, if its size asks for it.
+
+    Args:
+        shard, part: its neurons.
+        partitions: which layers are sampled, and how.
+        step: holds the number of the step, at each of which rows are drawn anew.
+        stream: a number of its own for each layer.
+    """
+    neurons = shard.rows.total if shard.rows.groups else part.rows.shape[1]
+    if not partitions.takes(neurons):
+        return shard
+    # all ranks count the same steps: they have nothing to agree on
+    seed = mixed(0, int(step), stream)
+    return replace(shard, sampling=CommonSampling(seed, partitions.samples))

@@ -1,5 +1,6 @@
 """Checks of sampled energies of rows on several ranks, against one process; see `test_ranks`."""
 
+import copy
 import math
 
 import pytest
@@ -13,7 +14,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import comhe_ext
-from comhe_ext import Gaussian, Laplace, Riesz, distributed
+from comhe_ext import Gaussian, Laplace, Riesz, distributed, projections
+from comhe_ext.projections.fixed import mixed
 from comhe_ext.sampled import SamplingPlan
 from comhe_ext.sampled.polynomials import uniform_polynomial
 from comhe_ext.settings import pair_settings
@@ -395,3 +397,48 @@ def check_what_cannot_be_sampled_is_refused_on_all_ranks():
         grad.sum().backward()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"jvp|forward"):
         distributed.hyperspherical_energy(forward_ad.make_dual(rows, rows), **sampled)
+
+
+def check_a_sampled_layer_of_a_model():
+    """The draws are those of the step, the same on all ranks and for all placements."""
+    torch.manual_seed(3)
+    single = nn.Sequential(nn.Linear(12, 40), nn.Linear(40, 6)).double()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    pair, m = Riesz(2.0, half_space=True), 8
+    polynomial = uniform_polynomial(pair, 5)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        model = copy.deepcopy(single)
+        for layer in model:
+            weight = distribute_tensor(layer.weight.detach(), mesh, [placement])
+            layer.weight = nn.Parameter(weight)
+        projection = projections.RandomProjection(2, 5, every=100, seed=4)
+        comhe = comhe_ext.CoMHE(
+            model,
+            projection,
+            include="0",
+            output_layer=None,
+            method="sampled",
+            samples=m,
+        )
+        for step in range(1, 4):
+            actual = comhe()
+            (grad,) = torch.autograd.grad(actual, model[0].weight)
+            grad = grad.full_tensor()
+            close(grad, _of_first_rank(grad), 0.0)
+            close(actual.detach(), _of_first_rank(actual.detach()), 0.0)
+            if placement != Shard(0):
+                continue
+            weight, (matrices,) = single[0].weight, projection.matrices().values()
+            drawn = draw(mixed(0, step, 0), 2, m, 40)
+            sets = zip(matrices, drawn, strict=True)
+            expected = [_definition(weight @ x.T, y, polynomial, None, pair) for x, y in sets]
+            expected = torch.stack(expected).mean()
+            (gradient,) = torch.autograd.grad(expected, weight)
+            close(actual, expected, 1e-12)
+            close(grad, gradient, 1e-12)
+
+
+def _of_first_rank(tensor):
+    tensor = tensor.clone()
+    dist.broadcast(tensor, 0)
+    return tensor
