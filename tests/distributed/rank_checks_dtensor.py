@@ -81,6 +81,7 @@ def check_fewer_rows_or_columns_than_ranks():
         )
 
 
+@for_ranks([2, 3], long=[4])
 def check_sets_of_rows():
     mesh = _mesh()
     for sets in (1, 3, 5):
@@ -173,6 +174,7 @@ def check_what_travels_of_shards_of_columns():
     assert traffic.bytes == 0
 
 
+@for_ranks([2, 3], long=[4])
 def check_results_of_single_rows_are_dtensors():
     mesh = _mesh()
     for shape in ((29, 12), (3, 7, 12)):
@@ -203,9 +205,18 @@ def check_single_rows_over_two_dimensions_of_a_mesh_are_refused():
         comhe_ext.nearest(weight)
 
 
+@for_ranks([2])
+def check_a_compiled_function():
+    _check_compiled([Shard(0)])
+
+
+@for_ranks([], long=[2, 3, 4])
 def check_compiled_functions():
-    mesh = _mesh()
+    for placements in PLACEMENTS:
+        _check_compiled(placements)
+
+
+def _check_compiled(placements):
     warnings.simplefilter("ignore")  # Dynamo has many of its own
     energy = torch.compile(comhe_ext.hyperspherical_energy, backend="eager")
-    for placements in PLACEMENTS:
-        _like_one_process(energy, random_rows(13, 12, dtype=torch.float64), mesh, placements)
+    _like_one_process(energy, random_rows(13, 12, dtype=torch.float64), _mesh(), placements)

@@ -1,6 +1,7 @@
 """Checks of the regularizer on models whose weights are DTensors; see `test_ranks`."""
 
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -89,6 +90,7 @@ REGULARIZERS = [
 ]
 
 
+@for_ranks([3], long=[2, 4])
 def check_layers_of_each_kind():
     for placements in PLACEMENTS:
         # the last ones gather all weights, wherever they are
@@ -172,10 +174,20 @@ def _train(model, inputs, labels, steps=20, accumulate=False):
     return torch.stack(losses)
 
 
+@cache
+def _expected(accumulate=False):
+    """Train on one process; the first rank does, for all of them."""
+    losses = torch.empty(20, 2, dtype=torch.float64)
+    if dist.get_rank() == 0:
+        losses = _train(_network(), *_data(), accumulate=accumulate)
+    dist.broadcast(losses, 0)
+    return losses
+
+
 def _compare_training(model, accumulate=False, divided=True):
     """Compare losses of 20 steps with those of one process; ranks take a part of the data each."""
     inputs, labels = _data()
-    expected = _train(_network(), inputs, labels, accumulate=accumulate)
+    expected = _expected(accumulate)
     part = slice(None)
     if divided:
         size = len(labels) // dist.get_world_size()
@@ -189,6 +201,7 @@ def _compare_training(model, accumulate=False, divided=True):
     assert losses[-1, 0] < 0.5 * losses[0, 0]
 
 
+@for_ranks([3], long=[2, 4])
 def check_training_under_fsdp2():
     for accumulate in (False, True):
         for reshard in (False, True):
@@ -200,6 +213,7 @@ def check_training_under_fsdp2():
             _compare_training(model, accumulate)
 
 
+@for_ranks([2, 3], long=[4])
 def check_training_under_tensor_parallelism():
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     model = parallelize_module(_network(), _mesh(), plan)
@@ -216,7 +230,7 @@ def check_training_under_fsdp2_over_tensor_parallelism():
     # that a row-parallel layer returns a view, which is nobody's fault here
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     inputs, labels = _data()
-    expected = _train(_network(), inputs, labels)
+    expected = _expected()
     rank = mesh["data"].get_local_rank()
     part = slice(12 * rank, 12 * rank + 12)
     losses = _train(model, inputs[part], labels[part])
@@ -226,12 +240,13 @@ def check_training_under_fsdp2_over_tensor_parallelism():
     close(losses, expected, 1e-10)
 
 
+@for_ranks([2, 3], long=[4])
 def check_training_under_ddp():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = nn.parallel.DistributedDataParallel(_network())
     inputs, labels = _data()
-    expected = _train(_network(), inputs, labels)
+    expected = _expected()
     size = len(labels) // dist.get_world_size()
     part = slice(dist.get_rank() * size, (dist.get_rank() + 1) * size)
     comhe = comhe_ext.CoMHE(

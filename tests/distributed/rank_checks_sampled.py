@@ -83,6 +83,7 @@ def _definition(rows, drawn, polynomial, listed, pair, reduction="mean", eps=0.0
     return pair.scale(n, reduction) * total
 
 
+@for_ranks([2, 3], long=[4])
 def check_the_estimate_is_its_definition():
     n, m = 17, 5
     weight = _rows(n).requires_grad_()
@@ -107,6 +108,7 @@ def check_the_estimate_is_its_definition():
                 close(grad, 3.0 * own_rows(gradient, sizes), 1e-12, whole=gradient)
 
 
+@for_ranks([2, 3], long=[4])
 def check_the_mean_over_all_draws_is_exact():
     """With the same place within each part, the draws of all places hold each row m times."""
     n, m, sets = 12, 5, 2
@@ -134,6 +136,7 @@ def check_the_mean_over_all_draws_is_exact():
         close(grad, own_rows(gradient, sizes, dim=1), 1e-12, whole=gradient)
 
 
+@for_ranks([2])
 def check_draws_are_uniform():
     """Each place of each part is drawn as often as any other, and ranks draw the same."""
     n, m, sets = 7, 3, 20_000
@@ -158,6 +161,7 @@ def _first_draws(sets, m, n):
     return draw(seed, sets, m, n)
 
 
+@for_ranks([2, 3], long=[4])
 def check_functions_of_plain_rows():
     n, m = 23, 6
     weight = _rows(n, 8).requires_grad_()
@@ -219,6 +223,7 @@ def check_all_rows_drawn_is_exact():
         assert distributed.hyperspherical_energy(rows.expand(0, *rows.shape)).shape == (0,)
 
 
+@for_ranks([2, 3], long=[4])
 def check_dtensors_of_each_placement():
     n, m, width = 23, 6, 12
     weight = _rows(n, width).requires_grad_()
@@ -310,6 +315,7 @@ def check_what_travels_of_a_sample():
     assert sets * m / ranks * k * 4 <= drawn <= sets * (m / ranks + 2) * k * 4
 
 
+@for_ranks([2, 3], long=[4])
 def check_a_plan_of_all_ranks():
     """It lists near rows of two ranks, and with it they cost no variance."""
     n = 600
@@ -335,6 +341,7 @@ def check_a_plan_of_all_ranks():
         close(grad, own_rows(exact.grad, sizes_of(n)), 0.1, whole=exact.grad)
 
 
+@for_ranks([3], long=[2, 4])
 def check_lower_precision():
     n, m = 400, 64
     plan = _plan(random_rows(n, 24), 2)
@@ -370,6 +377,7 @@ def check_nan_reaches_all_ranks_of_a_sample():
     assert distributed.hyperspherical_energy(rows, method="sampled", samples=4).isnan()
 
 
+@for_ranks([2])
 def check_what_cannot_be_sampled_is_refused_on_all_ranks():
     rows = random_rows(20, 4).requires_grad_()
     sampled = dict(method="sampled", samples=5)
@@ -399,6 +407,7 @@ def check_what_cannot_be_sampled_is_refused_on_all_ranks():
         distributed.hyperspherical_energy(forward_ad.make_dual(rows, rows), **sampled)
 
 
+@for_ranks([2, 3], long=[4])
 def check_a_sampled_layer_of_a_model():
     """The draws are those of the step, the same on all ranks and for all placements."""
     torch.manual_seed(3)

@@ -1,8 +1,9 @@
 """Runs checks of `rank_checks*.py` on several ranks, one by one, as `test_ranks.py` asks.
 
-Called with the number of ranks. All is imported once, then the ranks are forked. It tells the names
-of the checks; then, for each name that it reads, what failed on which rank, or nothing. A line of
-JSON each. A process group of the backend gloo joins the ranks.
+All is imported once, then ranks are forked. For each line that it reads, a number of ranks and the
+name of a check, it tells what failed on which rank, or nothing, as a line of JSON. A process group
+of the backend gloo joins the ranks, which stay for the checks that follow, until another number is
+asked for or one of them fails.
 """
 
 import importlib
@@ -27,14 +28,14 @@ TIMEOUT = timedelta(seconds=60)
 GRACE = 10
 
 
-def load_checks(size: int) -> dict[str, Any]:
-    """Find the functions of all files that are for so many ranks."""
+def load_checks() -> dict[str, Any]:
+    """Find the functions of all files."""
     here = Path(__file__).parent
     sys.path.insert(0, str(here))
     checks = {}
     for path in sorted(here.glob("rank_[cf]*.py")):
         for name, value in vars(importlib.import_module(path.stem)).items():
-            if name.startswith(("check_", "fail_")) and size in getattr(value, "sizes", (2, 3, 4)):
+            if name.startswith(("check_", "fail_")):
                 checks[name] = value
     return checks
 
@@ -64,28 +65,59 @@ def run_rank(rank: int, size: int, folder: str, pipes: Any, checks: Any, *files:
             connection.send("")
 
 
-def main() -> None:
-    size = int(sys.argv[1])
-    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what checks print goes elsewhere
-    checks = load_checks(size)
-    context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe() for _ in range(size)]
-    with tempfile.TemporaryDirectory() as folder:
-        for rank in range(size):
-            arguments = (rank, size, folder, pipes, checks, requests, answers)
-            context.Process(target=run_rank, args=arguments, daemon=True).start()
+class Ranks:
+    """Ranks that are joined by a process group, and wait for checks."""
+
+    def __init__(self, size: int, checks: dict[str, Any], *files: Any) -> None:
+        context = multiprocessing.get_context("fork")
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        pipes = [context.Pipe() for _ in range(size)]
+        self._processes = [
+            context.Process(
+                target=run_rank,
+                args=(rank, size, self._folder.name, pipes, checks, *files),
+                daemon=True,
+            )
+            for rank in range(size)
+        ]
+        for process in self._processes:
+            process.start()
         for _, theirs in pipes:
             theirs.close()
-        connections = [ours for ours, _ in pipes]
-        print(json.dumps(list(checks)), file=answers, flush=True)
-        for line in requests:
-            for connection in connections:
-                connection.send(line.rstrip("\n"))
-            failures = dict(_outcomes(connections))
-            print(json.dumps(failures), file=answers, flush=True)
-            if failures:  # the ranks may be at different places now
-                break
+        self._connections = [ours for ours, _ in pipes]
+
+    def run(self, check: str) -> dict[int, str]:
+        """Run a check on all ranks, and return {rank: what failed}."""
+        for connection in self._connections:
+            connection.send(check)
+        return dict(_outcomes(self._connections))
+
+    def stop(self) -> None:
+        """End all ranks, wherever they are."""
+        for process, connection in zip(self._processes, self._connections, strict=True):
+            connection.close()
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def main() -> None:
+    requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what checks print goes elsewhere
+    checks = load_checks()
+    ranks: Ranks | None = None
+    for line in requests:
+        number, name = line.split()
+        if ranks is None or ranks.size != int(number):
+            if ranks is not None:
+                ranks.stop()
+            ranks = Ranks(int(number), checks, requests, answers)
+        failures = ranks.run(name)
+        if failures:  # the ranks may be at different places now
+            ranks.stop()
+            ranks = None
+        print(json.dumps(failures), file=answers, flush=True)
 
 
 def _outcomes(connections: list[Connection]) -> Any:

@@ -19,26 +19,28 @@ HERE = Path(__file__).parent
 
 
 class Ranks:
-    """The processes of one number of ranks, started at the first check."""
+    """The process that runs checks on any number of ranks, started at the first one."""
 
-    def __init__(self, size):
-        self.size, self.process = size, None
+    def __init__(self):
+        self.process = None
         atexit.register(self.stop)
 
-    def run(self, check):
-        """Run a check on all ranks, and fail if it fails on one."""
-        failures = self.failures(check)
-        if failures:
-            self.stop()
-            texts = [f"rank {rank} of {self.size}: {text}" for rank, text in failures.items()]
-            pytest.fail("\n".join(texts), pytrace=False)
-
-    def failures(self, check):
-        """Run a check on all ranks, and return {rank: what failed}."""
+    def failures(self, size, check):
+        """Run a check on so many ranks, and return {rank: what failed}."""
         if self.process is None:
-            self._start()
-        print(check, file=self.process.stdin, flush=True)
-        return self._answer()
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "rank_process.py")],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        print(size, check, file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            process, self.process = self.process, None
+            pytest.fail(f"the process of the ranks ended with {process.wait()}")
+        return json.loads(line)
 
     def stop(self):
         if self.process is not None:
@@ -47,51 +49,38 @@ class Ranks:
             self.process.wait()
             self.process = None
 
-    def _start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "rank_process.py"), str(self.size)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._answer()
 
-    def _answer(self):
-        line = self.process.stdout.readline()
-        if not line:
-            process, self.process = self.process, None
-            pytest.fail(f"the processes of {self.size} ranks ended with {process.wait()}")
-        return json.loads(line)
-
-
-RANKS = {size: Ranks(size) for size in (2, 3, 4)}
+RANKS = Ranks()
 
 
 def _checks():
     """List (number of ranks, check), read without running the files."""
-    for size in RANKS:
+    for size in (2, 3, 4):
         for path in sorted(HERE.glob("rank_checks*.py")):
             for node in ast.parse(path.read_text()).body:
                 if isinstance(node, ast.FunctionDef) and node.name.startswith("check_"):
                     marks = [x for x in node.decorator_list if isinstance(x, ast.Call)]
-                    sizes = [ast.literal_eval(mark.args[0]) for mark in marks]
-                    if not sizes or size in sizes[0]:
-                        yield size, node.name
+                    sizes = ast.literal_eval(marks[0].args[0]) if marks else [2, 3, 4]
+                    long = marks and size not in sizes and marks[0].keywords
+                    if size in sizes:
+                        yield pytest.param(size, node.name)
+                    elif long and size in ast.literal_eval(marks[0].keywords[0].value):
+                        yield pytest.param(size, node.name, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize(("size", "check"), list(_checks()))
 def test_on_ranks(size, check):
-    RANKS[size].run(check)
+    failures = RANKS.failures(size, check)
+    if failures:
+        texts = [f"rank {rank} of {size}: {text}" for rank, text in failures.items()]
+        pytest.fail("\n".join(texts), pytrace=False)
 
 
 @pytest.mark.parametrize(
     "failure", ["fail_by_a_rank_that_dies", "fail_by_a_rank_that_does_not_come"]
 )
 def test_a_rank_that_is_missed_ends_the_others(failure):
-    ranks = Ranks(3)
-    failures = ranks.failures(failure)
-    ranks.stop()
+    failures = RANKS.failures(3, failure)
     assert "RuntimeError" in failures["0"]
     assert "RuntimeError" in failures["2"]
     assert failures.get("1", "") == ("the process ended" if "dies" in failure else "")
@@ -100,13 +89,14 @@ def test_a_rank_that_is_missed_ends_the_others(failure):
 def test_the_example_gives_the_same_losses_on_any_number_of_ranks():
     example = HERE.parents[1] / "examples/distributed/fsdp2.py"
     processes = []
-    for ranks in (1, 2):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        arguments = [f"--nproc-per-node={ranks}", str(example), "--steps=3", "--classes=200"]
+    # a launcher for one rank would take seconds for nothing
+    alone = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for options, variables in (([], alone), (launcher, {})):
         processes.append(
             subprocess.Popen(
-                launcher + arguments,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                [sys.executable, *options, str(example), "--steps=3", "--classes=200"],
+                env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
                 stdout=subprocess.PIPE,
                 text=True,
             )
