@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -243,7 +244,7 @@ def check_dtensors_of_each_placement():
         actual = comhe_ext.compressive_energy(
             sharded, matrices, half_space=True, method="sampled", samples=m, generator=_generator()
         )
-        (grad,) = torch.autograd.grad(actual, sharded)
+        grad: Any = torch.autograd.grad(actual, sharded)[0]
         assert grad.placements == (placement,)
         if placement == Shard(0):
             close(actual, expected, 1e-12)
@@ -273,7 +274,7 @@ def check_dtensors_on_a_mesh_of_two_dimensions():
         actual = comhe_ext.hyperspherical_energy(
             sharded, method="sampled", samples=m, generator=_generator()
         )
-        (grad,) = torch.autograd.grad(actual, sharded)
+        grad: Any = torch.autograd.grad(actual, sharded)[0]
         close(actual, expected, 1e-12)
         assert grad.placements == tuple(placements)
         close(grad.full_tensor(), gradient, 1e-12)
@@ -418,8 +419,8 @@ def check_a_sampled_layer_of_a_model():
     for placement in (Shard(0), Shard(1), Replicate()):
         model = copy.deepcopy(single)
         for layer in model:
-            weight = distribute_tensor(layer.weight.detach(), mesh, [placement])
-            layer.weight = nn.Parameter(weight)
+            shards = distribute_tensor(layer.weight.detach(), mesh, [placement])
+            layer.weight = nn.Parameter(shards)
         projection = projections.RandomProjection(2, 5, every=100, seed=4)
         comhe = comhe_ext.CoMHE(
             model,
@@ -431,17 +432,18 @@ def check_a_sampled_layer_of_a_model():
         )
         for step in range(1, 4):
             actual = comhe()
-            (grad,) = torch.autograd.grad(actual, model[0].weight)
+            grad: Any = torch.autograd.grad(actual, model[0].weight)[0]
             grad = grad.full_tensor()
             close(grad, _of_first_rank(grad), 0.0)
             close(actual.detach(), _of_first_rank(actual.detach()), 0.0)
             if placement != Shard(0):
                 continue
-            weight, (matrices,) = single[0].weight, projection.matrices().values()
+            weight: Any = single[0].weight
+            (matrices,) = projection.matrices().values()
             drawn = draw(mixed(0, step, 0), 2, m, 40)
             sets = zip(matrices, drawn, strict=True)
-            expected = [_definition(weight @ x.T, y, polynomial, None, pair) for x, y in sets]
-            expected = torch.stack(expected).mean()
+            energies = [_definition(weight @ x.T, y, polynomial, None, pair) for x, y in sets]
+            expected = torch.stack(energies).mean()
             (gradient,) = torch.autograd.grad(expected, weight)
             close(actual, expected, 1e-12)
             close(grad, gradient, 1e-12)
