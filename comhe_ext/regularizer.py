@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,8 @@ class CoMHE(nn.Module):
     Note:
         On several ranks all draw the same matrices: without a `seed` of the projection, they take
         that of the first rank at the first training step, which all have to make together. Weights
-        that are DTensors stay sharded; learned projections gather them.
+        that are DTensors stay sharded; some learned projections gather them, and those of users:
+        see docs/distributed.md.
 
     Source: Lin et al. (2020), RP-CoMHE, AP-CoMHE; Liu et al. (2018), HS-MHE.
     """
@@ -211,7 +212,7 @@ class CoMHE(nn.Module):
         self._count_step()
         if self.projection is not None and int(self._step) % self.every == 0:
             with torch.no_grad():
-                self.projection.step(self._projected(self._read()[0]))
+                self.projection.step(self._projected(*self._read()))
 
     def accumulate_gradients(
         self, scaler: torch.amp.GradScaler | None = None, *, scale: float = 1.0
@@ -409,10 +410,16 @@ class CoMHE(nn.Module):
                 weight = weight.clone()  # such a tensor cannot be kept for a backward
         return sharded_rows(layer, weight, projection)
 
-    def _projected(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Select the layers that are projected."""
-        layers = [x for x in self._layers if x.name in rows and self._is_projected(x)]
-        return {layer.name: rows[layer.name] for layer in layers}
+    def _projected(
+        self, rows: Mapping[str, Tensor], shards: Mapping[str, ShardedRows] | None = None
+    ) -> dict[str, Any]:
+        """Select the layers that are projected, as the projection takes them."""
+        shards, given = shards or {}, dict[str, Any]()
+        for layer in self._layers:
+            if self.projection is not None and layer.name in rows and self._is_projected(layer):
+                shared = self.projection.learns_from_shards(layer) and layer.name in shards
+                given[layer.name] = shards[layer.name] if shared else rows[layer.name]
+        return given
 
     def _energy(
         self, rows: Mapping[str, Tensor], shards: Mapping[str, ShardedRows], steps: int
@@ -420,7 +427,7 @@ class CoMHE(nn.Module):
         """Compute the weighted sum of this call."""
         views: Views = {name: (sets, None) for name, sets in rows.items()}
         if self.projection is not None:
-            projected = self._projected(rows)
+            projected = self._projected(rows, shards)
             with unseen_by_checkpoint():
                 for _ in range(steps):
                     self.projection.step(projected)

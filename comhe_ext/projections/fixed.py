@@ -206,6 +206,10 @@ class Projection(nn.Module):
             self._check_matrices(name, sets, matrices)
         return {name: (sets, matrices[name]) for name, sets in rows.items()}
 
+    def learns_from_shards(self, layer: Layer) -> bool:
+        """Tell whether `rows` may hold a layer as `ShardedRows`, and not as all of its neurons."""
+        return False
+
     def learning(self) -> list[Layer]:
         """List the layers whose weights are not frozen."""
         return [layer for layer in self._layers if layer.learns()]

@@ -1,7 +1,8 @@
 """Projections whose matrices are trained beside the weights, by an objective of their own."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,9 +12,15 @@ from comhe_ext.functional import AngleKind, angle_differences
 from comhe_ext.layers import Layer
 from comhe_ext.operators.library import no_autocast
 from comhe_ext.operators.rows import safe_sqrt
-from comhe_ext.packing import total_energy
-from comhe_ext.projections.fixed import Projection, check_dim
+from comhe_ext.packing import Part
+from comhe_ext.projections.fixed import Projection, Views, check_dim
 from comhe_ext.settings import Settings
+from comhe_ext.sharded.angle_loss import cosine_differences
+from comhe_ext.sharded.model import sampled_shard, total_energy
+from comhe_ext.sharded.rows import ShardedRows
+
+# the neurons of a layer: all of them, or those on this rank where its weight is a DTensor
+Neurons: TypeAlias = Tensor | ShardedRows
 
 
 class _LearnedProjection(Projection):
@@ -52,7 +59,7 @@ class _LearnedProjection(Projection):
     def lr(self, lr: float) -> None:
         self._lr = check_factor("lr", lr)
 
-    def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+    def objective(self, rows: Sequence[Neurons], matrices: Sequence[Tensor]) -> Tensor:
         """Compute what the matrices minimize: a sum with one term for each layer's matrices."""
         raise NotImplementedError
 
@@ -77,7 +84,7 @@ class _LearnedProjection(Projection):
             if layer.device.type != "meta":
                 self._matrices_of(layer)
 
-    def step(self, rows: Mapping[str, Tensor] | None = None) -> None:
+    def step(self, rows: Mapping[str, Neurons] | None = None) -> None:
         compiling = torch.compiler.is_compiling()
         before = None if compiling else int(self._state[0])
         super().step()
@@ -85,14 +92,14 @@ class _LearnedProjection(Projection):
             # the seed is that of the first rank now: draw the matrices anew
             self._undrawn.update(layer.name for layer in self._layers)
         layers = self.learning()
-        constant = [x.detach() for x in self._rows(layers, rows)]
+        constant = [_detached(x) for x in self._rows(layers, rows)]
         for _ in range(self.iterations):
             matrices = [self._matrices_of(layer) for layer in layers]
             gradients = self._gradients(constant, matrices, create_graph=False)
             for layer, old, gradient in zip(layers, matrices, gradients, strict=True):
                 self._buffers[_buffer(layer)] = old - self.lr * (gradient + self.weight_decay * old)
 
-    def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def matrices(self, rows: Mapping[str, Neurons] | None = None) -> dict[str, Tensor]:
         layers = self.learning()
         matrices = [self._matrices_of(layer) for layer in layers]
         if self.mode == "unrolled" and torch.is_grad_enabled():
@@ -102,7 +109,14 @@ class _LearnedProjection(Projection):
             matrices = [m - self.lr * g for m, g in zip(matrices, gradients, strict=True)]
         return {layer.name: m for layer, m in zip(layers, matrices, strict=True)}
 
-    def _rows(self, layers: Sequence[Layer], rows: Mapping[str, Tensor] | None) -> list[Tensor]:
+    def views(self, rows: Mapping[str, Neurons]) -> Views:
+        matrices = self.matrices(rows)
+        return {
+            name: (sets if isinstance(sets, Tensor) else sets.local, matrices[name])
+            for name, sets in rows.items()
+        }
+
+    def _rows(self, layers: Sequence[Layer], rows: Mapping[str, Neurons] | None) -> list[Neurons]:
         return [layer.rows() if rows is None else rows[layer.name] for layer in layers]
 
     def _matrices_of(self, layer: Layer) -> Tensor:
@@ -137,7 +151,7 @@ class _LearnedProjection(Projection):
                 self._undrawn.add(layer.name)
 
     def _gradients(
-        self, rows: Sequence[Tensor], matrices: Sequence[Tensor], create_graph: bool
+        self, rows: Sequence[Neurons], matrices: Sequence[Tensor], create_graph: bool
     ) -> Sequence[Tensor]:
         if not matrices:
             return []
@@ -167,6 +181,10 @@ class _LearnedProjection(Projection):
             f"{self.num_projections} projections to {self.dim} dimensions, {self.mode}, "
             f"lr={self.lr}, iterations={self.iterations}"
         )
+
+
+def _detached(rows: Neurons) -> Neurons:
+    return rows.detach() if isinstance(rows, Tensor) else replace(rows, local=rows.local.detach())
 
 
 def _buffer(layer: Layer) -> str:
@@ -218,12 +236,24 @@ class AngleProjection(_LearnedProjection):
             raise ValueError(f"`kind` must be 'cosine' or 'angle', got {quote(kind)}")
         self.kind: AngleKind = kind
 
-    def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+    def objective(self, rows: Sequence[Neurons], matrices: Sequence[Tensor]) -> Tensor:
         losses = [
-            safe_sqrt(angle_differences(sets, m, self.kind)).sum()
+            safe_sqrt(self._differences(sets, m)).sum()
             for sets, m in zip(rows, matrices, strict=True)
         ]
         return torch.stack(losses).sum()
+
+    def learns_from_shards(self, layer: Layer) -> bool:
+        """Tell whether moments, of d d numbers, are fewer than the neurons; angles have none."""
+        _, neurons, inputs = layer.sizes
+        return type(self) is AngleProjection and self.kind == "cosine" and neurons > inputs
+
+    def _differences(self, rows: Neurons, matrices: Tensor) -> Tensor:
+        if isinstance(rows, Tensor):
+            return angle_differences(rows, matrices, self.kind)
+        return cosine_differences(
+            rows.with_all_columns() if rows.columns.groups else rows, matrices
+        )
 
 
 class AdversarialProjection(_LearnedProjection):
@@ -259,11 +289,18 @@ class AdversarialProjection(_LearnedProjection):
     ) -> None:
         super().__init__(num_projections, dim, lr, iterations, weight_decay, mode, seed)
 
-    def objective(self, rows: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+    def objective(self, rows: Sequence[Neurons], matrices: Sequence[Tensor]) -> Tensor:
         # other blocks than those of the energy, which would else be lowest for these matrices
-        step = self._state[1:2]
-        parts = [
-            self.partitions.part(step, -1 - number, *pair)
-            for number, pair in enumerate(zip(rows, matrices, strict=True))
-        ]
+        step, parts = self._state[1:2], list[tuple[Part, ShardedRows | None]]()
+        for number, (sets, m) in enumerate(zip(rows, matrices, strict=True)):
+            stream = -1 - number
+            if isinstance(sets, Tensor):
+                parts.append((self.partitions.part(step, stream, sets, m), None))
+                continue
+            part = Part(sets.local, m)
+            parts.append((part, sampled_shard(sets, part, self.partitions, step, stream)))
         return -total_energy(parts, self._settings)
+
+    def learns_from_shards(self, layer: Layer) -> bool:
+        """Tell whether one derivative is enough; an unrolled step takes two, of all neurons."""
+        return type(self) is AdversarialProjection and self.mode == "alternating"

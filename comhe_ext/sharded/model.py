@@ -29,17 +29,18 @@ def sharded_rows(
     """View the neurons of a layer as [V, n, d], for a projection or None.
 
     Those on this rank where the weight is a DTensor of which that is enough, and who has the others
-    and what is not here of these; else all neurons, and None. Learned projections, and those of
-    users, which may look at the neurons, get all of them.
+    and what is not here of these; else all neurons, and None. Projections of users, which may look
+    at the neurons, and learned ones that cannot do with shards, get all of them.
     """
     if not is_dtensor(weight):
         return layer.rows(weight), None
-    shard = None
-    if projection is None or type(projection) is GroupProjection or _is_gaussian(projection):
+    shard, learns = None, projection is not None and projection.learns_from_shards(layer)
+    is_fixed = type(projection) is GroupProjection or _is_gaussian(projection)
+    if projection is None or is_fixed or learns:
         shard = _shard_of(layer, weight)
     if shard is None:
         return layer.rows(weight.full_tensor()), None
-    if not shard.columns.groups:
+    if learns or not shard.columns.groups:
         return shard.local, shard
     if _is_gaussian(projection):
         # it asks for the shape alone, and its matrices will be divided as the columns are

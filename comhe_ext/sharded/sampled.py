@@ -315,17 +315,18 @@ def _moments(polynomial: Polynomial, v: Tensor) -> list[Tensor]:
     """List the moments [V, L] of unit rows for each power, each number once."""
     if v.shape[1] == 0:
         v = torch.nn.functional.pad(v, (0, 0, 0, 1))  # a row of zeros adds nothing
-    packed = []
-    for power in polynomial.powers:
-        moment = moments(v, power)
-        if power % 2:
-            packed.append(moment.flatten(1))
-            continue
-        i, j = torch.triu_indices(*moment.shape[1:], device=v.device)
-        # of a symmetric matrix, so that products are those of the whole ones
-        twice = (1.0 + (i != j).to(moment.dtype)).sqrt()
-        packed.append(moment[:, i, j] * twice)
-    return packed
+    found = [(power, moments(v, power)) for power in polynomial.powers]
+    return [x.flatten(1) if power % 2 else packed(x) for power, x in found]
+
+
+def packed(symmetric: Tensor) -> Tensor:
+    """Take each number of symmetric matrices [V, a, a] once -> [V, a (a + 1) / 2].
+
+    Such that products of what is taken are those of the matrices.
+    """
+    i, j = torch.triu_indices(*symmetric.shape[1:], device=symmetric.device)
+    twice = (1.0 + (i != j).to(symmetric.dtype)).sqrt()
+    return symmetric[:, i, j] * twice
 
 
 def _weighted(polynomial: Polynomial, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

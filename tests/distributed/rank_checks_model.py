@@ -52,9 +52,9 @@ def _shard(model, mesh, placements):
     return model
 
 
-def _like_one_process(make, mesh, placements):
+def _like_one_process(make, mesh, placements, layers=_model):
     """Compare two calls of a regularizer with one of the same layers on one process."""
-    single, model = _model(), _shard(_model(), mesh, placements)
+    single, model = layers(), _shard(layers(), mesh, placements)
     comhe = [make(x) for x in (single, model)]
     for _ in range(2):
         expected, actual = (x() for x in comhe)
@@ -86,7 +86,10 @@ REGULARIZERS = [
     _regularizer(lambda: projections.RandomProjection(3, 5, seed=1)),
     _regularizer(lambda: projections.GroupProjection(2)),
     _regularizer(lambda: projections.AngleProjection(2, 4, seed=1)),
-    _regularizer(lambda: projections.AdversarialProjection(2, 4, seed=1, mode="alternating")),
+    # large steps would bring rows so near that every rounding shows
+    _regularizer(
+        lambda: projections.AdversarialProjection(2, 4, seed=1, mode="alternating", lr=1e-3)
+    ),
 ]
 
 
@@ -103,6 +106,58 @@ def check_layers_on_a_mesh_of_two_dimensions():
     for placements in ([Shard(0), Shard(0)], [Replicate(), Shard(0)], [Shard(0), Shard(1)]):
         for make in REGULARIZERS[:2]:
             _like_one_process(make, _mesh(2, 2), placements)
+
+
+LEARNED = [
+    lambda: projections.AngleProjection(2, 4, seed=1),
+    lambda: projections.AngleProjection(2, 4, seed=1, mode="alternating", iterations=2),
+    lambda: projections.AngleProjection(2, 4, seed=1, kind="angle"),
+    lambda: projections.AdversarialProjection(2, 4, seed=1, mode="alternating"),
+    lambda: projections.AdversarialProjection(2, 4, seed=1, iterations=2),
+]
+
+
+def _layers():
+    """Make layers of more neurons than inputs, of fewer, and one with a dead neuron."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(dict(a=nn.Linear(10, 37), b=nn.Linear(37, 10), c=nn.Linear(10, 37)))
+    with torch.no_grad():
+        model["c"].weight[3] = 0.0
+    return model.double()
+
+
+def _learned(make):
+    # of a function that grows no roundings where rows are near
+    options = dict(pair=comhe_ext.Gaussian(2.0), output_layer=None)
+    return lambda model: comhe_ext.CoMHE(model, make(), **options)
+
+
+@for_ranks([2, 3], long=[4])
+def check_learned_projections():
+    for placements in PLACEMENTS:
+        for make in LEARNED:
+            _like_one_process(_learned(make), _mesh(), placements, _layers)
+
+
+@for_ranks([4])
+def check_learned_projections_on_a_mesh_of_two_dimensions():
+    for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(1)]):
+        for make in LEARNED[:4]:
+            _like_one_process(_learned(make), _mesh(2, 2), placements, _layers)
+
+
+def check_matrices_that_keep_angles_learn_from_sums():
+    """The numbers k k + k d + 1 of each of C, and d (d + 1) / 2, in place of N d."""
+    count, k, d, n = 3, 5, 20, 24 * dist.get_world_size()
+    model = _shard(nn.Sequential(nn.Linear(d, n)), _mesh(), [Shard(0)])
+    projection = projections.AngleProjection(count, k, seed=0, mode="alternating")
+    comhe = comhe_ext.CoMHE(model, projection, output_layer=None)
+    with Traffic() as traffic:
+        comhe()
+    # the sums there, the gradient in the matrices back, the rows of the energy and their sum
+    assert traffic.counts == {"_allgather_base_": 1, "allreduce_": 3}
+    sums = count * (k * k + k * d + 1) + d * (d + 1) // 2
+    assert traffic.bytes == 8 * sums + 4 * count * k * d + 4 * count * 24 * k + 4
 
 
 def check_ranks_share_the_seed_of_the_first_one():
