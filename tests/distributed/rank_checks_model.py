@@ -132,7 +132,7 @@ def _learned(make):
     return lambda model: comhe_ext.CoMHE(model, make(), **options)
 
 
-@for_ranks([2, 3], long=[4])
+@for_ranks([3], long=[2, 4])
 def check_learned_projections():
     for placements in PLACEMENTS:
         for make in LEARNED:
@@ -141,9 +141,9 @@ def check_learned_projections():
 
 @for_ranks([4])
 def check_learned_projections_on_a_mesh_of_two_dimensions():
-    for placements in ([Replicate(), Shard(0)], [Shard(0), Shard(1)]):
-        for make in LEARNED[:4]:
-            _like_one_process(_learned(make), _mesh(2, 2), placements, _layers)
+    _like_one_process(_learned(LEARNED[0]), _mesh(2, 2), [Shard(0), Shard(1)], _layers)
+    _like_one_process(_learned(LEARNED[3]), _mesh(2, 2), [Replicate(), Shard(0)], _layers)
+    _like_one_process(_learned(LEARNED[3]), _mesh(2, 2), [Shard(0), Shard(1)], _layers)
 
 
 def check_matrices_that_keep_angles_learn_from_sums():
@@ -256,16 +256,26 @@ def _compare_training(model, accumulate=False, divided=True):
     assert losses[-1, 0] < 0.5 * losses[0, 0]
 
 
-@for_ranks([3], long=[2, 4])
+@for_ranks([3])
 def check_training_under_fsdp2():
+    _check_fsdp2(accumulate=False, reshard=True)
+    _check_fsdp2(accumulate=True, reshard=False)
+
+
+@for_ranks([], long=[2, 3, 4])
+def check_training_under_fsdp2_in_each_way():
     for accumulate in (False, True):
         for reshard in (False, True):
-            model = _network()
-            for layer in model:
-                if isinstance(layer, nn.Linear):
-                    fully_shard(layer, mesh=_mesh(), reshard_after_forward=reshard)
-            fully_shard(model, mesh=_mesh(), reshard_after_forward=reshard)
-            _compare_training(model, accumulate)
+            _check_fsdp2(accumulate, reshard)
+
+
+def _check_fsdp2(accumulate, reshard):
+    model = _network()
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=_mesh(), reshard_after_forward=reshard)
+    fully_shard(model, mesh=_mesh(), reshard_after_forward=reshard)
+    _compare_training(model, accumulate)
 
 
 @for_ranks([2, 3], long=[4])

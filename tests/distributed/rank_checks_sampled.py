@@ -344,7 +344,7 @@ def check_a_plan_of_all_ranks():
 
 @for_ranks([3], long=[2, 4])
 def check_lower_precision():
-    n, m = 400, 64
+    n, m = 150, 40
     plan = _plan(random_rows(n, 24), 2)
     drawn = _first_draws(1, m, n)[0]
     pair = Riesz(2.0, half_space=True)
