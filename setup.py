@@ -23,6 +23,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.M)[1]
 DEMO = [
     "matplotlib>=3.8",
     "numpy>=1.26",
+    "pandas>=2.2",
     "pillow>=10",
     "psutil>=5.9",
     "rich>=13",
@@ -197,7 +198,6 @@ setup(
         # peers: what is measured beside the package, each optional
         "bench": [
             *DEMO,
-            "geomloss>=0.3.1,<0.4",
             "pykeops>=2.3,<2.4",
             "pytest-benchmark>=5,<6",
             "pytorch-metric-learning>=2.9,<3",

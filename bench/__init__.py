@@ -1,1 +1,6 @@
-"""The benchmark: `python -m bench --help`, from the root of a checkout."""
+"""Energy and gradient beside everything that one would take instead: `python -m bench --help`."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bench import machine
+from bench.measure import machine
 
 
 @pytest.hookimpl(optionalhook=True)

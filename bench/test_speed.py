@@ -14,20 +14,16 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import comhe_ext
-from bench.digits import network
-from bench.methods import METHODS, OURS, Mode, run
-from bench.shapes import Shape
-from bench.truth import points
+from bench.cases.models import digits_network
+from bench.cases.shapes import Shape
+from bench.cases.sweep import points
+from bench.peers.energies import METHODS, OURS, Mode, run
 from comhe_ext.functional import AngleKind
 
 # on one thread the processor's time is less noisy than the wall clock
 pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=9)
 
-BACKENDS = [
-    name
-    for name, method in METHODS.items()
-    if method.family == OURS and method.unavailable("cpu") is None
-]
+BACKENDS = [name for name in OURS if METHODS[name].unavailable("cpu") is None]
 SHAPES = ["1x1024x30", "16x512x40", "1x4096x30", "1x2048x256"]
 
 
@@ -67,7 +63,7 @@ def test_angle_preserving_loss(
 
 
 def test_regularizer(benchmark: BenchmarkFixture) -> None:
-    model = network()
+    model = digits_network()
     comhe = comhe_ext.CoMHE(model)
 
     def step() -> None:

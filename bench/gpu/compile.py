@@ -31,9 +31,9 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 
+from bench import RESULTS
 from bench.gpu import machine_code
 from bench.gpu.launches import PAIRS, TARGETS, Launch, launches
-from bench.store import RESULTS
 from comhe_ext.kernels.gpu import plan
 
 TABLE = RESULTS / "compile_gpu.csv"

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.store import RESULTS
+from bench import RESULTS
 from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import backend, plan
 from comhe_ext.kernels.pair_functions import Riesz

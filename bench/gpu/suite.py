@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 import triton
 
+from bench import RESULTS, ROOT
 from bench.gpu import speed
 from bench.gpu.speed import DEVICE, DRY, Result
-from bench.store import RESULTS, ROOT
 from comhe_ext.kernels import gpu
 from comhe_ext.kernels.pair_functions import Riesz
 from comhe_ext.kernels.sweep import SweepRequest
@@ -243,8 +243,8 @@ def main() -> int:
             if file.name not in ("test_gpu.py", "test_triton_interpreter.py"):
                 path = str(file.relative_to(ROOT))
                 suite.do(f"tests: {file.name}", partial(run_tests, suite, path))
-        shapes = ("goals", "small", "layers", "scaling", "wide")
-        suite.do("benchmark sweep", lambda: benchmark(suite, "sweep", "--shapes", *shapes))
+        shapes = ("goals", "small", "layers", "scaling")
+        suite.do("benchmark sweep", lambda: benchmark(suite, "sweep", "--cases", *shapes))
         suite.do("benchmark accuracy", lambda: benchmark(suite, "accuracy"))
         suite.do("benchmark model", lambda: benchmark(suite, "model"))
     print(f"{suite.file}: {suite.failed} failed, {suite.left} left for the next run")

@@ -1,0 +1,162 @@
+"""A training step of whole models: without a regularizer, with ours, with one by hand.
+
+The models are the published architectures in plain PyTorch, with random weights and inputs: a
+step's cost does not depend on them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import comhe_ext
+from bench.measure.contest import Entry
+from bench.measure.store import Row
+from bench.measure.study import Case, Options, Study
+from bench.measure.worker import Call, Result
+from bench.peers.energies import naive_energy
+from comhe_ext.projections import ProjectionName
+from comhe_ext.testing.architectures import LlamaBlock, ViT, resnet50
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and the inputs of one step."""
+
+    label: str
+    make: Callable[[], nn.Module]
+    batch: dict[str, int]  # by device
+    inputs: tuple[int, ...]
+    classes: int | None = 1000  # None: without a head, the loss is the square of the output
+
+    @property
+    def output_layer(self) -> str | None:
+        return None if self.classes is None else "auto"
+
+
+def digits_network() -> nn.Sequential:
+    """Make the demo's network, for images of 8 x 8."""
+    conv1, conv2 = (nn.Conv2d(n, m, 3, padding=1, bias=False) for n, m in ((1, 32), (32, 64)))
+    norm1, norm2 = nn.BatchNorm2d(32), nn.BatchNorm2d(64)
+    hidden, output = nn.Linear(64 * 4 * 4, 128), nn.Linear(128, 10)
+    layers = {"conv1": conv1, "norm1": norm1, "relu1": nn.ReLU()}
+    layers |= {"conv2": conv2, "norm2": norm2, "relu2": nn.ReLU(), "pool": nn.MaxPool2d(2)}
+    layers |= {"flatten": nn.Flatten(), "hidden": hidden, "relu3": nn.ReLU(), "output": output}
+    return nn.Sequential(OrderedDict(layers))
+
+
+def llama_blocks() -> nn.Sequential:
+    """Make two blocks of a LLaMA, without embedding and head."""
+    return nn.Sequential(*(LlamaBlock(2048, 5504, 16, 16) for _ in range(2)))
+
+
+IMAGE = (3, 224, 224)
+# a processor gets less than a GPU
+MODELS = {
+    "digits": Model("the demo's network", digits_network, {"cpu": 50, "cuda": 50}, (1, 8, 8), 10),
+    "resnet50": Model("ResNet-50", resnet50, {"cpu": 8, "cuda": 128}, IMAGE),
+    "vit-b": Model("ViT-B/16", ViT, {"cpu": 4, "cuda": 64}, IMAGE),
+    "llama": Model(
+        "2 blocks of LLaMA-1.3B", llama_blocks, {"cpu": 1, "cuda": 8}, (256, 2048), None
+    ),
+}
+
+# the argument `projection` of CoMHE
+VARIANTS: dict[str, ProjectionName | None] = {
+    "MHE": None,
+    "RP-CoMHE": "random",
+    "AP-CoMHE": "angle-preserving",
+    "adversarial CoMHE": "adversarial",
+    "group CoMHE": "group",
+}
+NAIVE = {"MHE, naive": None, "RP-CoMHE, naive": "random"}  # those of a few lines of PyTorch
+NONE = "none"
+METHODS = (NONE, *VARIANTS, *NAIVE)
+
+
+class NaiveCoMHE(nn.Module):
+    """What `comhe_ext.CoMHE(model, projection)` computes, written by hand."""
+
+    def __init__(self, model: nn.Module, projection: str | None, output_layer: str | None) -> None:
+        super().__init__()
+        kinds = nn.Linear | nn.Conv2d
+        self.layers = [m for m in model.modules() if isinstance(m, kinds)]
+        self.head = self.layers[-1] if output_layer == "auto" else None
+        self.first = self.layers[0] if isinstance(self.layers[0], nn.Conv2d) else None
+        self.projected = projection == "random"
+
+    def forward(self) -> Tensor:
+        total = torch.zeros((), device=self.layers[0].weight.device)
+        for layer in self.layers:
+            rows = layer.weight.flatten(1)
+            if layer is self.head:
+                total = total + 10.0 * naive_energy(rows)
+            elif self.projected and layer is not self.first and rows.shape[1] > 40:
+                projection = torch.randn(20, 40, rows.shape[1], device=rows.device)
+                total = total + naive_energy(rows @ projection.mT, half_space=True).mean()
+            else:
+                total = total + naive_energy(rows, half_space=True)
+        return total
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def make_step(name: str, method: str, device: str) -> Call:
+    """Make the model and a step of its training, in the process that measures."""
+    spec = MODELS[name]
+    torch.manual_seed(0)
+    model = spec.make().to(device)
+    regularizer: nn.Module | None = None
+    if method in VARIANTS:
+        projection = VARIANTS[method]
+        regularizer = comhe_ext.CoMHE(model, projection=projection, output_layer=spec.output_layer)
+    elif method in NAIVE:
+        regularizer = NaiveCoMHE(model, NAIVE[method], spec.output_layer)
+    batch = spec.batch[device]
+    inputs = torch.randn(batch, *spec.inputs, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> Result:
+        outputs = model(inputs)
+        loss = outputs.square().mean() if spec.classes is None else cross_entropy(outputs, labels)
+        if regularizer is not None:
+            loss = loss + regularizer()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return (loss.detach(),)
+
+    return step
+
+
+def check(result: Result) -> Row:
+    (loss,) = result
+    return {} if bool(loss.isfinite()) else {"status": "wrong", "note": "the loss is not finite"}
+
+
+def groups(device: str) -> dict[str, list[Case]]:
+    cases = {name: [{"model": name, "batch": m.batch[device]}] for name, m in MODELS.items()}
+    return cases | {"quick": cases["digits"]}
+
+
+def entries(case: Case, options: Options) -> dict[str, Entry]:
+    name, device = case["model"], options.device
+    return {
+        method: Entry(partial(make_step, name, method, device), check, compiles=device == "cuda")
+        for method in METHODS
+    }
+
+
+STUDY = Study(
+    *("model", "a training step of whole models, with and without the regularizer"),
+    key=("model", "batch"),
+    groups=groups,
+    entries=entries,
+    threads=None,
+)

@@ -1,0 +1,159 @@
+"""Two studies of the energy: every method at every shape, and on rows that are close or equal."""
+
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+import comhe_ext
+from bench.cases.shapes import GOALS, LAYERS, PAPER, QUICK, SCALING, SCALING_DIM, SMALL, Shape
+from bench.measure.contest import Entry
+from bench.measure.errors import errors, judged
+from bench.measure.store import Row
+from bench.measure.study import Case, Options, Study
+from bench.measure.worker import Call, Result
+from bench.peers.energies import METHODS, Mode, naive_energy, replayed, run
+from comhe_ext import testing
+
+# more would take the definition minutes
+MOST_ROWS = 32768
+
+
+def case_of(shape: Shape, mode: Mode = "gradient") -> Case:
+    return {**shape._asdict(), "mode": mode}
+
+
+def shape_of(case: Case) -> Shape:
+    return Shape(case["sets"], case["rows"], case["dim"])
+
+
+def groups(device: str) -> dict[str, list[Case]]:
+    lists = {"goals": GOALS[device], "small": SMALL[device], "layers": list(LAYERS)}
+    lists |= {"scaling": SCALING[device], "quick": QUICK}
+    cases = {name: [case_of(shape) for shape in shapes] for name, shapes in lists.items()}
+    one = Shape(1, 4096, SCALING_DIM[device])
+    cases["modes"] = [case_of(one, "energy"), case_of(one, "second order")]
+    if device == "cuda":
+        cases["half space"] = [case_of(PAPER, "half space")]
+    return cases
+
+
+def points(shape: Shape, device: str) -> Tensor:
+    """Draw the same random rows for every method, [B, N, k]."""
+    return testing.random_rows(shape.sets * shape.rows, shape.dim, device=device).view(shape)
+
+
+@lru_cache(maxsize=1)
+def truth(shape: Shape, mode: Mode, device: str) -> Result:
+    """Compute energies and derivatives of `points(shape, device)` in float64.
+
+    By the definition; of very many rows by our portable backend, which tests compare with it.
+    """
+    rows = points(shape, device).double()
+    ours = partial(comhe_ext.hyperspherical_energy, backend="torch")
+    if mode == "second order" or shape.rows > MOST_ROWS:
+        return run(naive_energy if mode == "second order" else ours, rows, mode)
+    # random rows: no two are closer than `min_distance`
+    exact = partial(testing.exact_energy_and_gradient, half_space=mode == "half space")
+    both = [exact(one) for one in rows]
+    return torch.stack([e for e, _ in both]), torch.stack([g for _, g in both])
+
+
+def make_call(method: str, shape: Shape, mode: Mode, device: str) -> Call:
+    """Load the method and make the points, in the process that measures."""
+    call = partial(run, METHODS[method].load(), points(shape, device), mode)
+    return replayed(call) if METHODS[method].graph else call
+
+
+def check(shape: Shape, mode: Mode, device: str, result: Result) -> Row:
+    """Compare a method's result with float64."""
+    return judged(errors(result, truth(shape, mode, device)))
+
+
+def entries(case: Case, options: Options) -> dict[str, Entry]:
+    shape, mode, device = shape_of(case), case["mode"], options.device
+    return {
+        name: Entry(
+            partial(make_call, name, shape, mode, device),
+            partial(check, shape, mode, device),
+            *(method.compiles, method.environment, method.version()),
+            unavailable=method.unavailable(device),
+            needs=method.matrices * 4.0 * shape.sets * shape.rows**2,
+            work=shape.pairs,
+            alike=(mode, shape.dim),
+        )
+        for name, method in METHODS.items()
+        if device in method.devices
+        and mode in method.modes
+        and (shape.sets > 1 or not method.only_batches)
+        # compiling would take most of so short a run
+        and not (options.quick and method.compiles)
+    }
+
+
+STUDY = Study(
+    *("sweep", "time, memory and error of every method at every shape"),
+    key=("sets", "rows", "dim", "mode"),
+    groups=groups,
+    entries=entries,
+    form="SETSxROWSxDIM",
+    parse=lambda text: case_of(Shape.parse(text)),
+)
+
+# --- rows that are close, or equal ----------------------------------------------------------------
+
+ROWS, DIM, PAIRS = 1024, 30, 8
+# name -> angle of the near rows in radians
+ANGLES = {"0.1 rad": 0.1, "0.01 rad": 1e-2, "1e-3 rad": 1e-3, "1e-4 rad": 1e-4}
+DUPLICATES, COLLAPSED = "duplicates", "collapsed"
+CLOSE = ("random", *ANGLES, COLLAPSED, DUPLICATES)
+
+
+def close_points(case: str, device: str) -> Tensor:
+    """[N, k]: random rows of which some have a near twin, or an equal one; or all in a heap."""
+    if case in ANGLES:
+        return testing.paired_rows(ROWS, DIM, ANGLES[case], pairs=PAIRS, device=device)
+    if case == COLLAPSED:
+        return testing.collapsed_rows(ROWS, DIM, 1e-2, device=device)
+    rows = testing.random_rows(ROWS, DIM, device=device)
+    if case == DUPLICATES:
+        rows[-PAIRS:] = rows[:PAIRS]
+    return rows
+
+
+def make_close_call(method: str, case: str, device: str) -> Call:
+    """The pure definition; with duplicates that is infinite, so there ours has `min_distance`."""
+    energies = METHODS[method].load()
+    if METHODS[method].backend is not None and case != DUPLICATES:
+        energies = partial(energies, min_distance=0.0)
+    return partial(run, energies, close_points(case, device)[None], "gradient")
+
+
+def check_close(case: str, device: str, result: Result) -> Row:
+    rows, distance = close_points(case, device), 1e-3 if case == DUPLICATES else 0.0
+    energy, gradient = testing.exact_energy_and_gradient(rows, min_distance=distance)
+    return {"value": float(result[0]), **errors(result, (energy[None], gradient[None]))}
+
+
+def close_entries(case: Case, options: Options) -> dict[str, Entry]:
+    name, device = case["case"], options.device
+    return {
+        m: Entry(
+            partial(make_close_call, m, name, device),
+            partial(check_close, name, device),
+            *(method.compiles, method.environment, method.version()),
+            timed=False,
+            unavailable=method.unavailable(device),
+        )
+        for m, method in METHODS.items()
+        if device in method.devices and not (method.only_batches or method.graph)
+    }
+
+
+ACCURACY = Study(
+    *("accuracy", "errors on far, close and equal rows"),
+    key=("case",),
+    groups=lambda device: {case: [{"case": case}] for case in CLOSE},
+    entries=close_entries,
+    threads=None,
+)

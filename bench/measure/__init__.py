@@ -1,0 +1,1 @@
+"""How it is measured: processes, rounds, float64, the files of results."""

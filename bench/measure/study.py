@@ -1,0 +1,131 @@
+"""The engine of the benchmark: a study's cases, by its methods, into its file of results."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench.measure import machine
+from bench.measure.contest import Contest, Entry, OutOfTime, Rules
+from bench.measure.store import FIGURES, Row, Table
+
+Case = dict[str, Any]  # the columns that tell a study's cases apart
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where to measure what and how long, and where the results go."""
+
+    device: str
+    threads: int
+    out: Path
+    console: Console
+    rules: Rules = field(default_factory=Rules)
+    methods: Sequence[str] = ()  # all, if empty
+    resume: bool = False  # skip what has been measured
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question: its cases, and for each of them what takes part, by method.
+
+    `groups` has the cases of a device under the names that the command line takes; all are
+    measured by default, but for the group "quick". `parse` reads other cases, written as `form`.
+    """
+
+    name: str
+    words: str
+    key: tuple[str, ...]
+    groups: Callable[[str], Mapping[str, Sequence[Case]]]
+    entries: Callable[[Case, Options], Mapping[str, Entry]]
+    form: str = ""
+    parse: Callable[[str], Case] | None = None
+    threads: int | None = 1  # None: as many as PyTorch takes
+    values: tuple[str, ...] = ()  # columns beside the usual ones
+
+    @property
+    def table(self) -> Table:
+        return Table(self.name.replace("-", "_"), (*self.key, "method"), (*FIGURES, *self.values))
+
+    def cases(self, names: Sequence[str], options: Options) -> list[Case]:
+        """List the cases of these names, each once; ValueError if there is no such case."""
+        groups = self.groups(options.device)
+        names = names or (["quick"] if options.quick else [x for x in groups if x != "quick"])
+        found: list[Case] = []
+        for name in names:
+            if name not in groups and self.parse is None:
+                raise ValueError(f"{name!r} is none of {', '.join(groups)}")
+            cases = groups[name] if name in groups else [self.parse(name)]  # type: ignore[misc]
+            found += [case for case in cases if case not in found]
+        return found
+
+    def check(self, names: Sequence[str], options: Options) -> None:
+        """Raise ValueError if there is no such case, or no such method."""
+        known = {m for case in self.cases(names, options) for m in self.entries(case, options)}
+        if unknown := [method for method in options.methods if method not in known]:
+            raise ValueError(f"{unknown[0]!r} is no method of these cases: {', '.join(known)}")
+
+    def taking_part(self, case: Case, options: Options) -> dict[str, Entry]:
+        entries = self.entries(case, options)
+        return {m: entry for m, entry in entries.items() if m in (options.methods or entries)}
+
+    def measure(self, options: Options, names: Sequence[str] = ()) -> int:
+        """Measure cases, store each once it is complete, and return how many are left over."""
+        stamp, console, table = (
+            machine.stamp(options.device, options.threads),
+            options.console,
+            self.table,
+        )
+
+        def missing(case: Case) -> bool:
+            keys = [{**stamp, **case, "method": m} for m in self.taking_part(case, options)]
+            return table.lacks(options.out, keys)
+
+        cases = self.cases(names, options)
+        if options.resume:
+            cases = [case for case in cases if missing(case)]
+        console.print(
+            f"{self.name}: {len(cases)} cases, {stamp['machine']}, threads: {options.threads}, "
+            f"PyTorch {stamp['torch']}, comhe_ext {stamp['comhe_ext']} at {stamp['commit'] or '?'}"
+        )
+        columns = (
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        with TemporaryDirectory() as caches, progress:
+            contest = Contest(options.device, options.threads, options.rules, Path(caches))
+            task = progress.add_task("", total=len(cases))
+            for index, case in enumerate(cases):
+                title = " ".join(str(value) for value in case.values())
+
+                def say(words: str, title: str = title) -> None:
+                    progress.update(task, description=f"{title} {words}")
+
+                try:
+                    rows = contest.hold(self.taking_part(case, options), say)
+                except OutOfTime:
+                    return len(cases) - index
+                table.upsert(
+                    options.out, [{**stamp, **case, "method": m, **row} for m, row in rows.items()]
+                )
+                console.print(f"{title}: " + ", ".join(f"{m} {brief(r)}" for m, r in rows.items()))
+                progress.advance(task)
+        return 0
+
+
+def brief(row: Row) -> str:
+    """Say in a word or two what came of a method."""
+    if row["status"] != "ok":
+        return str(row["status"])
+    words = [f"{row['cpu_ms']:.3g} ms"] if "cpu_ms" in row else []
+    if row.get("gradient_error") is not None:
+        words.append(f"(error {row['gradient_error']:.0e})")
+    return " ".join(words) or "ok"

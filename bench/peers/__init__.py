@@ -1,0 +1,1 @@
+"""What is measured: the package, and what one would take instead."""

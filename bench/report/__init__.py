@@ -1,0 +1,1 @@
+"""What it shows: tables and pictures out of the files of results."""

@@ -1,0 +1,244 @@
+"""The benchmark measures what it says it measures, survives what fails, and keeps what it wrote."""
+
+import functools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+# it belongs to the checkout and is not installed; last, so that the checkout hides no package
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from bench.__main__ import main
+from bench.cases import host_time, losses, sweep
+from bench.cases.shapes import Shape
+from bench.measure import contest
+from bench.measure.contest import Contest, Entry, Rules
+from bench.measure.machine import PEAKS
+from bench.measure.store import STAMP, Table
+from bench.measure.study import Options
+from bench.measure.worker import Worker
+
+# this must hold however busy the machine is
+ENDLESS = 1e7
+
+
+# --- the contest ----------------------------------------------------------------------------------
+
+
+def call_of(kind):
+    """In a process of its own."""
+
+    def good():
+        return (torch.ones(3),)
+
+    def slow():
+        signal.pause()
+
+    def greedy():
+        return (torch.empty(2**50),)
+
+    def killed():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def broken():
+        raise KeyError("nothing here")
+
+    return locals()[kind]
+
+
+def hold(*kinds, folder, rules, check=lambda result: {}):
+    # the second call is timed, because the first one imports this module
+    entries = {
+        kind: Entry(functools.partial(call_of, kind), check, compiles=True) for kind in kinds
+    }
+    return Contest("cpu", 1, rules, folder).hold(entries)
+
+
+def test_what_fails_is_an_outcome_and_the_others_go_on(monkeypatch, tmp_path):
+    class Patient(Worker):
+        """Waits for all but the one that never answers."""
+
+        def __init__(self, job):
+            super().__init__(job)
+            self.patient = job.make.args != ("slow",)
+
+        def ask(self, turn, limit):
+            return super().ask(turn, ENDLESS if self.patient else limit)
+
+    monkeypatch.setattr(contest, "Worker", Patient)
+    rules = Rules(limit=0.5, start=0.25, compilation=0.25, rounds=3, budget=1.0)
+    kinds = ("slow", "greedy", "killed", "broken", "good")
+    found = hold(*kinds, folder=tmp_path, rules=rules)
+    assert {name: row["status"] for name, row in found.items()} == {
+        "slow": "timeout",
+        "greedy": "out of memory",
+        "killed": "out of memory",
+        "broken": "failed",
+        "good": "ok",
+    }
+    assert found["slow"]["note"] == "more than 1 s"
+    assert "allocate" in found["greedy"]["note"]
+    assert found["broken"]["note"] == "KeyError: 'nothing here'"
+    good = found["good"]
+    assert good["rounds"] == 3
+    assert 0 < good["wall_min_ms"] <= good["wall_ms"] <= good["wall_max_ms"]
+    assert good["first_s"] > 0
+    assert good["peak_mib"] > 0
+    for name in kinds[:-1]:
+        assert "wall_ms" not in found[name]
+
+
+def test_what_is_wrong_is_not_timed(tmp_path):
+    wrong = {"status": "wrong", "note": "off by 0.1"}
+    rules = Rules(limit=ENDLESS, rounds=2)
+    found = hold("good", folder=tmp_path, rules=rules, check=lambda result: wrong)["good"]
+    assert (found["status"], found["note"]) == ("wrong", "off by 0.1")
+    assert "wall_ms" not in found
+
+
+def test_slow_calls_have_fewer_rounds():
+    rules = Rules(budget=20.0)
+    rounds = {0.02: 9, 2.0: 9, 3.0: 6, 9.9: 5, 15.0: 5, 45.0: 1}
+    assert {seconds: rules.number_of_rounds(seconds) for seconds in rounds} == rounds
+
+
+def test_what_cannot_run_fit_or_end_is_not_tried(tmp_path):
+    options = Options("cpu", 1, tmp_path, Console())
+    held = Contest("cpu", 1, Rules(limit=10.0), tmp_path)
+
+    def refusal(name, shape):
+        refused = held.refusal(name, sweep.entries(sweep.case_of(shape), options)[name])
+        return None if refused is None else (refused["status"], refused["note"])
+
+    status, note = refusal("naive", Shape(1, 1_000_000, 8))
+    assert status == "out of memory"
+    assert "needs about 2.24e+04 GiB" in note
+    held.seconds["row-blocks", ("gradient", 8)] = {Shape(1, 1000, 8).pairs: 1.0}
+    late = "timeout", "about 100 s expected, the limit is 10 s"
+    assert refusal("row-blocks", Shape(1, 10_000, 8)) == late
+    assert refusal("row-blocks", Shape(1, 2000, 8)) is None
+    held.rules = Rules()
+    missing = Entry(functools.partial(call_of, "good"), unavailable="not here")
+    row = held.hold({"good": missing})["good"]
+    assert (row["status"], row["note"]) == ("unavailable", "not here")
+
+
+def test_every_layer_of_a_call_is_counted(tmp_path):
+    pytest.importorskip("triton")
+    if "TRITON_INTERPRET" in os.environ:
+        pytest.skip("needs the compiler's launcher")
+    case = {"case": "128 x 40"}
+    options = Options("cpu", 1, tmp_path, Console())
+    entries = host_time.entries(case, options)
+    layers = {name: entries[name] for name in entries if name.startswith("triton")}
+    assert len(layers) == 3
+    rows = Contest("cpu", 1, Rules(limit=ENDLESS, rounds=1), tmp_path).hold(layers)
+    for row in rows.values():
+        assert row["launches"] == 5  # normalize, pairwise, near_pairs, finish, total
+        assert row["wall_ms"] > 0
+
+
+# --- studies --------------------------------------------------------------------------------------
+
+
+def test_a_sweep_from_end_to_end(tmp_path, capsys):
+    names = ["comhe-torch", "naive", "naive-by-set", "pdist"]
+    command = ["sweep", "--quick", "--cases", "1x64x8", "3x50x8", "--out", str(tmp_path)]
+    command += ["--limit", str(ENDLESS)]
+    assert main([*command, "--methods", *names]) == 0
+    assert "comhe-torch" in capsys.readouterr().out
+    rows = sweep.STUDY.table.read(tmp_path)
+    assert rows.groupby("rows", sort=False).method.count().to_dict() == {64: 3, 50: 4}
+    assert set(rows.status) == {"ok"}
+    assert (rows.wall_min_ms <= rows.wall_ms).all()
+    assert (rows.wall_ms <= rows.wall_max_ms).all()
+    assert (rows.gradient_error < 1e-5).all()
+    assert rows["rounds"].between(1, 3).all()
+    assert (rows.peak_mib > 0).all()
+    assert (PEAKS.read(tmp_path).flops > 0).all()
+
+    assert main([*command, "--methods", *names, "--resume"]) == 0
+    assert capsys.readouterr().out.startswith("sweep: 0 cases")
+    assert sweep.STUDY.table.read(tmp_path).equals(rows)
+    assert main([*command, "--methods", "naive"]) == 0
+    refreshed = sweep.STUDY.table.read(tmp_path)
+    assert len(refreshed) == len(rows)
+    assert set(refreshed[refreshed.first_s != rows.first_s].method) == {"naive"}
+    assert main([*command, "--budget-minutes", "0"]) == 3
+    assert "2 left over" in capsys.readouterr().out
+
+
+def test_losses_from_end_to_end(tmp_path, capsys):
+    command = ["losses", "--quick", "--cases", "gram:4x64x64", "--limit", str(ENDLESS)]
+    command += ["--out", str(tmp_path)]
+    assert main(command) == 0
+    rows = losses.STUDY.table.read(tmp_path)
+    assert list(rows.method) == ["comhe_ext", "dense"]
+    assert set(rows["shape"]) == {"4x64x64"}
+    assert set(rows.threads) == {1}
+    assert (rows.gradient_error < 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sweep", "--cases", "4096x30"], "a shape must be written SETSxROWSxDIM"),
+        (["losses", "--cases", "magic"], "a case must be written LOSS:SHAPE"),
+        (["sweep", "--methods", "magic"], "'magic' is no method"),
+        (["sweep", "--threads", "0"], "must be a number from 1 on, got '0'"),
+        (["model", "--cases", "gpt-9"], "'gpt-9' is none of digits"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_errors_of_the_command_line(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def row_of(**values):
+    return dict.fromkeys(STAMP, "") | {"threads": 1, "date": "1"} | values
+
+
+def test_the_newest_of_several_commits_counts(tmp_path):
+    table = Table("t", ("rows",), ("value",))
+    for commit, rows, date, value in (("c", 1, "3", 5), ("d", 1, "2", 6), ("d", 2, "2", 7)):
+        table.upsert(tmp_path, [row_of(commit=commit, rows=rows, date=date, value=value)])
+    assert len(table.read(tmp_path)) == 3
+    newest = table.newest(tmp_path)
+    assert set(zip(newest.rows, newest.value, strict=True)) == {(1, 5), (2, 7)}
+
+
+def test_upsert_replaces_by_key_and_leaves_no_half_file(tmp_path):
+    table = Table("t", ("rows", "method"), ("value", "note"))
+    table.upsert(tmp_path, [row_of(rows=1, method="u", value=0.123456789)])
+    assert table.read(tmp_path).value.item() == 0.12346
+    rows = [row_of(rows=2, method="u", value=3), row_of(rows=1, method="v")]
+    table.upsert(tmp_path, rows)
+    table.upsert(tmp_path, [row_of(rows=1, method="u", value=None, note="n")])
+    read = table.read(tmp_path)
+    assert list(zip(read.rows, read.method, read.note, strict=True)) == [
+        (1, "u", "n"),
+        (2, "u", ""),
+        (1, "v", ""),
+    ]
+    assert read.value.isna().tolist() == [True, False, True]
+    assert not table.lacks(tmp_path, rows)
+    assert table.lacks(tmp_path, [row_of(rows=2, method="v")])
+
+    before = table.path(tmp_path).read_bytes()
+    with pytest.raises(ValueError, match="t has no column y"):
+        table.upsert(tmp_path, [row_of(rows=4, method="w", y=1)])
+    assert table.path(tmp_path).read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    with pytest.raises(ValueError, match="must have the columns machine, device"):
+        Table("t", ("rows",), ("value",)).read(tmp_path)

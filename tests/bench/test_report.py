@@ -1,0 +1,139 @@
+"""The tables and pictures show what the results say, also where others are faster."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+# it belongs to the checkout and is not installed; last, so that the checkout hides no package
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+from bench import RESULTS, ROOT
+from bench.cases import losses, sweep
+from bench.measure import machine
+from bench.peers.energies import METHODS
+from bench.report import pages, plots, tables, theme
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Made-up results of a few methods: at 4 ns a pair we are 3 times slower than row blocks."""
+    folder = tmp_path_factory.mktemp("results")
+    stamp = machine.stamp("cpu", 1)
+    groups, rows = sweep.groups("cpu"), {}
+    for case in [*groups["goals"], *groups["scaling"], *groups["modes"]]:
+        shape = sweep.shape_of(case)
+        for name, nanoseconds in (("comhe-cpu", 4.0), ("row-blocks", 1.25), ("naive", 100.0)):
+            time = shape.pairs * nanoseconds * 1e-6
+            row = {**case, "method": name, "compiled": "no"}
+            if name == "naive" and shape.rows > 20_000:
+                row |= {"status": "out of memory", "note": "needs about 99 GiB"}
+            else:
+                row |= {"status": "ok", "wall_ms": time, "cpu_ms": time, "peak_mib": 1.0}
+                row |= {"wall_min_ms": time, "wall_max_ms": time, "first_s": time}
+                row |= {"value_error": 1e-8, "gradient_error": 3e-7}
+            rows[shape, case["mode"], name] = stamp | row
+    sweep.STUDY.table.upsert(folder, rows.values())
+    machine.PEAKS.upsert(folder, [stamp | {"flops": 1e11}])
+    errors = [
+        stamp
+        | {"case": case, "method": name, "status": "ok", "value": 0.5, "value_error": 1e-8}
+        | {"gradient_error": float("inf") if case == "1e-4 rad" and name == "naive" else 1e-6}
+        for case in sweep.CLOSE
+        for name in ("comhe-cpu", "naive")
+    ]
+    sweep.ACCURACY.table.upsert(folder, errors)
+    return folder
+
+
+def test_plots_need_nothing_but_the_results(results):
+    written = plots.draw(results)
+    names = {path.name for path in written}
+    assert names == {
+        f"{name}-cpu-{theme}.png"
+        for name in ("time", "memory", "speed", "accuracy")
+        for theme in ("light", "dark")
+    }
+    first = {path: path.read_bytes() for path in written}
+    for path, picture in first.items():
+        assert len(picture) < 120_000, path
+        with Image.open(path) as image:
+            assert image.width > 1200
+            assert len(image.convert("L").getcolors()) > 8
+    one = next(path for path in written if path.name == "time-cpu-dark.png")
+    theme.save(results / "plots", {one.stem: plots.figures(results)["time-cpu"]}, theme.DARK)
+    assert one.read_bytes() == first[one]
+
+
+def test_tables_show_where_others_are_faster(results):
+    parts = tables.parts(results)
+    slower = parts["slower cpu"]
+    assert "- 4,096 × 30, energy + gradient: row blocks, own gradient takes 0.31 times" in slower
+    assert slower.startswith("Of 12 cases, a peer was faster in 12:")
+    lost, closest = slower.split("The next closest:")
+    assert "naive" not in lost
+    assert closest.count("naive PyTorch takes 25.00 times") == 5
+    goals = {line.split(" | ")[0]: line for line in parts["goals cpu"].splitlines()}
+    assert goals["| 4,096 × 30, over naive"].endswith("| at least 25 times | 25 times | yes |")
+    assert goals["| 16,384 × 30, over naive"].endswith("| at least 60 times | 25 times | **no** |")
+    missing = "| 4,096 × 30, two threads over one"
+    assert goals[missing] == f"{missing} | at least 1.9 times | not measured |  |"
+    # 6 k flop a pair in 4 ns, of 100 Gflop/s
+    assert goals["| 4,096 × 30, of the peak"].endswith("| at least 65 % | 45 % | **no** |")
+    assert "| 0.312× |" in parts["speed cpu"]
+    assert parts["speed cuda"] == tables.NO_GPU
+    assert "| 25× | **0.312×** | row blocks, own gradient | 1 | 1 |" in parts["shapes"]
+    assert "| naive PyTorch | 1e-06 | 1e-06 | 1e-06 | 1e-06 | not finite |" in parts["accuracy cpu"]
+
+
+def test_the_table_of_losses_shows_which_method_is_faster(tmp_path):
+    stamp = machine.stamp("cpu", 1) | {"loss": "koleo", "shape": "256x128"}
+    rows = [
+        stamp | {"method": method, "status": "ok", "cpu_ms": time, "peak_mib": 2.0}
+        for method, time in (("comhe_ext", 4.0), ("dense", 12.0), ("published", 2.0))
+    ]
+    rows.append(stamp | {"method": "row-blocks", "status": "out of memory"})
+    losses.STUDY.table.upsert(tmp_path, rows)
+    text = tables.parts(tmp_path)["losses cpu"]
+    line = next(line for line in text.splitlines() if "koleo" in line)
+    assert line.startswith("| `koleo` | 256 × 128 | 4 | 2 | 3×, 2 MiB | memory |")
+    assert "| **0.5×**, 2 MiB |" in line
+
+
+def test_pages_are_rewritten_between_their_markers_only(results):
+    readme, page = ROOT / "README.md", ROOT / "docs" / "limits.md"
+    blocks = [f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in tables.parts(results)]
+    texts = {readme: f"a\n{''.join(blocks[:3])}b\n", page: f"{''.join(blocks[3:])}c\n"}
+    once = pages.filled(texts, results)
+    assert once[readme].startswith("a\n<!-- speed cpu -->\n\n")
+    assert "old" not in once[readme] + once[page]
+    assert once[readme].endswith("-->\nb\n")
+    assert once[page].endswith("-->\nc\n")
+    assert pages.filled(once, results) == once
+    assert once[readme].count('src="bench/results') == 4
+    # a page below the root finds the pictures, too
+    pictures = "<!-- plots cpu -->\nold\n<!-- end plots cpu -->\n"
+    cut = texts[readme].replace(pictures, "")
+    moved = {readme: cut, page: texts[page] + pictures}
+    assert pages.filled(moved, results)[page].count('src="../bench/results') == 4
+    with pytest.raises(ValueError, match="must have the block 'plots cpu', 0 have it"):
+        pages.filled({**texts, readme: cut}, results)
+    with pytest.raises(ValueError, match="has the unknown blocks magic"):
+        pages.filled({**texts, page: f"{texts[page]}<!-- magic -->\n<!-- end magic -->\n"}, results)
+    endless = texts[readme].replace("<!-- end goals cpu -->\n", "")
+    with pytest.raises(ValueError, match="the block 'goals cpu' once, with an end"):
+        pages.filled({**texts, readme: endless}, results)
+
+
+def test_pages_hold_the_committed_results():
+    assert pages.stale(RESULTS) == [], "run python -m bench readme"
+    for page, text in pages.read().items():
+        for picture in [part for part in text.split('"') if part.endswith(".png")]:
+            assert (page.parent / picture).exists(), "run python -m bench plot"
+
+
+def test_all_methods_are_drawn_or_named():
+    assert set(plots.COLORS) | set(plots.BARS) <= set(METHODS)
+    shown = {method for methods in tables.COLUMNS.values() for method in methods}
+    assert shown == {name for name, method in METHODS.items() if method.backend is None}
