@@ -5,9 +5,11 @@ with all that the compiler has to know. So every variant is one that a call asks
 """
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -30,35 +32,25 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), "UTCHMMA"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma"),
 }
+# half space, by the angle; not all of the bounded functions know both at once
+KINDS = ((False, False), (False, True), (True, False), (True, True))
 PAIRS: dict[str, PairFunction] = {
     name + " half" * half + " angle" * angular: replace(pair, half_space=half, angular=angular)
-    for name, pair in (
-        ("s=0", Riesz(0.0)),
-        ("s=1", Riesz(1.0)),
-        ("s=2", Riesz(2.0)),
-        ("any s", Riesz(1.5)),
-        ("gaussian", Gaussian()),
+    for name, pair, kinds in (
+        ("s=0", Riesz(0.0), 4),
+        ("s=1", Riesz(1.0), 4),
+        ("s=2", Riesz(2.0), 4),
+        ("any s", Riesz(1.5), 4),
+        ("gaussian", Gaussian(), 4),
+        ("s<0", Riesz(-0.5), 3),
+        ("shift", Riesz(1.5, shift=0.5), 3),
+        ("shift s=0", Riesz(0.0, shift=0.5), 3),
+        ("laplace", Laplace(), 4),
     )
-    for half, angular in itertools.product((False, True), repeat=2)
+    for half, angular in KINDS[:kinds]
 }
 # whose sides are subtracted in another way
 PAIRS["wide gaussian half"] = Gaussian(0.5, half_space=True)
-# bounded ones
-PAIRS |= {
-    "s<0": Riesz(-0.5),
-    "s<0 half": Riesz(-0.5, half_space=True),
-    "s<0 angle": Riesz(-0.5, angular=True),
-    "shift": Riesz(1.5, shift=0.5),
-    "shift half": Riesz(1.5, shift=0.5, half_space=True),
-    "shift angle": Riesz(1.5, shift=0.5, angular=True),
-    "shift s=0": Riesz(0.0, shift=0.5),
-    "shift s=0 half": Riesz(0.0, shift=0.5, half_space=True),
-    "shift s=0 angle": Riesz(0.0, shift=0.5, angular=True),
-    "laplace": Laplace(),
-    "laplace half": Laplace(half_space=True),
-    "laplace angle": Laplace(angular=True),
-    "laplace half angle": Laplace(half_space=True, angular=True),
-}
 # weights of a projecting launch, as many as a ResNet-50 has
 NUM_WEIGHTS = 54
 
@@ -85,126 +77,100 @@ class Launch:
         return triton.compile(self.source, target=TARGETS[self.target][0], options=options)
 
 
+TILE = "{BLOCK_M}x{BLOCK_N}x{WIDTH}"
+# what tells the variants of a kernel apart, in words
+VARIANTS = {
+    "pairwise_kernel": f"{{pair}} {TILE} {{COSINE_TERMS}}+{{force}}",
+    "near_pairs_kernel": "{pair} {columns}x{WIDTH} {COSINE_TERMS}{energy}",
+    "direct_kernel": "{pair} k={K}{energy}",
+    "cross_kernel": f"{{pair}} {TILE} {{COSINE_TERMS}}+{{force}}{{ids}}{{weights}}",
+    "cross_near_kernel": "{pair} {ITEM_M}x{WIDTH} {COSINE_TERMS}{energy}{ids}{weights}",
+    "cross_direct_kernel": "{pair} k={K}{energy}{ids}{weights}",
+    "cross_finish_kernel": "rows={BLOCK_M}{energy}{ids}{weights}{each}",
+    "nearest_kernel": "{of}{half} {BLOCK_N}x{WIDTH}",
+    "nearest_choose_kernel": "{of}{half} {BLOCK_N}x{WIDTH}",
+    "difference_kernel": "{angle}{rows}{projected}",
+    "near_difference_kernel": "{sum}{part}",
+    "difference_gradient_kernel": "{shared}",
+    "coefficient_kernel": "{pair}{halves}",
+    "near_block_kernel": "{pair}{energy}",
+    "finish_kernel": "{pair} rows={BLOCK_M}{energy}",
+    "total_kernel": "",
+    "normalize_kernel": "{dtype} rows={BLOCK_M}{form}",
+    "project_normalize_kernel": "{dtype} rows={BLOCK_M} k={WIDTH}{form} {PRECISION}",
+}
+
+
 def variant_of(kernel: str, pair: str, given: dict[str, Any], args: tuple[Any, ...]) -> str:
-    """What tells the variants of a kernel apart, in words."""
-    energy = "" if given.get("WITH_FORCE", True) else " energy"
-    if kernel == "pairwise_kernel":
-        force = given["FORCE_TERMS"] * given["WITH_FORCE"]
-        tile = f"{given['BLOCK_M']}x{given['BLOCK_N']}x{given['WIDTH']}"
-        return f"{pair} {tile} {given['COSINE_TERMS']}+{force}"
-    if kernel == "near_pairs_kernel":
-        columns = given["BLOCK_N"] * given["TILES_RATIO"]
-        return f"{pair} {columns}x{given['WIDTH']} {given['COSINE_TERMS']}{energy}"
-    if kernel == "direct_kernel":
-        return f"{pair} k={given['K']}{energy}"
-    if kernel.startswith("cross"):
-        energy += " ids" * given.get("WITH_IDS", False) + " weights" * given["WITH_WEIGHTS"]
-    if kernel == "cross_kernel":
-        force = given["FORCE_TERMS"] * given["WITH_FORCE"]
-        tile = f"{given['BLOCK_M']}x{given['BLOCK_N']}x{given['WIDTH']}"
-        return f"{pair} {tile} {given['COSINE_TERMS']}+{force}{energy.removeprefix(' energy')}"
-    if kernel == "cross_near_kernel":
-        return f"{pair} {given['ITEM_M']}x{given['WIDTH']} {given['COSINE_TERMS']}{energy}"
-    if kernel == "cross_direct_kernel":
-        return f"{pair} k={given['K']}{energy}"
-    if kernel == "cross_finish_kernel":
-        return f"rows={given['BLOCK_M']}{energy}" + " each" * given["WITH_ENERGY"]
-    if kernel.startswith("nearest"):
-        of = "set" if given["SELF"] else "columns" + " ids" * given["WITH_IDS"]
-        return f"{of}{' half' * given['HALF_SPACE']} {given['BLOCK_N']}x{given['WIDTH']}"
-    if kernel == "difference_kernel":
-        slopes = " rows" * given["A_SLOPES"] + " projected" * given["B_SLOPES"]
-        return f"{'angle' if given['ANGLE'] else 'cosine'}{slopes}"
-    if kernel == "near_difference_kernel":
-        return ("sum " * given["WITH_SUM"] + "force" * given["WITH_FORCE"]).rstrip()
-    if kernel == "difference_gradient_kernel":
-        return "shared" if given["SHARED"] else "sets"
-    if kernel == "coefficient_kernel":
-        return pair + (energy or f" {given['FORCE_HALVES']}")
-    if kernel == "near_block_kernel":
-        return pair + energy
-    if kernel == "finish_kernel":
-        return f"{pair} rows={given['BLOCK_M']}{energy}"
-    if kernel == "total_kernel":
-        return ""
-    form = " columns" * given["COLUMNS"] + " rest" * given["WITH_REST"]
-    if kernel == "normalize_kernel":
-        return f"{str(args[0].dtype)[6:]} rows={given['BLOCK_M']}{form}"
-    rows = f"{str(args[0][0].dtype)[6:]} rows={given['BLOCK_M']}"
-    return f"{rows} k={given['WIDTH']}{form} {given['PRECISION']}"
+    """Fill in the words for what a launch was given."""
+    known = defaultdict(int, given)
+    force = known["WITH_FORCE"] if "WITH_FORCE" in given else True
+    source = args[0][0] if isinstance(args[0], tuple) else args[0]
+    words = {
+        "pair": pair,
+        "energy": "" if force else " energy",
+        "force": known["FORCE_TERMS"] * force,
+        "halves": f" {known['FORCE_HALVES']}" if force else " energy",
+        "columns": known["BLOCK_N"] * known["TILES_RATIO"],
+        "ids": " ids" * known["WITH_IDS"],
+        "weights": " weights" * known["WITH_WEIGHTS"],
+        "each": " each" * known["WITH_ENERGY"],
+        "of": "set" if known["SELF"] else "columns" + " ids" * known["WITH_IDS"],
+        "half": " half" * known["HALF_SPACE"],
+        "angle": "angle" if known["ANGLE"] else "cosine",
+        "rows": " rows" * known["A_SLOPES"],
+        "projected": " projected" * known["B_SLOPES"],
+        "sum": "sum " * known["WITH_SUM"],
+        "part": "force" * force,
+        "shared": "shared" if known["SHARED"] else "sets",
+        "dtype": str(source.dtype)[6:] if isinstance(source, Tensor) else "",
+        "form": " columns" * known["COLUMNS"] + " rest" * known["WITH_REST"],
+    }
+    return VARIANTS[kernel].format(**given, **words).rstrip()
 
 
-@dataclass(frozen=True)
-class Call:
-    """A sweep over rows of k columns, as they are or projected."""
-
-    k: int
-    pair: str = "s=2"
-    gradient: bool = True
-    dtype: torch.dtype = torch.float32
-    precision: str = "highest"  # torch's setting of float32 products
-    projected: bool = False
-    # rows against columns, with ids and weights
-    cross: bool = False
-    weighted: bool = False
-
-    def make(self) -> None:
-        rows = torch.ones(70, self.k, dtype=self.dtype)
-        source: Tensor | Projected = rows
-        extra: dict[str, Any] = {}
-        if self.cross:
-            extra["columns"] = rows
-        if self.weighted:
-            ids = torch.ones(70, dtype=torch.int32)
-            extra |= {"row_ids": ids, "column_ids": ids, "row_weights": torch.ones(70)}
-        sizes = [70]
-        if self.projected:
-            weights = [torch.ones(2, 48, dtype=self.dtype)] * NUM_WEIGHTS
-            source = Projected(weights, [torch.ones(1, self.k, 48)] * NUM_WEIGHTS)
-            sizes = [2] * NUM_WEIGHTS
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.precision)
-        try:
-            scales = [1.0] * len(sizes)
-            pair = PAIRS[self.pair]
-            gpu.sweep(SweepRequest(source, sizes, scales, pair, gradient=self.gradient, **extra))
-        finally:
-            torch.set_float32_matmul_precision(before)
+# the name of its pair function, if any; torch's setting for float32 products; the call
+Call = tuple[str, str, Callable[[], object]]
 
 
-@dataclass(frozen=True)
-class NearestCall:
-    """The nearest of rows of k columns, or of columns of their own."""
-
-    k: int
-    half_space: bool
-    columns: bool = False
-    ids: bool = False
-    pair: str = ""
-
-    def make(self) -> None:
-        rows = torch.ones(70, self.k)
-        ids = torch.ones(70, dtype=torch.int32) if self.ids else None
-        columns = rows if self.columns else None
-        gpu.nearest(NearestRequest(rows, [70], self.half_space, 0.0, columns, ids, ids))
+def sweep(
+    k: int,
+    pair: str = "s=2",
+    precision: str = "highest",
+    dtype: torch.dtype = torch.float32,
+    **wanted: Any,
+) -> Call:
+    request = SweepRequest(torch.ones(70, k, dtype=dtype), [70], [1.0], PAIRS[pair], **wanted)
+    return pair, precision, partial(gpu.sweep, request)
 
 
-@dataclass(frozen=True)
-class DifferenceCall:
-    """Cosines or angles of rows in two spaces, and the gradients in both."""
-
-    angle: bool
-    rows_gradient: bool = True
-    projected_gradient: bool = True
-    pair: str = ""
-
-    def make(self) -> None:
-        rows, projected = torch.ones(1, 70, 200).expand(2, -1, -1), torch.ones(2, 70, 40)
-        wanted = self.rows_gradient, self.projected_gradient
-        gpu.angle_difference(rows, projected, self.angle, *wanted)
+def projected(k: int, dtype: torch.dtype, precision: str) -> Call:
+    weights = [torch.ones(2, 48, dtype=dtype)] * NUM_WEIGHTS
+    source = Projected(weights, [torch.ones(1, k, 48)] * NUM_WEIGHTS)
+    sizes, scales = [2] * NUM_WEIGHTS, [1.0] * NUM_WEIGHTS
+    return "s=2", precision, partial(gpu.sweep, SweepRequest(source, sizes, scales, PAIRS["s=2"]))
 
 
-def calls(pairs: Collection[str]) -> Iterator[Call | NearestCall | DifferenceCall]:
+def cross(k: int, pair: str = "s=2", weighted: bool = False, gradient: bool = True) -> Call:
+    """Sweep rows against columns, with ids and weights or without."""
+    ids = torch.ones(70, dtype=torch.int32)
+    of_rows = {"row_ids": ids, "column_ids": ids, "row_weights": torch.ones(70)}
+    options: dict[str, Any] = of_rows if weighted else {}
+    return sweep(k, pair, columns=torch.ones(70, k), gradient=gradient, **options)
+
+
+def nearest(k: int, half_space: bool, *columns_and_ids: Tensor) -> Call:
+    request = NearestRequest(torch.ones(70, k), [70], half_space, 0.0, *columns_and_ids)
+    return "", "highest", partial(gpu.nearest, request)
+
+
+def difference(angle: bool, *gradients: bool) -> Call:
+    """Compare cosines or angles of rows in two spaces, with the gradients in both."""
+    rows, projected = torch.ones(1, 70, 200).expand(2, -1, -1), torch.ones(2, 70, 40)
+    return "", "highest", partial(gpu.angle_difference, rows, projected, angle, *gradients)
+
+
+def calls(pairs: Collection[str]) -> Iterator[Call]:
     """Calls that take every branch of every kernel, of some pair functions beside s = 2.
 
     The widest come first: of several launches with one name the first is compiled.
@@ -213,29 +179,27 @@ def calls(pairs: Collection[str]) -> Iterator[Call | NearestCall | DifferenceCal
         # on tensor cores the fourth product of the cosine comes with few columns; on the others the
         # first and the last width of each tile shape
         for k in (128, 40, 32, 24, 16, 200, 8, 5, 4, 1):
-            yield Call(k, pair, gradient)
+            yield sweep(k, pair, gradient=gradient)
     # of what depends on the pair function these take the fewest and the most registers
     for pair in sorted({*pairs} & {"s=2", "any s half angle"}):
-        for k in (128, 40, 32, 16, 200, 4):
-            yield Call(k, pair, cross=True, weighted=True)
+        yield from (cross(k, pair, weighted=True) for k in (128, 40, 32, 16, 200, 4))
     for k in (40, 32, 4):
-        yield from (Call(k, gradient=gradient, cross=True) for gradient in (True, False))
+        yield from (cross(k, gradient=gradient) for gradient in (True, False))
+    ids = torch.ones(70, dtype=torch.int32)
     for k in (200, 128, 40, 32):
-        yield NearestCall(k, False)
-        yield NearestCall(k, True, True, True)
+        yield nearest(k, False)
+        yield nearest(k, True, torch.ones(70, k), ids, ids)
     for angle in (False, True):
         for wanted in ((True, True), (False, True), (False, False)):
-            yield DifferenceCall(angle, *wanted)
+            yield difference(angle, *wanted)
     # neither the cheaper products nor the dtype differ in what depends on the pair function
     for precision, gradient in (("high", True), ("medium", True), ("medium", False)):
-        for k in (128, 40, 32, 16):
-            yield Call(k, gradient=gradient, precision=precision)
-    yield from (Call(200, pair, precision="high") for pair in pairs)
+        yield from (sweep(k, precision=precision, gradient=gradient) for k in (128, 40, 32, 16))
+    yield from (sweep(200, pair, "high") for pair in pairs)
     for dtype, k in itertools.product((torch.float16, torch.bfloat16), (64, 16, 3)):
-        yield Call(k, dtype=dtype)
+        yield sweep(k, dtype=dtype)
     for dtype, precision in itertools.product((torch.float32, torch.bfloat16), ("highest", "high")):
-        for k in (128, 64, 32, 16, 8, 3):
-            yield Call(k, dtype=dtype, precision=precision, projected=True)
+        yield from (projected(k, dtype, precision) for k in (128, 64, 32, 16, 8, 3))
 
 
 def launches(target: str, pairs: Collection[str] = tuple(PAIRS)) -> list[Launch]:
@@ -246,7 +210,7 @@ def launches(target: str, pairs: Collection[str] = tuple(PAIRS)) -> list[Launch]
     def note(
         kernel: jit.JITFunction[Any], *args: Any, grid: Any, warmup: bool, **given: Any
     ) -> None:
-        variant = variant_of(kernel.__name__, call.pair, given, args)
+        variant = variant_of(kernel.__name__, asked[0], given, args)
         if (target, kernel.__name__, variant) in found:
             return
         bind = jit.create_function_from_signature(kernel.signature, kernel.params, compiler)
@@ -256,18 +220,22 @@ def launches(target: str, pairs: Collection[str] = tuple(PAIRS)) -> list[Launch]
         )
         source = ASTSource(kernel, signature, constants, attributes)
         num_warps = given.get("num_warps", 4)
-        pair = call.pair if call.pair and variant.startswith(call.pair) else None
+        pair = asked[0] if asked[0] and variant.startswith(asked[0]) else None
         launch = Launch(target, kernel.__name__, variant, source, options, given, num_warps, pair)
         found[launch.key] = launch
 
+    before = torch.get_float32_matmul_precision()
     with ExitStack() as stack:
+        stack.callback(torch.set_float32_matmul_precision, before)
         for where, name, stand_in in (
             (jit.JITFunction, "run", note),
             (backend, "check", lambda *_: None),
             (backend, "target_of", lambda _: target),
         ):
             stack.enter_context(patch.object(where, name, stand_in))
-        for large_set, call in itertools.product((plan.LARGE_SET, 1), calls(pairs)):
+        for large_set, asked in itertools.product((plan.LARGE_SET, 1), calls(pairs)):
+            _, precision, call = asked
+            torch.set_float32_matmul_precision(precision)
             with patch.object(plan, "LARGE_SET", large_set):
-                call.make()
+                call()
     return list(found.values())

@@ -43,43 +43,37 @@ class Code:
         has them too, and is longer. Without them a loop does the work if it is at least half as
         long as the longest.
         """
-        loops = []
-        for address, op, rest in self.instructions:
-            target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-            # a branch to itself is the trap at the end of every kernel
-            if target is not None and int(target[1], 16) < address:
-                loops.append((int(target[1], 16), address))
+        branches = [(a, rest) for a, op, rest in self.instructions if op.startswith("BRA")]
+        found = [(re.search(r"0x([0-9a-f]+)", rest), address) for address, rest in branches]
+        loops = [(int(target[1], 16), address) for target, address in found if target]
+        # a branch to itself is the trap at the end of every kernel
+        loops = [(begin, end) for begin, end in loops if begin < end]
         inner = [
             a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
         ]
         if with_matrix:
-            inner = [
-                a
-                for a in inner
-                if any(self.matrix in op for i, op, _ in self.instructions if a[0] <= i <= a[1])
-            ]
+            products = [a for a, op, _ in self.instructions if self.matrix in op]
+            inner = [(a, b) for a, b in inner if any(a <= i <= b for i in products)]
         else:
             longest = max((end - begin for begin, end in inner), default=0)
-            inner = [a for a in inner if 2 * (a[1] - a[0]) >= longest]
+            inner = [(a, b) for a, b in inner if 2 * (b - a) >= longest]
         return min(inner, key=lambda a: a[1] - a[0], default=None)
 
 
 def nvidia(kernel: triton.compiler.CompiledKernel, matrix: str) -> Code:
     """The SASS of a cubin, by the disassembler that comes with Triton."""
     binary = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def dump(what: str) -> str:
+        command = [str(binary), cubin.name, what]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        text, usage = (
-            subprocess.run(
-                [str(binary), cubin.name, what], capture_output=True, text=True, check=True
-            ).stdout
-            for what in ("-sass", "-res-usage")
-        )
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers is not None, usage
-    code = [(int(address, 16), op, rest) for address, op, rest in _SASS.findall(text)]
-    return Code(code, int(registers[1]), ("LDL", "STL"), matrix)
+        code = [(int(a, 16), op, rest) for a, op, rest in _SASS.findall(dump("-sass"))]
+        (registers,) = re.findall(r"REG:(\d+)", dump("-res-usage"))
+    return Code(code, int(registers), ("LDL", "STL"), matrix)
 
 
 def amd(kernel: triton.compiler.CompiledKernel, matrix: str) -> Code:
@@ -91,16 +85,11 @@ def amd(kernel: triton.compiler.CompiledKernel, matrix: str) -> Code:
         line = line.partition(";")[0].strip()
         if label := re.match(r"(\.LBB\w+):", line):
             labels[label[1]] = len(code)
-        elif instruction := re.match(
-            r"([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|scratch_\w+)(.*)", line
-        ):
+        elif instruction := re.match(r"((?:[sv]|ds|buffer|global|scratch)_\w+)(.*)", line):
             code.append((len(code), instruction[1], instruction[2]))
-    code = [
-        (i, "BRA", hex(labels[rest.strip()]))
-        if op.startswith(("s_cbranch", "s_branch"))
-        else (i, op, rest)
-        for i, op, rest in code
-    ]
+    for i, (_, op, rest) in enumerate(code):
+        if op.startswith(("s_cbranch", "s_branch")):
+            code[i] = i, "BRA", hex(labels[rest.strip()])
     registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
     spill = ("scratch_load", "scratch_store")
     return Code(code, int(registers[1]) if registers else 0, spill, matrix)
