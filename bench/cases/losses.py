@@ -27,18 +27,13 @@ Shape = tuple[int, ...]
 class Loss:
     """What is compared. The gradient is that of the first input."""
 
-    methods: dict[str, Value]  # ours first
-    exact: Value  # in float64
+    methods: dict[str, Value]  # ours first, last the one that is exact in float64
     shapes: Sequence[Shape]
     inputs: Callable[..., tuple[Tensor, ...]]  # of the shape and the device
 
 
 def one_set(n: int, d: int, device: str) -> tuple[Tensor, ...]:
     return (testing.random_rows(n, d, device=device),)
-
-
-def batch_and_columns(m: int, n: int, d: int, device: str) -> tuple[Tensor, ...]:
-    return testing.random_rows(m + n, d, device=device).split([m, n])
 
 
 def classes_and_labels(m: int, n: int, d: int, device: str) -> tuple[Tensor, ...]:
@@ -52,39 +47,34 @@ def two_networks(b: int, n: int, d: int, device: str) -> tuple[Tensor, ...]:
 
 
 BATCH, MEDIUM, LARGE, HEAD = (256, 128), (4096, 64), (8192, 256), (512, 100_000, 512)
+SMALL, ALL = (BATCH, MEDIUM), (BATCH, MEDIUM, LARGE)
 
 
 def of_pairs(
     ours: Value,
     formula: Formula,
-    shapes: Sequence[Shape] = (BATCH, MEDIUM),
+    shapes: Sequence[Shape] = SMALL,
     inputs: Callable[..., tuple[Tensor, ...]] = one_set,
     **others: Value,
 ) -> Loss:
-    exact = partial(in_row_blocks, formula)
-    methods: dict[str, Value] = {
-        OURS: ours,
-        "dense": partial(dense, formula),
-        "row-blocks": exact,
-        **others,
-    }
-    return Loss(methods, exact, shapes, inputs)
+    whole, blocks = partial(dense, formula), partial(in_row_blocks, formula)
+    return Loss({OURS: ours, "dense": whole, **others, "row-blocks": blocks}, shapes, inputs)
 
 
 def of_function(pair: Laplace | Riesz, of_distance: Callable[[Tensor], Tensor]) -> Loss:
     formula = Formula(mean_of_others(lambda c: of_distance(distance(c))))
-    return of_pairs(
-        partial(comhe_ext.pair_energy, pair=pair),
-        formula,
-        pdist=partial(peers.by_pdist, lambda r: of_distance(r).mean()),
-    )
+    pdist = partial(peers.by_pdist, lambda r: of_distance(r).mean())
+    return of_pairs(partial(comhe_ext.pair_energy, pair=pair), formula, pdist=pdist)
+
+
+def riesz_2(cosines: Tensor) -> Tensor:
+    return (2.0 - 2.0 * cosines).reciprocal()
 
 
 LOSSES = {
     "uniformity": of_pairs(
         losses.uniformity,
         Formula(mean_of_others(lambda c: (4.0 * c - 4.0).exp()), lambda x: x.mean().log()),
-        (BATCH, MEDIUM, LARGE),
         pdist=partial(peers.by_pdist, lambda r: r.pow(2).mul(-2).exp().mean().log()),
         cdist=peers.uniformity_cdist,
         keops=peers.uniformity_keops,
@@ -92,7 +82,7 @@ LOSSES = {
     "koleo": of_pairs(
         losses.koleo,
         Formula(largest, lambda c: -(distance(c) + 1e-8).log().mean()),
-        (BATCH, MEDIUM, LARGE),
+        ALL,
         published=peers.koleo_published,
     ),
     "minimal_angle": of_pairs(
@@ -109,41 +99,27 @@ LOSSES = {
         cdist=peers.nearest_cdist,
         keops=peers.nearest_keops,
     ),
-    "nearest column": of_pairs(
-        lambda x, columns: comhe_ext.nearest(x, columns)[0].mean(),
-        Formula(largest, lambda c: distance(c).mean(), sets=peers.against_columns),
-        (HEAD,),
-        batch_and_columns,
-        cdist=peers.nearest_column_cdist,
-    ),
     "sphereface_plus": of_pairs(
         losses.sphereface_plus,
-        Formula(
-            mean_of_others(lambda c: (2.0 - 2.0 * c).reciprocal()), sets=peers.classes_of_batch
-        ),
+        Formula(mean_of_others(riesz_2), sets=peers.classes_of_batch),
         (HEAD,),
         classes_and_labels,
         cdist=peers.sphereface_plus_cdist,
     ),
     "row energies": of_pairs(
         lambda x: comhe_ext.pair_energy(x, reduction="rows").log().mean(),
-        Formula(lambda c: (2.0 - 2.0 * c).reciprocal().sum(1), lambda x: x.log().mean()),
+        Formula(lambda c: riesz_2(c).sum(1), lambda x: x.log().mean()),
     ),
     "frame_potential": of_pairs(
-        losses.frame_potential,
-        Formula(mean_of_others(torch.square), own=0.0),
-        (BATCH, MEDIUM, LARGE),
+        losses.frame_potential, Formula(mean_of_others(torch.square), own=0.0), ALL
     ),
     "gram": Loss(
         {OURS: lambda *z: losses.gram(*z).mean(), "dense": peers.gram_matrices},
-        peers.gram_matrices,
         ((4, 784, 1024),),
         two_networks,
     ),
     "Laplace": of_function(Laplace(1.0), lambda r: (-r).exp()),
-    "Riesz with a shift": of_function(
-        Riesz(2.0, shift=1.0), lambda r: (1.0 + r.square()).reciprocal()
-    ),
+    "Riesz with a shift": of_function(Riesz(2.0, shift=1.0), lambda r: (1.0 + r**2).reciprocal()),
 }
 
 
@@ -167,8 +143,8 @@ def make_call(name: str, shape: Shape, method: str, device: str) -> Call:
 
 @lru_cache(maxsize=1)
 def truth(name: str, shape: Shape, device: str) -> Result:
-    inputs = LOSSES[name].inputs(*shape, device)
-    return run(LOSSES[name].exact, [x.double() if x.is_floating_point() else x for x in inputs])
+    inputs, exact = LOSSES[name].inputs(*shape, device), list(LOSSES[name].methods.values())[-1]
+    return run(exact, [x.double() if x.is_floating_point() else x for x in inputs])
 
 
 def check(name: str, shape: Shape, device: str, result: Result) -> Row:
@@ -203,8 +179,7 @@ def entries(case: Case, options: Options) -> dict[str, Entry]:
             compiles=method == "keops",
         )
         for method in LOSSES[name].methods
-        # it takes half a minute a call at the large shape
-        if method != "keops" or (shape != LARGE and not options.quick)
+        if method != "keops" or not options.quick
     }
 
 

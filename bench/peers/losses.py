@@ -17,7 +17,7 @@ from bench.peers.energies import block_rows
 
 # --- the formulas ---------------------------------------------------------------------------------
 
-Sets = tuple[Tensor, Tensor, Tensor | None]  # unit rows, unit columns, each row's own column
+Sets = tuple[Tensor, Tensor, Tensor]  # unit rows, unit columns, each row's own column
 
 
 def among_themselves(x: Tensor) -> Sets:
@@ -30,10 +30,6 @@ def classes_of_batch(weight: Tensor, labels: Tensor) -> Sets:
     return unit[labels], unit, labels
 
 
-def against_columns(x: Tensor, columns: Tensor) -> Sets:
-    return normalize(x), normalize(columns), None
-
-
 @dataclass(frozen=True)
 class Formula:
     """A loss by its definition: a function of each row's cosines, and one of what that gave."""
@@ -43,11 +39,9 @@ class Formula:
     own: float = -math.inf  # stands for the cosine of a row with its own column, to leave it out
     sets: Callable[..., Sets] = among_themselves
 
-    def block(self, rows: Tensor, columns: Tensor, own: Tensor | None) -> Tensor:
-        cosines = rows @ columns.mT
-        if own is not None:
-            index = torch.arange(len(rows), device=rows.device)
-            cosines.index_put_((index, own), cosines.new_tensor(self.own))
+    def block(self, rows: Tensor, columns: Tensor, own: Tensor) -> Tensor:
+        cosines, index = rows @ columns.mT, torch.arange(len(rows), device=rows.device)
+        cosines.index_put_((index, own), cosines.new_tensor(self.own))
         return self.of_row(cosines)
 
 
@@ -59,14 +53,12 @@ class RowBlocks(torch.autograd.Function):
     """What a formula gives for each row, a block at a time; backward computes each again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, formula: Formula, rows: Tensor, columns: Tensor, own: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, formula: Formula, rows: Tensor, columns: Tensor, own: Tensor) -> Tensor:
         ctx.formula = formula
         ctx.save_for_backward(rows, columns, own)
         values = rows.new_empty(len(rows))
         for part in _parts(rows, columns):
-            values[part] = formula.block(rows[part], columns, None if own is None else own[part])
+            values[part] = formula.block(rows[part], columns, own[part])
         return values
 
     @staticmethod
@@ -78,7 +70,7 @@ class RowBlocks(torch.autograd.Function):
         for part in _parts(rows, columns):
             block = rows[part].detach().requires_grad_()
             with torch.enable_grad():
-                values = ctx.formula.block(block, columns, None if own is None else own[part])
+                values = ctx.formula.block(block, columns, own[part])
             values.backward(grad_values[part])
             grad_rows[part] = block.grad
         return None, grad_rows, columns.grad, None
@@ -172,13 +164,6 @@ def nearest_cdist(x: Tensor) -> Tensor:
     with torch.no_grad():
         index = torch.cdist(unit, unit).fill_diagonal_(torch.inf).argmin(1)
     return mean_distance(unit, unit, index)
-
-
-def nearest_column_cdist(x: Tensor, columns: Tensor) -> Tensor:
-    unit, others = normalize(x), normalize(columns)
-    with torch.no_grad():
-        index = torch.cdist(unit, others).argmin(1)
-    return mean_distance(unit, others, index)
 
 
 def nearest_keops(x: Tensor) -> Tensor:
