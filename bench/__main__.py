@@ -103,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.command == "demo":
-        return demo.run(args)
+        demo.run(args)
+        if args.save:
+            pages.update(RESULTS)
+        return 0
     if args.command == "plot":
         for path in plots.draw(args.results):
             print(path)

@@ -7,169 +7,194 @@ printed is computed from the numbers. What the operator costs, `python -m bench 
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from pandas import DataFrame
 from rich.progress import track
 from scipy import stats
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
 
+import comhe_ext
 from bench import RESULTS, ROOT
-from bench.cases.digits import (
-    BATCH,
-    LAYERS,
-    METHODS,
-    TABLE,
-    TRAIN_IMAGES,
-    WEIGHT,
-    Run,
-    layers,
-    train,
-)
+from bench.cases.models import digits_network
 from bench.measure import machine
-from bench.measure.store import Row
-from bench.report import pages
+from bench.measure.store import Row, Table
 from bench.report.theme import Theme, name_line, part_names, save
+from comhe_ext import bounds
+from comhe_ext.kernels.pair_functions import Riesz
+from comhe_ext.projections import RandomProjection
 
-CONFIDENCE = 0.95
-IMAGES = 1797
-
-
-def history(runs: Sequence[Run], method: str) -> np.ndarray:
-    """Collect the energies of a method, [seeds, times, layers]."""
-    return np.array([list(run.energies.values()) for run in runs if run.method == method])
-
-
-def tables(runs: Sequence[Run]) -> Iterator[DataFrame]:
-    frame = DataFrame([{"": METHODS[r.method], "test accuracy, %": r.accuracy} for r in runs])
-    results = frame.groupby("", sort=False).agg(["mean", "std", "min", "max"]).round(2)
-    steps = [1e3 * np.median([r.seconds for r in runs if r.method == m]) for m in METHODS]
-    yield results.assign(**{"step, ms": np.round(steps, 1)})
-    rows = []
-    for index, layer in enumerate(layers()):
-        levels = layer.levels()
-        row = {"layer": layer.name, "N x d": f"{layer.rows} x {layer.width}", **levels}
-        row["before"] = history(runs, "none")[:, 0, index].mean()
-        row |= {name: history(runs, m)[:, -1, index].mean() for m, name in METHODS.items()}
-        rows.append(row)
-    yield DataFrame(rows).set_index("layer").round(4)
+METHODS = {"none": "no regularizer", "MHE": "MHE", "RP-CoMHE": "RP-CoMHE"}
+LAYERS = ("conv1", "conv2", "hidden", "output")
+TRAIN_IMAGES, BATCH, CONFIDENCE = 200, 50, 0.95
+# of each hidden layer's energy, as of the output layer's: with 1, the default, so short a training
+# hardly moves the energy of wide layers
+WEIGHT = 10.0
+FIGURES = [f"{layer}_{when}" for layer in LAYERS for when in ("first", "last")]
+TABLE = Table("digits", ("method", "seed"), ("steps", "accuracy", "step_ms", *FIGURES))
 
 
-def sentences(runs: Sequence[Run]) -> Iterator[str]:
-    def accuracies(method: str) -> np.ndarray:
-        return np.array([run.accuracy for run in runs if run.method == method])
-
-    before = history(runs, "none")[:, -1].mean(0)
-    for method in ("MHE", "RP-CoMHE"):
-        yield f"{method}: {compare_accuracy(accuracies(method) - accuracies('none'))}"
-        lower = [
-            x
-            for x, less in zip(LAYERS, history(runs, method)[:, -1].mean(0) < before, strict=True)
-            if less
-        ]
-        names = f" ({', '.join(lower)})" if lower else ""
-        count = f"{len(lower)} of {len(LAYERS)} layers{names}"
-        yield f"{method}: ends with less energy than without a regularizer in {count}."
+# --- training -------------------------------------------------------------------------------------
 
 
-def compare_accuracy(differences: np.ndarray) -> str:
-    """Put the paired differences of the seeds into a sentence, in points of accuracy."""
-    mean, count = float(differences.mean()), len(differences)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(differences))
-    low, high = mean - reach, mean + reach
-    verdict = f"no difference in accuracy that {count} seeds can show"
-    if low > 0 or high < 0:
-        verdict = f"{'more' if low > 0 else 'less'} accurate than without a regularizer"
-    return (
-        f"{verdict} ({mean:+.2f} points, {CONFIDENCE:.0%} interval of the paired difference "
-        f"{low:+.2f} to {high:+.2f})."
+def energies(model: nn.Module) -> dict[str, float]:
+    """Compute the unprojected energy of each layer: s = 2, mean over the pairs."""
+    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in LAYERS}
+    return {
+        name: float(comhe_ext.hyperspherical_energy(w.flatten(1), half_space=name != "output"))
+        for name, w in weights.items()
+    }
+
+
+def levels(name: str) -> dict[str, float]:
+    """Compute the energy of random vectors, and the lowest where so many vectors reach it."""
+    weight, pair = (
+        digits_network().get_parameter(f"{name}.weight"),
+        Riesz(half_space=name != "output"),
     )
+    n, d = len(weight), weight[0].numel()
+    found = {"random": bounds.random_energy(n, d, pair)}
+    return found | ({"optimum": bounds.lowest_energy(n, d, pair)} if n <= d else {})
 
 
-def energies(theme: Theme, runs: Sequence[Run]) -> Figure:
+def train(method: str, seed: int, steps: int, between: int) -> tuple[Row, DataFrame]:
+    """Train, and return the results, and the energies by the step.
+
+    The seed fixes the split, the first weights and the batches, whatever the method.
+    """
+    digits = load_digits()
+    images = torch.from_numpy(digits.images / 16.0).float().unsqueeze(1)
+    labels = torch.from_numpy(digits.target).long()
+    options = {"train_size": TRAIN_IMAGES, "stratify": digits.target, "random_state": seed}
+    train_set, test_set = map(torch.from_numpy, train_test_split(np.arange(len(labels)), **options))
+    torch.manual_seed(seed)
+    model, comhe = digits_network(), None
+    if method != "none":
+        projection = RandomProjection(seed=seed) if method == "RP-CoMHE" else None
+        comhe = comhe_ext.CoMHE(model, projection, output_layer="output", weight=WEIGHT)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    order, batches = torch.Generator().manual_seed(seed), list[Tensor]()
+    seconds, history = [], {}
+    for step in range(steps):
+        if step % between == 0:
+            history[step] = energies(model)
+        if not batches:
+            shuffled = train_set[torch.randperm(TRAIN_IMAGES, generator=order)]
+            batches = list(shuffled.split(BATCH))
+        batch = batches.pop()
+        start = time.perf_counter()
+        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+        if comhe is not None:
+            loss = loss + comhe()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+        schedule.step()
+    history[steps] = energies(model)
+    model.eval()
+    with torch.no_grad():
+        hits = model(images[test_set]).argmax(1) == labels[test_set]
+    accuracy, step_ms = 100.0 * float(hits.float().mean()), 1e3 * float(np.median(seconds))
+    row = {"method": method, "seed": seed, "steps": steps, "accuracy": accuracy, "step_ms": step_ms}
+    row |= {f"{x}_first": history[0][x] for x in LAYERS}
+    row |= {f"{x}_last": history[steps][x] for x in LAYERS}
+    return row, DataFrame(history).T.assign(method=method)
+
+
+# --- what it shows --------------------------------------------------------------------------------
+
+
+def tables(rows: DataFrame) -> Iterator[DataFrame]:
+    by_method = rows.groupby("method", sort=False)
+    accuracies = by_method.accuracy.agg(["mean", "std", "min", "max"]).round(2)
+    yield accuracies.assign(**{"step, ms": by_method.step_ms.median().round(1)}).rename(METHODS)
+    known = DataFrame({name: levels(name) for name in LAYERS})
+    known.loc["before"] = [rows[f"{name}_first"].mean() for name in LAYERS]
+    last = by_method[[f"{name}_last" for name in LAYERS]].mean().set_axis(LAYERS, axis=1)
+    yield pd.concat([known, last.rename(METHODS)]).round(4)
+
+
+def sentences(rows: DataFrame) -> Iterator[str]:
+    """Put the paired differences of the seeds into sentences, in points of accuracy."""
+    accuracies = rows.pivot(index="seed", columns="method", values="accuracy")
+    for method in list(METHODS)[1:]:
+        differences, count = accuracies[method] - accuracies["none"], len(accuracies)
+        reach = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * differences.sem()
+        low, high = differences.mean() - reach, differences.mean() + reach
+        verdict = f"no difference in accuracy that {count} seeds can show"
+        if low > 0 or high < 0:
+            verdict = f"{'more' if low > 0 else 'less'} accurate than without a regularizer"
+        yield (
+            f"{method}: {verdict} ({differences.mean():+.2f} points, {CONFIDENCE:.0%} interval of "
+            f"the paired difference {low:+.2f} to {high:+.2f})."
+        )
+
+
+def picture(theme: Theme, history: DataFrame) -> Figure:
     """Draw the energy of each layer over the steps, mean and deviation over the seeds."""
     figure, panels = plt.subplots(2, 2, figsize=(10.4, 6.4), sharex=True)
+    figure.subplots_adjust(left=0.09, right=0.87, top=0.95, bottom=0.08, wspace=0.8)
     colors = {"none": theme.faint, "MHE": theme.blue, "RP-CoMHE": theme.orange}
-    steps = list(runs[0].energies)
-    for index, (axes, layer) in enumerate(zip(panels.flat, layers(), strict=True)):
+    end = history.index.max()
+    for axes, layer in zip(panels.flat, LAYERS, strict=True):
         names = []
         for method, color in colors.items():
-            values = history(runs, method)[:, :, index]
-            mean, off = values.mean(0), values.std(0, ddof=1)
-            axes.plot(steps, mean, color=color, linewidth=1.8)
-            axes.fill_between(steps, mean - off, mean + off, color=color, alpha=0.15, linewidth=0)
-            names.append(name_line(axes, steps[-1], mean[-1], METHODS[method], color, "right"))
-        for label, level in layer.levels().items():
+            runs = history[history.method == method].groupby(level=0)[layer]
+            mean, off = runs.mean(), runs.std()
+            axes.plot(mean, color=color, linewidth=1.8)
+            band = {"color": color, "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(mean.index, mean - off, mean + off, **band)
+            names.append(name_line(axes, end, mean[end], METHODS[method], color, "right"))
+        for label, level in levels(layer).items():
             axes.axhline(level, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
-            names.append(name_line(axes, steps[-1], level, label, theme.ink, "right"))
-        kind = "half space" if layer.pair.half_space else "full space"
-        axes.set_title(f"{layer.name}: {layer.rows} vectors of {layer.width}, {kind}", fontsize=10)
-        axes.set_xlim(0, steps[-1])
+            names.append(name_line(axes, end, level, label, theme.ink, "right"))
+        axes.set_title(f"{layer}, {'full' if layer == 'output' else 'half'} space", fontsize=10)
+        axes.set_xlim(0, end)
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.grid(visible=False)
-        figure.subplots_adjust(left=0.09, right=0.87, top=0.95, bottom=0.08, wspace=0.8)
         part_names(figure, names)
-    for axes in panels[-1]:
-        axes.set_xlabel("training step")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("energy, mean over pairs")
+    figure.supxlabel("training step", fontsize=10)
+    figure.supylabel("energy, mean over pairs", fontsize=10)
     return figure
-
-
-def results(runs: Sequence[Run]) -> Iterator[Row]:
-    for run in runs:
-        first, *_, last = run.energies.values()
-        yield {
-            **machine.stamp("cpu", 1),
-            **{"method": run.method, "seed": run.seed, "steps": len(run.seconds)},
-            **{"accuracy": run.accuracy, "step_ms": 1e3 * float(np.median(run.seconds))},
-            **{f"{x}_first": energy for x, energy in zip(LAYERS, first, strict=True)},
-            **{f"{x}_last": energy for x, energy in zip(LAYERS, last, strict=True)},
-        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps: a check")
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=ROOT / "out",
-        metavar="FOLDER",
-        help="of its picture; default out",
+        "--out", type=Path, default=ROOT / "out", metavar="FOLDER", help="default: out"
     )
     parser.add_argument("--save", action="store_true", help="put the numbers into the documents")
 
 
-def run(args: argparse.Namespace) -> int:
-    started = time.perf_counter()
+def run(args: argparse.Namespace) -> None:
     seeds, steps, between = (2, 6, 3) if args.quick else (6, 150, 10)
     torch.set_num_threads(1)  # the network is small: more threads would wait for each other
     print(
-        f"scikit-learn's digits, {TRAIN_IMAGES} for training and the other "
-        f"{IMAGES - TRAIN_IMAGES} for the test; {seeds} seeds, {steps} steps of {BATCH}.\n"
-        "The three start from the same weights and see the same batches; each layer's energy has "
-        f"weight {WEIGHT:g}.\n"
+        f"scikit-learn's digits, {TRAIN_IMAGES} for training and the others for the test; {seeds} "
+        f"seeds, {steps} steps of {BATCH}.\nThe three start from the same weights and see the same "
+        f"batches; each layer's energy has weight {WEIGHT:g}.\n"
     )
-    runs = [Run(method, seed) for seed in range(seeds) for method in METHODS]
-    for one in track(runs, "training"):
-        for _ in train(one, steps, between):
-            pass
-    for table in tables(runs):
-        print(f"\n{table.to_string(na_rep='-')}")
+    runs = [(method, seed) for seed in range(seeds) for method in METHODS]
+    found = [train(*run, steps, between) for run in track(runs, "training")]
+    rows, history = DataFrame([row for row, _ in found]), pd.concat([h for _, h in found])
+    for title, table in zip(("Test accuracy, %", "Energies"), tables(rows), strict=True):
+        print(f"\n{title}\n{table.to_string(na_rep='-')}")
     print(
         "\nEnergies: s = 2, mean over pairs and seeds; half space, but for the output. Optimum:\n"
         "the regular simplex, in half space orthogonal vectors; - where more rows do not fit.\n"
         "Step: median, on one thread.\n"
     )
-    print(*sentences(runs), sep="\n")
-    written = save(args.out, {"energy": lambda theme: energies(theme, runs)})
+    print(*sentences(rows), *save(args.out, {"energy": lambda x: picture(x, history)}), sep="\n")
     if args.save:
-        TABLE.upsert(RESULTS, results(runs))
-        pages.update(RESULTS)
-        written.append(TABLE.path(RESULTS))
-    print(*written, f"Done in {time.perf_counter() - started:.0f} s.", sep="\n")
-    return 0
+        stamp = machine.stamp("cpu", 1)
+        TABLE.upsert(RESULTS, [{**stamp, **row} for row, _ in found])

@@ -7,13 +7,14 @@ as the caching one of a GPU. Of the compiled CPU kernel the whole call is measur
 """
 
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 import comhe_ext
 from bench.measure.contest import Entry
@@ -39,13 +40,8 @@ class StubKernel:
     function = packed_metadata = None
 
     def __init__(self, name: str) -> None:
-        self.name = name
-
-    def launch_metadata(self, *_: object) -> None:
-        return None
-
-    def run(self, *_: object) -> None:
-        LAUNCHES[self.name] += 1
+        self.launch_metadata = lambda *_: None
+        self.run = lambda *_: LAUNCHES.update([name])
 
 
 def stub_launcher() -> None:
@@ -56,22 +52,18 @@ def stub_launcher() -> None:
     from comhe_ext.kernels import gpu
     from comhe_ext.kernels.gpu import backend, variant
 
-    class StubDriver:
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
+    driver_of_nothing = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
 
     def compile_nothing(kernel: Any, key: str, signature: Any, device: int, *_: Any) -> StubKernel:
         return kernel.device_caches[device][0].setdefault(key, StubKernel(kernel.__name__))
 
     passed = verdicts.Verdict(True, "not run")
     for owner, name, value in (
-        (driver, "_active", StubDriver()),
+        (driver, "_active", driver_of_nothing),
         (jit.JITFunction, "_do_compile", compile_nothing),
         (backend, "check", lambda *_: None),
         (backend, "target_of", lambda device: "sm_90"),
@@ -95,23 +87,25 @@ def make_call(backend: str, layer: str, shape: tuple[int, int, int]) -> Call:
     weight = torch.randn(sets, rows, columns, requires_grad=True)
     packed = weight.detach().view(sets * rows, columns)
     sizes, scales = Numbers([rows] * sets), Numbers([PAIR.scale(rows, "mean")] * sets)
-    module = backends.load(backend)
     arguments = pair_settings(PAIR, "mean", 0.0, None).options([weight]).arguments
     leaf = weight[0].detach().requires_grad_() if sets == 1 else weight
 
-    def loss() -> Tensor:
-        if layer == TORCH:
-            return (leaf * leaf).sum()
-        return comhe_ext.hyperspherical_energy(leaf, half_space=True).sum()
+    def public() -> None:
+        leaf.grad = None
+        comhe_ext.hyperspherical_energy(leaf, half_space=True).sum().backward()
 
-    def work() -> None:
-        if layer == "sweep":
-            module.sweep(SweepRequest(packed, sizes, scales, PAIR, 0.0, True))
-        elif layer == "operator":
-            torch.ops.comhe_ext.sweep([weight.detach()], [None], True, *arguments)
-        else:
-            leaf.grad = None
-            loss().backward()
+    def torch_alone() -> None:
+        leaf.grad = None
+        (leaf * leaf).sum().backward()
+
+    work: Callable[[], object] = {
+        "sweep": lambda: backends.load(backend).sweep(
+            SweepRequest(packed, sizes, scales, PAIR, 0.0, True)
+        ),
+        "operator": lambda: torch.ops.comhe_ext.sweep([weight.detach()], [None], True, *arguments),
+        "public with backward": public,
+        TORCH: torch_alone,
+    }[layer]
 
     def call() -> Result:
         LAUNCHES.clear()
@@ -130,13 +124,12 @@ def entries(case: Case, options: Options) -> dict[str, Entry]:
     shape = SHAPES[case["case"]]
     missing = None if find_spec("triton") else "triton is not installed"
     reasons = {"cpu": backends.unavailable("cpu"), "triton": missing}
-    found = {TORCH: Entry(partial(make_call, "torch", TORCH, shape))}
-    for backend, reason in reasons.items():
-        for layer in LAYERS:
-            make = partial(make_call, backend, layer, shape)
-            of_backend = check if backend == "triton" else Entry.check
-            found[f"{backend}, {layer}"] = Entry(make, of_backend, unavailable=reason)
-    return found
+    found = {
+        f"{name}, {layer}": Entry(partial(make_call, name, layer, shape), check, unavailable=reason)
+        for name, reason in reasons.items()
+        for layer in LAYERS
+    }
+    return found | {TORCH: Entry(partial(make_call, "torch", TORCH, shape), check)}
 
 
 STUDY = Study(

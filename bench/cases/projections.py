@@ -21,17 +21,11 @@ from comhe_ext.operators.rows import project
 from comhe_ext.projections import RandomProjection
 
 # kind, C; with fewer projections, those that are as near to the mean as 20 Gaussian ones
-KINDS = [
-    *(("gaussian", 20), ("sparse", 20), ("hadamard", 20), ("fourier", 20)),
-    *(("hadamard", 16), ("hadamard", 12), ("fourier", 16), ("fourier", 12)),
-]
+KINDS = [("gaussian", 20), ("sparse", 20), ("hadamard", 20), ("fourier", 20)]
+KINDS += [("hadamard", 16), ("hadamard", 12), ("fourier", 16), ("fourier", 12)]
 # neurons, inputs
-LAYERS = {
-    "2048 x 512": (2048, 512),
-    "3072 x 768": (3072, 768),
-    "2048 x 512, scaled": (2048, 512),
-    "2048 x 2048": (2048, 2048),
-}
+LAYERS = {"2048 x 512": (2048, 512), "3072 x 768": (3072, 768), "2048 x 2048": (2048, 2048)}
+LAYERS["2048 x 512, scaled"] = (2048, 512)
 STEP, PROJECTIONS, ERROR = "step", "projections", "error"
 DRAWS, REFERENCE = 10, 50  # of the kinds, and of 20 Gaussian projections
 # far apart: draws of seeds and steps of nearly the same bits may be the same

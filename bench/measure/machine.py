@@ -24,9 +24,8 @@ def name(device: str) -> str:
     """Name the processor or the GPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    names = []
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.M)
     processor = names[0] if names else platform.machine() or "processor"
     return f"{processor}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} CPUs"
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from pandas import DataFrame
 
-from bench.cases import losses, models, projections
-from bench.cases.digits import METHODS as TRAININGS
-from bench.cases.digits import TABLE as TRAINING
+from bench import demo
+from bench.cases import losses, models
 from bench.cases.shapes import GOALS, K30, LAYERS, ON_GPU, PAPER, SMALL, Shape
 from bench.cases.sweep import ACCURACY, CLOSE, DUPLICATES
 from bench.peers.energies import METHODS
@@ -21,10 +20,15 @@ NO_GPU = "**Nothing has run on a GPU yet.** No number here is from one."
 TO_ROOT = "TO_ROOT/"  # stands for the way from a page to the root
 
 
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     # words to the left, numbers to the right
     rule = ["---"] + ["---:"] * (len(headings) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines))
+
+
+def block(rows: DataFrame, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Make a table, and say what rows it is of."""
+    return f"{caption(rows)}.\n\n{markdown(headings, lines)}" if lines else NOTHING
 
 
 def number(value: float, unit: str = "") -> str:
@@ -54,18 +58,14 @@ def caption(rows: DataFrame) -> str:
 # --- the sweep ------------------------------------------------------------------------------------
 
 # heading -> the methods whose fastest is shown
-COLUMNS = {
-    "naive": ["naive"],
-    "naive, set by set": ["naive-by-set"],
-    "row blocks": ["row-blocks"],
-    "checkpoint": ["checkpoint"],
-    "pdist": ["pdist"],
-    "cdist": ["cdist-mm", "cdist-direct"],
+COLUMNS = {"naive": ["naive"], "naive, set by set": ["naive-by-set"], "row blocks": ["row-blocks"]}
+COLUMNS |= {"checkpoint": ["checkpoint"], "pdist": ["pdist"], "cdist": ["cdist-mm", "cdist-direct"]}
+COLUMNS |= {
     "torch.compile": ["compile"],
     "KeOps": ["keops"],
     "KeOps, one sweep": ["keops-analytic"],
-    "the same, native flags": ["keops-native"],
 }
+COLUMNS |= {"the same, native flags": ["keops-native"]}
 REASONS = {"out of memory": "memory", "timeout": "time", "unavailable": "-", "nan": ""}
 WORDS = {"gradient": "energy + gradient"}
 CLOSEST = 5
@@ -84,30 +84,30 @@ def speed(sweep: Sweep) -> str:
     lines = []
     for shape in wanted:
         share = sweep.share(shape)
-        cells = ["" if math.isnan(share) else f"{share:.0%}"]
-        for methods in columns.values():
-            why = str(status.loc[key(shape), methods[0]])
-            cells.append(number(sweep.over(shape, *methods), "×") or REASONS.get(why, ""))
-        lines.append([name_of(shape), number(sweep.ours[key(shape)]), *cells])
+        cells = [number(sweep.ours[key(shape)]), "" if math.isnan(share) else f"{share:.0%}"]
+        cells += [ratio(sweep, shape, *methods) for methods in columns.values()]
+        lines.append([name_of(shape), *cells])
     headings = ["rows × k", "comhe_ext, ms", "of the peak", *columns]
-    return f"{caption(sweep.of(wanted))}.\n\n{markdown(headings, lines)}"
+    return block(sweep.of(wanted), headings, lines)
+
+
+def ratio(sweep: Sweep, shape: Shape, *methods: str) -> str:
+    """Say how many times as long the fastest of some methods takes, or why none ran."""
+    why = str(sweep.table("status").loc[key(shape), methods[0]])
+    return number(sweep.over(shape, *methods), "×") or REASONS.get(why, "")
 
 
 def shapes(sweep: Sweep) -> str:
     """Make the short table: beside the naive formula, and beside the best of all others."""
     lines = []
     for shape in filter(sweep.has, SHAPES):
-        naive = number(sweep.over(shape, "naive"), "×")
-        memory = [number(sweep.value(shape, "peak_mib", method=m)) for m in ("", "naive")]
-        why = str(sweep.table("status").loc[key(shape), "naive"])
-        ratios = sweep.ratios.loc[key(shape)]
+        naive, ratios = ratio(sweep, shape, "naive"), sweep.ratios.loc[key(shape)]
         best = number(ratios.min(), "×") if ratios.min() >= 1 else f"**{number(ratios.min())}×**"
-        cells = [number(sweep.ours[key(shape)]), naive or REASONS.get(why, ""), best]
-        cells += [METHODS[ratios.idxmin()].label, memory[0], memory[1] or REASONS.get(why, "")]
-        lines.append([name_of(shape), *cells])
+        ours, theirs = (number(sweep.value(shape, "peak_mib", method=m)) for m in ("", "naive"))
+        cells = [number(sweep.ours[key(shape)]), naive, best, METHODS[ratios.idxmin()].label]
+        lines.append([name_of(shape), *cells, ours, theirs or naive])
     headings = ["rows × k", "comhe_ext, ms", "naive", "best peer", "which is", "our peak, MiB"]
-    table = markdown([*headings, "naive's"], lines)
-    return f"{caption(sweep.of(SHAPES))}.\n\n{table}" if lines else NOTHING
+    return block(sweep.of(SHAPES), [*headings, "naive's"], lines)
 
 
 def name_of(shape: Shape) -> str:
@@ -138,42 +138,35 @@ def slower(sweep: Sweep) -> str:
 def methods(sweep: Sweep) -> str:
     """Make the table of all methods at one shape, the first."""
     shape = GOALS[sweep.device][0]
-    if not sweep.has(shape):
-        return NOTHING
-    rows, lines = sweep.of([shape]), []
+    rows, lines = sweep.of([shape]).set_index("method"), []
     for name, method in METHODS.items():
-        for _, row in rows[rows.method == name].iterrows():
-            label = method.label
-            if method.backend is not None:
-                label = f"comhe_ext, backend `{method.backend}`" + ", CUDA graph" * method.graph
-            elif method.package != "torch":
-                label += f" {row.version}"
-            if row.status != "ok":
-                lines.append([label, f"{row.status}: {row.note}", *[""] * 5])
-                continue
-            first = number(row.first_s) + " (compiles)" * (row.compiled == "yes")
-            wall = f"{number(row.wall_min_ms)} to {number(row.wall_max_ms)}"
-            off = error(row.value_error), error(row.gradient_error)
-            lines.append([label, number(row.ms), wall, first, number(row.peak_mib), *off])
+        if name not in rows.index:
+            continue
+        row, label = rows.loc[name], method.label
+        if method.backend is not None:
+            label = f"comhe_ext, backend `{method.backend}`" + ", CUDA graph" * method.graph
+        elif method.package != "torch":
+            label += f" {row.version}"
+        if row.status != "ok":
+            lines.append([label, f"{row.status}: {row.note}", *[""] * 5])
+            continue
+        first = number(row.first_s) + " (compiles)" * (row.compiled == "yes")
+        wall = f"{number(row.wall_min_ms)} to {number(row.wall_max_ms)}"
+        off = error(row.value_error), error(row.gradient_error)
+        lines.append([label, number(row.ms), wall, first, number(row.peak_mib), *off])
     headings = ["", "time, ms", "wall clock, ms", "first call, s", "peak, MiB"]
-    headings += ["energy error", "gradient error"]
-    return f"{shape}; {caption(rows)}.\n\n{markdown(headings, lines)}"
+    table = block(rows, [*headings, "energy error", "gradient error"], lines)
+    return f"{shape}; {table}" if lines else NOTHING
 
 
 def modes(sweep: Sweep) -> str:
-    rows = sweep.rows[sweep.rows["mode"] != "gradient"]
-    lines = []
+    rows, lines = sweep.rows[sweep.rows["mode"] != "gradient"], []
     for case, ours in sweep.ours.items():
-        if case[3] == "gradient":
-            continue
-        ratios = sweep.ratios.loc[case].dropna()
-        cells = [number(ours), number(sweep.ratios.loc[case, "naive"], "×")]
-        peer = (
-            [number(ratios.min(), "×"), METHODS[ratios.idxmin()].label] if len(ratios) else ["", ""]
-        )
-        lines.append([f"{case[3]}, {Shape(*case[:3])}", *cells, *peer])
-    headings = ["", "comhe_ext, ms", "naive", "fastest peer", "which is"]
-    return f"{caption(rows)}.\n\n{markdown(headings, lines)}" if lines else NOTHING
+        if case[3] != "gradient" and (ratios := sweep.ratios.loc[case].dropna()).size:
+            peer = number(ratios.min(), "×"), METHODS[ratios.idxmin()].label
+            cells = [number(ours), number(ratios.get("naive", math.nan), "×"), *peer]
+            lines.append([f"{case[3]}, {Shape(*case[:3])}", *cells])
+    return block(rows, ["", "comhe_ext, ms", "naive", "fastest peer", "which is"], lines)
 
 
 # --- the goals ------------------------------------------------------------------------------------
@@ -226,43 +219,33 @@ def goals(sweep: Sweep) -> str:
 
 
 def errors(sweep: Sweep) -> str:
-    rows = newest(ACCURACY.table, sweep.folder, sweep.device)
-    if rows.empty:
-        return NOTHING
-    lines = []
+    rows, lines = newest(ACCURACY.table, sweep.folder, sweep.device), []
     for name, method in METHODS.items():
         mine = rows[(rows.method == name) & (rows.status != "unavailable")].set_index("case")
-        if mine.empty:
-            continue
-        label = f"{method.label} (`{method.backend}`)" if method.backend else method.label
-        cells = [error(x) for x in mine.gradient_error.reindex(CLOSE[:-1])]
-        lines.append([label, *cells, number(mine.value.get(DUPLICATES, math.nan))])
-    headings = ["error of the gradient", *CLOSE[:-1], "energy with duplicates"]
-    return f"{caption(rows)}.\n\n{markdown(headings, lines)}"
+        if len(mine):
+            label = f"{method.label} (`{method.backend}`)" if method.backend else method.label
+            cells = [error(x) for x in mine.gradient_error.reindex(CLOSE[:-1])]
+            lines.append([label, *cells, number(mine.value.get(DUPLICATES, math.nan))])
+    return block(rows, ["error of the gradient", *CLOSE[:-1], "energy with duplicates"], lines)
 
 
 def whole_models(sweep: Sweep) -> str:
     rows = newest(models.STUDY.table, sweep.folder, sweep.device)
-    if rows.empty:
-        return NOTHING
-    lines, why = [], []
+    lines, why = [], [""]
     for name, model in models.MODELS.items():
-        mine = rows[rows.model == name].set_index("method").reindex(models.METHODS)
-        for method, row in mine.dropna(subset="batch").iterrows():
-            plain = method == models.NONE
-            cells = [f"{model.label}, batch {row.batch:.0f}" if plain else "", str(method)]
+        mine = rows[rows.model == name].set_index("method")
+        for method in mine.index.intersection(models.METHODS, sort=False):
+            row, plain = mine.loc[method], method == models.NONE
+            cells = [f"{model.label}, batch {row.batch}" if plain else "", method]
             if row.status != "ok":
                 lines.append([*cells, row.status, "", ""])
                 why.append(f"- {model.label}, {method}: {row.note}")
                 continue
             more = "" if plain else number(row.wall_ms - mine.wall_ms[models.NONE])
-            lines.append(
-                [*cells, number(row.wall_ms), f"+{more}" if more else "", number(row.peak_mib)]
-            )
-    headings = ["", "regularizer", "step, ms", "of it", "peak, MiB"]
-    return "\n\n".join(
-        [f"{caption(rows)}.", markdown(headings, lines), *["\n".join(why)][: len(why)]]
-    )
+            more = f"+{more}" if more else ""
+            lines.append([*cells, number(row.wall_ms), more, number(row.peak_mib)])
+    table = block(rows, ["", "regularizer", "step, ms", "of it", "peak, MiB"], lines)
+    return table + "\n".join(["\n", *why[1:]]) if why[1:] else table
 
 
 LOSS_COLUMNS = {"dense": "dense", "row-blocks": "row blocks", "pdist": "pdist", "cdist": "cdist"}
@@ -270,10 +253,7 @@ LOSS_COLUMNS |= {"published": "published", "keops": "KeOps"}
 
 
 def named_losses(sweep: Sweep) -> str:
-    rows = newest(losses.STUDY.table, sweep.folder, sweep.device)
-    if rows.empty:
-        return NOTHING
-    lines = []
+    rows, lines = newest(losses.STUDY.table, sweep.folder, sweep.device), []
     groups = losses.groups(sweep.device)
     for case in [case for name in losses.LOSSES for case in groups[name]]:
         found = rows[(rows.loss == case["loss"]) & (rows["shape"] == case["shape"])]
@@ -286,7 +266,7 @@ def named_losses(sweep: Sweep) -> str:
             cells.append(beside(mine, found.loc[method]) if method in found.index else "")
         lines.append([f"`{case['loss']}`", case["shape"].replace("x", " × "), *cells])
     headings = ["loss", "inputs", "comhe_ext, ms", "peak, MiB", *LOSS_COLUMNS.values()]
-    return f"{caption(rows)}.\n\n{markdown(headings, lines)}"
+    return block(rows, headings, lines)
 
 
 def beside(mine: Any, other: Any) -> str:
@@ -295,19 +275,6 @@ def beside(mine: Any, other: Any) -> str:
         return REASONS.get(other.status, str(other.status))
     words = f"{number(ratio)}×"
     return f"{f'**{words}**' if ratio < 1 else words}, {number(other.peak_mib)} MiB"
-
-
-def projection_kinds(sweep: Sweep) -> str:
-    rows = newest(projections.STUDY.table, sweep.folder, sweep.device)
-    if rows.empty:
-        return NOTHING
-    rows = rows.assign(column=rows.of + ": " + rows.what, value=rows.ms.fillna(rows.gradient_error))
-    table = rows.pivot(index="method", columns="column", values="value")
-    table = table.reindex(index=dict.fromkeys(rows.method), columns=dict.fromkeys(rows.column))
-    lines = [
-        [method, *map(number, row)] for method, row in zip(table.index, table.values, strict=True)
-    ]
-    return f"{caption(rows)}.\n\n{markdown(['kind, C', *table.columns], lines)}"
 
 
 def pictures(sweep: Sweep) -> str:
@@ -322,29 +289,25 @@ def pictures(sweep: Sweep) -> str:
     )
 
 
-def training(folder: Path) -> str:
-    rows = TRAINING.newest(folder)
-    if rows.empty:
-        return NOTHING
-    last = [column for column in rows if column.endswith("_last")]
-    lines = []
-    for method, name in TRAININGS.items():
-        runs = rows[rows.method == method]
+def training(sweep: Sweep) -> str:
+    rows, lines = demo.TABLE.newest(sweep.folder), []
+    last = [f"{layer}_last" for layer in demo.LAYERS]
+    for method, runs in rows.groupby("method", sort=False):
         accuracy = f"{runs.accuracy.mean():.2f} ± {runs.accuracy.std():.2f}"
         energies = [f"{x:.4f}" for x in runs[last].mean()]
-        lines.append([name, accuracy, *energies, f"{runs.step_ms.median():.1f}"])
-    headings = ["", "test accuracy, %", *(f"energy of {x.removesuffix('_last')}" for x in last)]
-    words = f"Mean ± deviation over {rows.seed.nunique()} seeds of {rows.steps.iloc[0]} steps"
-    return f"{words}; {caption(rows)}.\n\n{markdown([*headings, 'step, ms'], lines)}"
+        lines.append([demo.METHODS[method], accuracy, *energies, f"{runs.step_ms.median():.1f}"])
+    headings = ["", "test accuracy, %", *(f"energy of {layer}" for layer in demo.LAYERS)]
+    table = block(rows, [*headings, "step, ms"], lines)
+    seeds, steps = rows.seed.nunique(), rows.steps.max()
+    return f"Mean ± deviation over {seeds} seeds of {steps} steps; {table}" if lines else NOTHING
+
+
+BLOCKS = {"speed": speed, "plots": pictures, "goals": goals, "slower": slower, "methods": methods}
+BLOCKS |= {"modes": modes, "accuracy": errors, "models": whole_models, "losses": named_losses}
 
 
 def parts(folder: Path) -> dict[str, str]:
     """Make the text of each block, by its name."""
-    cpu = Sweep(folder, "cpu")
-    made = {
-        "speed": speed, "plots": pictures, "goals": goals, "slower": slower, "methods": methods,
-        "modes": modes, "accuracy": errors, "models": whole_models, "losses": named_losses,
-    }  # fmt: skip
-    texts = {f"{name} cpu": part(cpu) for name, part in made.items()}
-    texts |= {"shapes": shapes(cpu), "training": training(folder)}
-    return texts | {"speed cuda": speed(Sweep(folder, "cuda"))}
+    cpu, cuda = Sweep(folder, "cpu"), Sweep(folder, "cuda")
+    texts = {f"{name} cpu": part(cpu) for name, part in BLOCKS.items()}
+    return texts | {"shapes": shapes(cpu), "training": training(cpu), "speed cuda": speed(cuda)}
