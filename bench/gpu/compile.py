@@ -1,17 +1,15 @@
 """Compile every Triton kernel ahead of time for GPUs that need not be there, and check the result.
 
-    python -m bench.gpu.compile                       the variants of two pair functions, and the
-                                                      hot loops of those that need most registers
-    python -m bench.gpu.compile --all                 every variant, hours on two cores
-    python -m bench.gpu.compile --small               what `make test` runs
+    python -m bench.gpu.compile             the variants of two pair functions, and the hot loops of
+                                            those that need most registers; `--all`, hours: the rest
+    python -m bench.gpu.compile --small     what `make test` runs
     python -m bench.gpu.compile --target sm_90 --only pairwise
 
 One line a variant: registers, spill instructions in the hot loop and in all, shared memory,
 instructions a pair in the hot loop, matrix instruction found. The exit status is not zero if a hot
 loop spills, if a product of the sweep does not use the tensor cores, if fewer programs share a
 multiprocessor than the tile table counts on, or if sm_90 takes more instructions a pair than
-`LIMITS` allows. But for --small, the lines also go to bench/results/compile_gpu.csv, in place of
-those of an earlier run.
+`LIMITS` allows. But for --small, the lines replace older ones in bench/results/compile_gpu.csv.
 """
 
 import argparse
@@ -59,14 +57,10 @@ KERNELS: dict[str, tuple[str, set[str]]] = {
     "normalize_kernel": (r"float32 rows=.*", set()),
     "project_normalize_kernel": (r"float32 rows=64 k=64 (tf32x3|bf16x6)", {TENSOR_CORES}),
 }
-# instructions a pair, at most
-LIMITS = {
-    ("sm_90", "pairwise_kernel", "s=2 64x64x32 3+3"): 12.5,
-    ("sm_90", "pairwise_kernel", "s=2 128x64x32 3+3"): 12.5,
-    ("sm_90", "pairwise_kernel", "s=2 half 64x64x64 3+3"): 16.0,
-    ("sm_90", "pairwise_kernel", "s=2 half 128x64x64 3+3"): 16.0,
-    ("sm_90", "nearest_kernel", "set 32x32"): 12.5,
-}
+# instructions a pair on sm_90, at most
+LIMITS = {("pairwise_kernel", f"s=2 {rows}x64x32 3+3"): 12.5 for rows in (64, 128)}
+LIMITS |= {("pairwise_kernel", f"s=2 half {rows}x64x64 3+3"): 16.0 for rows in (64, 128)}
+LIMITS["nearest_kernel", "set 32x32"] = 12.5
 # registers, columns of tensor memory and bytes of shared memory of a multiprocessor; a program
 # takes registers by eights a thread, and a kilobyte of shared memory beside its own
 REGISTERS, TENSOR_COLUMNS = 1 << 16, 512
@@ -77,6 +71,8 @@ SMALL_ON_ALL_TARGETS = ("pairwise_kernel", "direct_kernel")
 MAIN_PAIRS = ("s=2", "s=2 half")
 HEAVY_PAIRS = ("any s half", "any s half angle", "wide gaussian half")
 KEY = ["target", "kernel", "variant"]
+COLUMNS = [*KEY, "registers", "spills_hot_loop", "spills", "shared_bytes"]
+COLUMNS += ["instructions_per_pair", "matrix_instruction"]
 Row = dict[str, Any]
 
 
@@ -98,10 +94,11 @@ def programs_wanted(launch: Launch) -> int:
     given = launch.constants
     if launch.kernel != "pairwise_kernel" or launch.pair not in MAIN_PAIRS:
         return 1
-    shape = (given["BLOCK_M"], given["BLOCK_N"], launch.num_warps, given["STAGES"])
+    shape = given["BLOCK_M"], given["BLOCK_N"], launch.num_warps, given["STAGES"]
+    wanted = *shape, given.get("maxnreg")
     for tiles in plan.TILE_TABLE[launch.target][given["WIDTH"]]:
-        known = (tiles.block_m, tiles.block_n, tiles.num_warps, tiles.num_stages)
-        if known == shape and tiles.maxnreg == given.get("maxnreg"):
+        known = tiles.block_m, tiles.block_n, tiles.num_warps, tiles.num_stages, tiles.maxnreg
+        if known == wanted:
             return tiles.programs
     return 1
 
@@ -142,18 +139,13 @@ def check(launch: Launch) -> tuple[Row, list[str]]:
         fit = programs_that_fit(launch, code.registers, kernel.metadata)
         if fit < (most := programs_wanted(launch)):
             problems.append(f"{fit} programs fit a multiprocessor, not {most}")
-    limit = LIMITS.get(launch.key)
+    limit = LIMITS.get(launch.key[1:]) if launch.target == "sm_90" else None
     if limit is not None and (per_pair is None or per_pair > limit):
         problems.append(f"more than {limit} instructions a pair")
-    return {
-        **dict(zip(KEY, launch.key, strict=True)),
-        "registers": str(code.registers),
-        "spills_hot_loop": str(spills_hot),
-        "spills": str(code.spills()),
-        "shared_bytes": str(kernel.metadata.shared),
-        "instructions_per_pair": "" if per_pair is None else f"{per_pair:.1f}",
-        "matrix_instruction": code.matrix_found,
-    }, problems
+    per_pair_text = "" if per_pair is None else f"{per_pair:.1f}"
+    figures = code.registers, spills_hot, code.spills(), kernel.metadata.shared, per_pair_text
+    values = [*launch.key, *map(str, figures), code.matrix_found]
+    return dict(zip(COLUMNS, values, strict=True)), problems
 
 
 _chosen: list[Launch] = []  # what a forked process compiles: a kernel cannot be pickled

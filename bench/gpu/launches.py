@@ -32,22 +32,20 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), "UTCHMMA"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma"),
 }
-# half space, by the angle; not all of the bounded functions know both at once
-KINDS = ((False, False), (False, True), (True, False), (True, True))
+FOUR: dict[str, PairFunction] = {
+    "s=0": Riesz(0.0),
+    "s=1": Riesz(1.0),
+    "s=2": Riesz(2.0),
+    "any s": Riesz(1.5),
+}
+FOUR |= {"gaussian": Gaussian(), "laplace": Laplace()}
+# those that know half space and the angle, but not both at once
+THREE = {"s<0": Riesz(-0.5), "shift": Riesz(1.5, shift=0.5), "shift s=0": Riesz(0.0, shift=0.5)}
 PAIRS: dict[str, PairFunction] = {
     name + " half" * half + " angle" * angular: replace(pair, half_space=half, angular=angular)
-    for name, pair, kinds in (
-        ("s=0", Riesz(0.0), 4),
-        ("s=1", Riesz(1.0), 4),
-        ("s=2", Riesz(2.0), 4),
-        ("any s", Riesz(1.5), 4),
-        ("gaussian", Gaussian(), 4),
-        ("s<0", Riesz(-0.5), 3),
-        ("shift", Riesz(1.5, shift=0.5), 3),
-        ("shift s=0", Riesz(0.0, shift=0.5), 3),
-        ("laplace", Laplace(), 4),
-    )
-    for half, angular in KINDS[:kinds]
+    for name, pair in {**FOUR, **THREE}.items()
+    for half, angular in itertools.product((False, True), repeat=2)
+    if name in FOUR or not (half and angular)
 }
 # whose sides are subtracted in another way
 PAIRS["wide gaussian half"] = Gaussian(0.5, half_space=True)
@@ -106,26 +104,18 @@ def variant_of(kernel: str, pair: str, given: dict[str, Any], args: tuple[Any, .
     known = defaultdict(int, given)
     force = known["WITH_FORCE"] if "WITH_FORCE" in given else True
     source = args[0][0] if isinstance(args[0], tuple) else args[0]
-    words = {
-        "pair": pair,
-        "energy": "" if force else " energy",
-        "force": known["FORCE_TERMS"] * force,
-        "halves": f" {known['FORCE_HALVES']}" if force else " energy",
-        "columns": known["BLOCK_N"] * known["TILES_RATIO"],
-        "ids": " ids" * known["WITH_IDS"],
-        "weights": " weights" * known["WITH_WEIGHTS"],
-        "each": " each" * known["WITH_ENERGY"],
-        "of": "set" if known["SELF"] else "columns" + " ids" * known["WITH_IDS"],
-        "half": " half" * known["HALF_SPACE"],
-        "angle": "angle" if known["ANGLE"] else "cosine",
-        "rows": " rows" * known["A_SLOPES"],
-        "projected": " projected" * known["B_SLOPES"],
-        "sum": "sum " * known["WITH_SUM"],
-        "part": "force" * force,
-        "shared": "shared" if known["SHARED"] else "sets",
-        "dtype": str(source.dtype)[6:] if isinstance(source, Tensor) else "",
-        "form": " columns" * known["COLUMNS"] + " rest" * known["WITH_REST"],
-    }
+    words = {"pair": pair, "force": known["FORCE_TERMS"] * force, "part": "force" * force}
+    words |= {"energy": "" if force else " energy", "each": " each" * known["WITH_ENERGY"]}
+    words |= {"halves": f" {known['FORCE_HALVES']}" if force else " energy"}
+    words |= {"columns": known["BLOCK_N"] * known["TILES_RATIO"], "sum": "sum " * known["WITH_SUM"]}
+    ids, half = " ids" * known["WITH_IDS"], " half" * known["HALF_SPACE"]
+    words |= {"ids": ids, "weights": " weights" * known["WITH_WEIGHTS"], "half": half}
+    words |= {"of": "set" if known["SELF"] else f"columns{ids}"}
+    words |= {"angle": "angle" if known["ANGLE"] else "cosine", "rows": " rows" * known["A_SLOPES"]}
+    words |= {"projected": " projected" * known["B_SLOPES"]}
+    words |= {"shared": "shared" if known["SHARED"] else "sets"}
+    words |= {"dtype": str(source.dtype)[6:] if isinstance(source, Tensor) else ""}
+    words |= {"form": " columns" * known["COLUMNS"] + " rest" * known["WITH_REST"]}
     return VARIANTS[kernel].format(**given, **words).rstrip()
 
 
@@ -133,14 +123,9 @@ def variant_of(kernel: str, pair: str, given: dict[str, Any], args: tuple[Any, .
 Call = tuple[str, str, Callable[[], object]]
 
 
-def sweep(
-    k: int,
-    pair: str = "s=2",
-    precision: str = "highest",
-    dtype: torch.dtype = torch.float32,
-    **wanted: Any,
-) -> Call:
-    request = SweepRequest(torch.ones(70, k, dtype=dtype), [70], [1.0], PAIRS[pair], **wanted)
+def sweep(k: int, pair: str = "s=2", precision: str = "highest", **wanted: Any) -> Call:
+    rows = torch.ones(70, k, dtype=wanted.pop("dtype", None))
+    request = SweepRequest(rows, [70], [1.0], PAIRS[pair], **wanted)
     return pair, precision, partial(gpu.sweep, request)
 
 
@@ -154,9 +139,10 @@ def projected(k: int, dtype: torch.dtype, precision: str) -> Call:
 def cross(k: int, pair: str = "s=2", weighted: bool = False, gradient: bool = True) -> Call:
     """Sweep rows against columns, with ids and weights or without."""
     ids = torch.ones(70, dtype=torch.int32)
-    of_rows = {"row_ids": ids, "column_ids": ids, "row_weights": torch.ones(70)}
-    options: dict[str, Any] = of_rows if weighted else {}
-    return sweep(k, pair, columns=torch.ones(70, k), gradient=gradient, **options)
+    options: dict[str, Any] = {"columns": torch.ones(70, k), "gradient": gradient}
+    if weighted:
+        options |= {"row_ids": ids, "column_ids": ids, "row_weights": torch.ones(70)}
+    return sweep(k, pair, **options)
 
 
 def nearest(k: int, half_space: bool, *columns_and_ids: Tensor) -> Call:

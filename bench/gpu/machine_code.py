@@ -32,9 +32,8 @@ class Code:
 
     def spills(self, begin: int = 0, end: int = 1 << 62) -> int:
         """Spill instructions from one address to another."""
-        return sum(
-            begin <= a <= end and op.startswith(self.spill) for a, op, _ in self.instructions
-        )
+        found = [a for a, op, _ in self.instructions if op.startswith(self.spill)]
+        return sum(begin <= address <= end for address in found)
 
     def hot_loop(self, with_matrix: bool) -> tuple[int, int] | None:
         """First and last address of the innermost loop that does the work.
@@ -44,20 +43,17 @@ class Code:
         long as the longest.
         """
         branches = [(a, rest) for a, op, rest in self.instructions if op.startswith("BRA")]
-        found = [(re.search(r"0x([0-9a-f]+)", rest), address) for address, rest in branches]
-        loops = [(int(target[1], 16), address) for target, address in found if target]
+        found = [(int(x, 16), a) for a, rest in branches for x in re.findall("0x([0-9a-f]+)", rest)]
         # a branch to itself is the trap at the end of every kernel
-        loops = [(begin, end) for begin, end in loops if begin < end]
-        inner = [
-            a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)
-        ]
+        loops = {(begin, end) for begin, end in found if begin < end}
+        inner = [x for x in loops if not any(x[0] <= y[0] and y[1] <= x[1] for y in loops - {x})]
         if with_matrix:
             products = [a for a, op, _ in self.instructions if self.matrix in op]
             inner = [(a, b) for a, b in inner if any(a <= i <= b for i in products)]
         else:
             longest = max((end - begin for begin, end in inner), default=0)
             inner = [(a, b) for a, b in inner if 2 * (b - a) >= longest]
-        return min(inner, key=lambda a: a[1] - a[0], default=None)
+        return min(sorted(inner), key=lambda a: a[1] - a[0], default=None)
 
 
 def nvidia(kernel: triton.compiler.CompiledKernel, matrix: str) -> Code:

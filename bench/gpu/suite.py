@@ -1,9 +1,7 @@
 """Everything there is to know about the Triton backend on the GPU of this machine, in one command.
 
-    python -m bench.gpu.suite                  all stages; goes on where an earlier run stopped
     python -m bench.gpu.suite --minutes 10     stops in time, a later run does the rest
-    python -m bench.gpu.suite --only "speed|tests"
-    python -m bench.gpu.suite --fresh          forgets earlier results
+    python -m bench.gpu.suite --only "speed|tests" --fresh     forgets earlier results
     TRITON_INTERPRET=1 python -m bench.gpu.suite     a dry run, no GPU needed
 
 Stages: speed at the goals, by replay of CUDA graphs too, with errors and memory; tests of what only
@@ -22,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,16 +48,13 @@ def stages(results: Path) -> dict[str, list[str]]:
     if DRY:  # these tests are skipped
         return of_gpu
     cuda = ["--device", "cuda", "--resume", f"--out={results}"]
-    found = {"speed": [*bench, "sweep", *cuda, "--cases", "goals", "half space"]}
-    found |= of_gpu
+    found = {"speed": [*bench, "sweep", *cuda, "--cases", "goals", "half space"], **of_gpu}
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for tool in ("memcheck", "racecheck"):
         options = [f"--tool={tool}", "--error-exitcode=9", *pytest, "tests/kernels/test_gpu.py"]
         found[f"sanitizer {tool}"] = [sanitizer, *options, "-k", SANITIZED]
     found |= {f"tests {file}": [*pytest, "-n", "8", "-m", "not long", file] for file in FILES}
-    return found | {
-        f"bench {name}": [*bench, name, *cuda] for name in ("sweep", "accuracy", "model")
-    }
+    return found | {f"bench {x}": [*bench, x, *cuda] for x in ("sweep", "accuracy", "model")}
 
 
 def run(name: str, command: list[str], seconds: float) -> dict[str, object] | None:
@@ -70,9 +66,8 @@ def run(name: str, command: list[str], seconds: float) -> dict[str, object] | No
     extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if name.startswith("sanitizer") else {}
     environment = {**os.environ, **extra}
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=seconds, capture_output=True, text=True
-        )
+        options: dict[str, Any] = {"cwd": ROOT, "env": environment, "timeout": seconds + 60.0}
+        done = subprocess.run(command, capture_output=True, text=True, **options)
     except subprocess.TimeoutExpired:
         return None
     except OSError as error:  # the sanitizer comes with the CUDA toolkit
