@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,36 +40,33 @@ def make_parser() -> argparse.ArgumentParser:
     def add(name: str, words: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=words, description=words)
 
-    everything = f"{', '.join(study.name for study in ALL)}, then plot and readme"
-    for name, words in {"all": everything, **{n: s.words for n, s in STUDIES.items()}}.items():
-        command = add(name, words)
-        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        command.add_argument("--threads", type=count, metavar="N")
-        command.add_argument("--quick", action="store_true", help="a check; results in out/quick")
-        command.add_argument("--out", type=Path, metavar="FOLDER", help="default: bench/results")
-        command.add_argument("--limit", type=float, metavar="S", help="seconds of a call, at most")
-        command.add_argument(
-            "--budget-minutes",
-            type=float,
-            default=math.inf,
-            metavar="M",
-            help=(f"stop after so long; exit status {LEFT_OVER} if something is left over"),
-        )
-        command.add_argument("--resume", action="store_true", help="leave out what this commit has")
-        if name != "all":
-            groups = ", ".join(STUDIES[name].groups("cpu"))
-            form = STUDIES[name].form
-            more = f", or {form}" if form else ""
-            command.add_argument(
-                "--cases", nargs="+", default=(), metavar="NAME", help=groups + more
-            )
-            command.add_argument("--methods", nargs="+", default=(), metavar="NAME")
+    add_measuring(add("all", f"{', '.join(s.name for s in ALL)}, then plot and readme"))
+    for study in STUDIES.values():
+        command = add(study.name, study.words)
+        add_measuring(command, study.devices)
+        names = [*study.groups("cpu"), study.form]
+        listed: dict[str, Any] = {"nargs": "+", "default": (), "metavar": "NAME"}
+        command.add_argument("--cases", **listed, help=", ".join(filter(None, names)))
+        command.add_argument("--methods", **listed)
     command = add("plot", "draw the results, light and dark")
     command.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     command = add("readme", "put bench/results into README.md and docs")
     command.add_argument("--check", action="store_true", help="change nothing, fail if it would")
     demo.add_arguments(add("demo", "the regularizer on a real network"))
     return parser
+
+
+def add_measuring(
+    command: argparse.ArgumentParser, devices: Sequence[str] = ("cpu", "cuda")
+) -> None:
+    over = f"stop after so long; exit status {LEFT_OVER} if something is left over"
+    command.add_argument("--device", choices=devices, default="cpu")
+    command.add_argument("--threads", type=count, metavar="N")
+    command.add_argument("--quick", action="store_true", help="a check; results in out/quick")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="default: bench/results")
+    command.add_argument("--limit", type=float, metavar="S", help="seconds of a call, at most")
+    command.add_argument("--budget-minutes", type=float, default=math.inf, metavar="M", help=over)
+    command.add_argument("--resume", action="store_true", help="leave out what this commit has")
 
 
 def options_of(args: argparse.Namespace) -> Options:

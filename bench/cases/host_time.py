@@ -138,4 +138,5 @@ STUDY = Study(
     groups=lambda device: {name: [{"case": name}] for name in SHAPES},
     entries=entries,
     values=("launches",),
+    devices=("cpu",),
 )

@@ -133,4 +133,5 @@ STUDY = Study(
     key=("what", "of"),
     groups=groups,
     entries=entries,
+    devices=("cpu",),
 )

@@ -140,4 +140,5 @@ STUDY = Study(
     groups=lambda device: GROUPS,
     entries=entries,
     values=("draws",),
+    devices=("cpu",),
 )

@@ -47,6 +47,7 @@ class Study:
     parse: Callable[[str], Case] | None = None
     threads: int | None = 1  # None: as many as PyTorch takes
     values: tuple[str, ...] = ()  # columns beside the usual ones
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def table(self) -> Table:
