@@ -16,10 +16,9 @@ from bench import RESULTS, ROOT, demo
 from bench.cases import host_time, losses, models, projections, sampled, sweep
 from bench.measure import machine
 from bench.measure.contest import Rules
-from bench.measure.study import Options, Study
+from bench.measure.study import LEFT_OVER, Options, Study
 from bench.report import pages, plots
 
-LEFT_OVER = 3  # exit status when the time is up before the end
 ALL = (sweep.STUDY, sweep.ACCURACY, models.STUDY, losses.STUDY)
 STUDIES = {s.name: s for s in (*ALL, sampled.STUDY, projections.STUDY, host_time.STUDY)}
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from bench import RESULTS, ROOT
-from bench.__main__ import LEFT_OVER
 from bench.measure import machine
+from bench.measure.study import LEFT_OVER
 from comhe_ext.kernels import gpu
 from comhe_ext.kernels.gpu import backend
 

@@ -13,6 +13,7 @@ from bench.measure import machine
 from bench.measure.contest import Contest, Entry, OutOfTime, Rules
 from bench.measure.store import FIGURES, Row, Table
 
+LEFT_OVER = 3  # exit status when the time is up before the end
 Case = dict[str, Any]  # the columns that tell a study's cases apart
 
 

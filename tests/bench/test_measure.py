@@ -1,9 +1,10 @@
 """The benchmark measures what it says it measures, survives what fails, and keeps what it wrote."""
 
-import functools
+import operator
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,32 +31,18 @@ ENDLESS = 1e7
 # --- the contest ----------------------------------------------------------------------------------
 
 
-def call_of(kind):
-    """In a process of its own."""
-
-    def good():
-        return (torch.ones(3),)
-
-    def slow():
-        signal.pause()
-
-    def greedy():
-        return (torch.empty(2**50),)
-
-    def killed():
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def broken():
-        raise KeyError("nothing here")
-
-    return locals()[kind]
+# what a process makes of these is a call; they import nothing
+MAKE = {
+    "good": partial(partial, torch.ones, 3, 2),
+    "slow": partial(partial, signal.pause),
+    "greedy": partial(partial, torch.empty, 2**50),
+    "killed": partial(partial, signal.raise_signal, signal.SIGKILL),
+    "broken": partial(partial, operator.getitem, {}, "nothing here"),
+}
 
 
 def hold(*kinds, folder, rules, check=lambda result: {}):
-    # the second call is timed, because the first one imports this module
-    entries = {
-        kind: Entry(functools.partial(call_of, kind), check, compiles=True) for kind in kinds
-    }
+    entries = {kind: Entry(MAKE[kind], check, compiles=True) for kind in kinds}
     return Contest("cpu", 1, rules, folder).hold(entries)
 
 
@@ -65,7 +52,7 @@ def test_what_fails_is_an_outcome_and_the_others_go_on(monkeypatch, tmp_path):
 
         def __init__(self, job):
             super().__init__(job)
-            self.patient = job.make.args != ("slow",)
+            self.patient = job.make is not MAKE["slow"]
 
         def ask(self, turn, limit):
             return super().ask(turn, ENDLESS if self.patient else limit)
@@ -123,7 +110,7 @@ def test_what_cannot_run_fit_or_end_is_not_tried(tmp_path):
     assert refusal("row-blocks", Shape(1, 10_000, 8)) == late
     assert refusal("row-blocks", Shape(1, 2000, 8)) is None
     held.rules = Rules()
-    missing = Entry(functools.partial(call_of, "good"), unavailable="not here")
+    missing = Entry(MAKE["good"], unavailable="not here")
     row = held.hold({"good": missing})["good"]
     assert (row["status"], row["note"]) == ("unavailable", "not here")
 
