@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pandas import DataFrame
@@ -70,56 +71,60 @@ class Entry:
 class Contestant:
     """An entry in its process, and its row of results."""
 
-    def __init__(self, entry: Entry, job: Job, rules: Rules) -> None:
-        self.entry, self.device, self.rules = entry, job.device, rules
-        self.figures: dict[str, object] = {"version": entry.version, "status": "ok"}
+    def __init__(self, entry: Entry, contest: "Contest", cache: Path) -> None:
+        self.entry, self.rules, self.cache = entry, contest.rules, cache
+        self.row: dict[str, Any] = {"version": entry.version, "status": "ok"}
         self.replies: list[Reply] = []
         self.rounds, self.calls, self.warm = 0, 1, False
-        self.worker = Worker(job)
+        # with warm caches and running threads, where a warm-up costs little
+        self.cheap = SLOW if contest.device == "cuda" else 1.0
+        cache.mkdir(exist_ok=True)
+        # empty at first, so that the first call takes as long as a user's
+        names = ("KEOPS_CACHE_FOLDER", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+        environment = {**entry.environment, **dict.fromkeys(names, str(cache))}
+        self.worker = Worker(Job(entry.make, contest.device, contest.threads, environment))
 
-    def begin(self, folder: Path) -> None:
+    def begin(self) -> None:
         """Make the first calls, whose times decide the number of rounds."""
-        result, files = folder.parent / f"{folder.name}.pt", _files(folder)
-        extra = self.rules.start + (self.rules.compilation if self.entry.compiles else 0.0)
-        if (reply := self._ask(Turn(save=result), extra)) is None:
-            return
-        compiled = "yes" if _files(folder) > files else "no"
-        self.figures |= {"first_s": reply.wall, "compiled": compiled}
-        self.figures |= self.entry.check(tuple(torch.load(result)))
-        if not self.entry.timed or self.figures["status"] != "ok":
+        result, files = self.cache.parent / f"{self.cache.name}.pt", len([*self.cache.rglob("*")])
+        extra = self.rules.start + self.rules.compilation * self.entry.compiles
+        reply = self._ask(Turn(save=result), extra)
+        compiled = len([*self.cache.rglob("*")]) > files
+        self.row |= {"first_s": reply.wall, "compiled": "yes" if compiled else "no"}
+        self.row |= self.entry.check(tuple(torch.load(result)))
+        if not self.entry.timed or self.row["status"] != "ok":
             self.worker.close()
             return
         if reply.wall < SLOW or self.entry.compiles:
             # what libraries and compilers hold is not part of what the call needs
-            if (reply := self._ask(Turn(memory=True))) is None:
-                return
-            if reply.wall >= SLOW:
-                self.replies.append(reply)
-        self.figures["peak_mib"] = reply.peak / 2**20
+            reply = self._ask(Turn(memory=True))
+            self.replies += [reply] * (reply.wall >= SLOW)
+        self.row["peak_mib"] = reply.peak / 2**20
         self.calls = math.ceil(SHORT / reply.wall)
         self.rounds = self.rules.number_of_rounds(self.calls * reply.wall) - len(self.replies)
-        # with warm caches and running threads, where a warm-up costs little
-        self.warm = reply.wall < (SLOW if self.device == "cuda" else 1.0)
+        self.warm = reply.wall < self.cheap
 
-    def round(self) -> None:
-        if (reply := self._ask(Turn(self.calls, warm=self.warm))) is not None:
-            self.replies.append(reply)
+    def play(self, turn: int) -> None:
+        """Make a round, or the first calls; what fails is an outcome."""
+        try:
+            if turn == 0:
+                self.begin()
+            else:
+                self.replies.append(self._ask(Turn(self.calls, warm=self.warm)))
+        except Lost as lost:
+            self.row |= {"status": lost.status, "note": lost.note}
+            self.rounds = 0
+            self.worker.close()
 
-    def row(self) -> Row:
-        if self.figures["status"] != "ok" or not self.replies:
-            return self.figures
-        seconds = DataFrame(self.replies)
-        return {
-            **self.figures,
-            "wall_ms": 1e3 * seconds.wall.median(),
-            "wall_min_ms": 1e3 * seconds.wall.min(),
-            "wall_max_ms": 1e3 * seconds.wall.max(),
-            "cpu_ms": 1e3 * seconds.cpu.median(),
-            "rounds": len(seconds),
-            "calls": self.calls,
-        }
+    def end(self) -> None:
+        """Put the times of the rounds into the row."""
+        if self.row["status"] == "ok" and self.replies:
+            wall, cpu = (DataFrame(self.replies)[name].mul(1e3) for name in ("wall", "cpu"))
+            self.row |= {"wall_ms": wall.median(), "wall_min_ms": wall.min()}
+            self.row |= {"wall_max_ms": wall.max(), "cpu_ms": cpu.median()}
+            self.row |= {"rounds": len(self.replies), "calls": self.calls}
 
-    def _ask(self, turn: Turn, extra: float = 0.0) -> Reply | None:
+    def _ask(self, turn: Turn, extra: float = 0.0) -> Reply:
         limit = (1 + turn.warm) * turn.calls * (self.rules.limit + extra)
         left = self.rules.deadline - time.monotonic()
         if left <= 0:
@@ -129,13 +134,7 @@ class Contestant:
         except Lost as lost:
             if lost.status == "timeout" and left < limit:
                 raise OutOfTime from None
-            self._leave(lost.status, lost.note)
-            return None
-
-    def _leave(self, status: str, note: str) -> None:
-        self.figures |= {"status": status, "note": note}
-        self.rounds = 0
-        self.worker.close()
+            raise
 
 
 @dataclass
@@ -145,7 +144,7 @@ class Contest:
     device: str
     threads: int
     rules: Rules
-    caches: Path  # of compilers, a folder for each method, empty at first
+    caches: Path  # of compilers, a folder for each method
     seconds: dict[object, dict[float, float]] = field(default_factory=dict)  # by the work
 
     def refusal(self, method: str, entry: Entry) -> Row | None:
@@ -153,7 +152,7 @@ class Contest:
         if entry.unavailable is not None:
             return {"status": "unavailable", "note": entry.unavailable}
         if entry.needs > (free := machine.free_memory(self.device)):
-            note = f"needs about {gib(entry.needs)}, {gib(free)} free"
+            note = f"needs about {entry.needs / 2**30:.3g} GiB, {free / 2**30:.3g} GiB free"
             return {"status": "out of memory", "note": note}
         known = self.seconds.get((method, entry.alike), {})
         smaller = [work for work in known if work < entry.work]
@@ -176,39 +175,20 @@ class Contest:
                 if (refusal := self.refusal(name, entry)) is not None:
                     rows[name] = {"version": entry.version, **refusal}
                     continue
-                cache = self.caches / name.replace("/", "-")
-                cache.mkdir(exist_ok=True)
-                environment = {**entry.environment, **cache_environment(cache)}
-                job = Job(entry.make, self.device, self.threads, environment)
-                contestants[name] = one = Contestant(entry, job, self.rules)
+                one = Contestant(entry, self, self.caches / name.replace("/", "-"))
+                contestants[name] = one
+                rows[name] = one.row
                 stack.callback(one.worker.close)
-            for name, one in contestants.items():
-                say(f"{name}, first calls")
-                one.begin(self.caches / name.replace("/", "-"))
-            for turn in range(max((one.rounds for one in contestants.values()), default=0)):
+            for turn in range(1 + MOST_ROUNDS):
                 for name, one in contestants.items():
-                    if turn < one.rounds:
-                        say(f"{name}, round {turn + 1} of {one.rounds}")
-                        one.round()
+                    if turn <= one.rounds:
+                        say(f"{name}, round {turn} of {one.rounds or '?'}")
+                        one.play(turn)
         for name, one in contestants.items():
-            rows[name] = one.row()
+            one.end()
             known = self.seconds.setdefault((name, one.entry.alike), {})
             if one.replies:
                 known[one.entry.work] = min(reply.wall for reply in one.replies)
-            elif one.figures["status"] == "timeout":
+            elif one.row["status"] == "timeout":
                 known[one.entry.work] = self.rules.limit
-        return {name: rows[name] for name in entries}
-
-
-def cache_environment(folder: Path) -> dict[str, str]:
-    """Give compilers a cache of their own, so that the first call takes as long as a user's."""
-    names = ("KEOPS_CACHE_FOLDER", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    return dict.fromkeys(names, str(folder))
-
-
-def _files(folder: Path) -> int:
-    return sum(path.is_file() for path in folder.rglob("*"))
-
-
-def gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
+        return rows
