@@ -17,13 +17,16 @@ from bench.peers.energies import METHODS, OURS, PEERS
 CASE = ["sets", "rows", "dim", "mode"]
 
 
-def newest(table: Table, folder: Path, device: str, threads: int | None = None) -> DataFrame:
-    """Select the newest rows of the setting that was measured last: one machine, its threads.
+def newest(
+    table: Table, folder: Path, device: str, threads: int | None = None, machine: str | None = None
+) -> DataFrame:
+    """Select the newest rows of a machine and its threads, of those measured last if not given.
 
     A call's time is `ms`, by the one clock: processor time of one thread, else the wall's.
     """
     rows = table.newest(folder)
     rows = rows[(rows.device == device) & (rows.threads == (threads or rows.threads))]
+    rows = rows[rows.machine == (machine or rows.machine)]
     if "wall_ms" in rows:
         one = (rows.device == "cpu") & (rows.threads == 1)
         rows = rows.assign(ms=rows.cpu_ms.where(one, rows.wall_ms))
@@ -34,12 +37,15 @@ def newest(table: Table, folder: Path, device: str, threads: int | None = None) 
 class Sweep:
     """The sweep of a device, of a processor on one thread unless another number is given."""
 
-    def __init__(self, folder: Path, device: str, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, device: str, threads: int | None = None, machine: str | None = None
+    ) -> None:
         self.folder, self.device = folder, device
         threads = threads or (1 if device == "cpu" else None)
-        rows = newest(SWEEP.table, folder, device, threads)
+        rows = newest(SWEEP.table, folder, device, threads, machine)
         self.rows = rows[rows.method.isin(METHODS)]  # one may have been renamed since
-        peaks = newest(PEAKS, folder, device, threads).flops.dropna()
+        self.machine = rows.machine.iloc[0] if len(rows) else ""
+        peaks = newest(PEAKS, folder, device, threads, self.machine or "none").flops.dropna()
         self.peak = float(peaks.iloc[-1]) if len(peaks) else None
 
     def table(self, column: str) -> DataFrame:
@@ -67,9 +73,9 @@ class Sweep:
 
     def over(self, shape: Shape, *peers: str) -> float:
         """Compute how many times as long the fastest of some peers takes."""
-        return (
-            float(self.ratios.loc[key(shape), list(peers)].min()) if self.has(shape) else math.nan
-        )
+        if not self.has(shape):
+            return math.nan
+        return float(self.ratios.loc[key(shape), list(peers)].min())
 
     def share(self, shape: Shape) -> float:
         """Compute the share of the peak that is useful work."""

@@ -199,7 +199,7 @@ def goals_of(sweep: Sweep) -> Iterator[Goal]:
     yield f"{large}, memory", "most", 16, " MiB", sweep.value(large, "peak_mib")
     yield f"{large}, energy's error", "most", 1e-6, "", sweep.value(large, "value_error")
     yield f"{large}, gradient's error", "most", 2e-6, "", sweep.value(large, "gradient_error")
-    two = Sweep(sweep.folder, "cpu", 2)
+    two = Sweep(sweep.folder, "cpu", 2, sweep.machine)
     for shape in shapes:
         times = sweep.value(shape, "wall_ms") / two.value(shape, "wall_ms")
         yield f"{shape}, two threads over one", "least", 1.9, " times", times

@@ -35,7 +35,8 @@ def results(tmp_path_factory):
                 row |= {"value_error": 1e-8, "gradient_error": 3e-7}
             rows[shape, case["mode"], name] = stamp | row
     sweep.STUDY.table.upsert(folder, rows.values())
-    machine.PEAKS.upsert(folder, [stamp | {"flops": 1e11}])
+    later = {"machine": "another", "date": "9999", "flops": 1.0}
+    machine.PEAKS.upsert(folder, [stamp | {"flops": 1e11}, stamp | later])
     errors = [
         stamp
         | {"case": case, "method": name, "status": "ok", "value": 0.5, "value_error": 1e-8}
