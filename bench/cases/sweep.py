@@ -146,7 +146,8 @@ def close_entries(case: Case, options: Options) -> dict[str, Entry]:
             unavailable=method.unavailable(device),
         )
         for m, method in METHODS.items()
-        if device in method.devices and not (method.only_batches or method.graph)
+        if device in method.devices
+        and not (method.only_batches or method.graph or (options.quick and method.compiles))
     }
 
 

@@ -57,7 +57,8 @@ class Study:
     def cases(self, names: Sequence[str], options: Options) -> list[Case]:
         """List the cases of these names, each once; ValueError if there is no such case."""
         groups = self.groups(options.device)
-        names = names or (["quick"] if options.quick else [x for x in groups if x != "quick"])
+        quick = ["quick"] if options.quick and "quick" in groups else []
+        names = names or quick or [name for name in groups if name != "quick"]
         found: list[Case] = []
         for name in names:
             if name not in groups and self.parse is None:
@@ -68,7 +69,8 @@ class Study:
 
     def check(self, names: Sequence[str], options: Options) -> None:
         """Raise ValueError if there is no such case, or no such method."""
-        known = {m for case in self.cases(names, options) for m in self.entries(case, options)}
+        cases = self.cases(names, options)
+        known = dict.fromkeys(m for case in cases for m in self.entries(case, options))
         if unknown := [method for method in options.methods if method not in known]:
             raise ValueError(f"{unknown[0]!r} is no method of these cases: {', '.join(known)}")
 
@@ -78,30 +80,20 @@ class Study:
 
     def measure(self, options: Options, names: Sequence[str] = ()) -> int:
         """Measure cases, store each once it is complete, and return how many are left over."""
-        stamp, console, table = (
-            machine.stamp(options.device, options.threads),
-            options.console,
-            self.table,
-        )
+        stamp, console = machine.stamp(options.device, options.threads), options.console
 
-        def missing(case: Case) -> bool:
+        def wanted(case: Case) -> bool:
             keys = [{**stamp, **case, "method": m} for m in self.taking_part(case, options)]
-            return table.lacks(options.out, keys)
+            return bool(keys) and not (options.resume and not self.table.lacks(options.out, keys))
 
-        cases = self.cases(names, options)
-        if options.resume:
-            cases = [case for case in cases if missing(case)]
+        cases = list(filter(wanted, self.cases(names, options)))
         console.print(
             f"{self.name}: {len(cases)} cases, {stamp['machine']}, threads: {options.threads}, "
             f"PyTorch {stamp['torch']}, comhe_ext {stamp['comhe_ext']} at {stamp['commit'] or '?'}"
         )
-        columns = (
-            BarColumn(20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        columns = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()
+        words = TextColumn("{task.description}")
+        progress = Progress(*columns, words, console=console, disable=not console.is_terminal)
         with TemporaryDirectory() as caches, progress:
             contest = Contest(options.device, options.threads, options.rules, Path(caches))
             task = progress.add_task("", total=len(cases))
@@ -115,7 +107,7 @@ class Study:
                     rows = contest.hold(self.taking_part(case, options), say)
                 except OutOfTime:
                     return len(cases) - index
-                table.upsert(
+                self.table.upsert(
                     options.out, [{**stamp, **case, "method": m, **row} for m, row in rows.items()]
                 )
                 console.print(f"{title}: " + ", ".join(f"{m} {brief(r)}" for m, r in rows.items()))

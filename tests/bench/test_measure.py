@@ -14,7 +14,7 @@ from rich.console import Console
 # it belongs to the checkout and is not installed; last, so that the checkout hides no package
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from bench.__main__ import main
+from bench.__main__ import STUDIES, main
 from bench.cases import host_time, losses, sweep
 from bench.cases.shapes import Shape
 from bench.measure import contest
@@ -131,6 +131,17 @@ def test_every_layer_of_a_call_is_counted(tmp_path):
 
 
 # --- studies --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_study_has_cases_and_someone_takes_part(study, quick, tmp_path):
+    options = Options("cpu", 1, tmp_path, Console(), quick=quick)
+    cases = study.cases([], options)
+    assert cases
+    for case in cases:
+        assert set(case) == set(study.key)
+        assert study.taking_part(case, options)
 
 
 def test_a_sweep_from_end_to_end(tmp_path, capsys):
