@@ -1,6 +1,6 @@
 """The results drawn, each picture for light and for dark pages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from pandas import DataFrame
 
 from bench.cases import sampled
-from bench.cases.shapes import GOALS, LAYERS, SCALING_DIM, SMALL
+from bench.cases.shapes import GOALS, LAYERS, SCALING_DIM, SMALL, Shape
 from bench.cases.sweep import ACCURACY, ANGLES, PAIRS, ROWS
 from bench.peers.energies import METHODS, OURS
 from bench.report import theme as page
@@ -93,11 +93,8 @@ BARS += ["keops-native", "keops"]
 REASONS = {"timeout": "too slow", "nan": "not measured"}
 
 
-def speed(theme: Theme, sweep: Sweep) -> Figure:
+def speed(theme: Theme, sweep: Sweep, panels: Sequence[Shape]) -> Figure:
     """Draw how many times as long each peer takes, a panel for each shape."""
-    projected = [shape for shape in LAYERS if shape.dim == 40]
-    wanted = [*GOALS[sweep.device], *SMALL[sweep.device], *projected]
-    panels = [shape for shape in wanted if sweep.has(shape)]
     status = sweep.table("status")
     peers = [p for p in BARS if status[p].isin(["ok", "timeout", "out of memory"]).any()]
     height = -(-len(panels) // 3)
@@ -220,7 +217,10 @@ def figures(folder: Path) -> dict[str, Callable[[Theme], Figure]]:
             found[f"memory-{device}"] = partial(
                 draw, column="peak_mib", unit=page.MEGABYTES, what="Peak memory above the points"
             )
-            found[f"speed-{device}"] = partial(speed, sweep=sweep)
+        projected = [shape for shape in LAYERS if shape.dim == 40]
+        wanted = [*GOALS[device], *SMALL[device], *projected]
+        if panels := [shape for shape in wanted if sweep.has(shape)]:
+            found[f"speed-{device}"] = partial(speed, sweep=sweep, panels=panels)
         if len(errors):
             found[f"accuracy-{device}"] = partial(accuracy, rows=errors)
     if len(estimates := newest(sampled.STUDY.table, folder, "cpu")):

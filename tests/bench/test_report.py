@@ -67,6 +67,15 @@ def test_plots_need_nothing_but_the_results(results):
     assert one.read_bytes() == first[one]
 
 
+def test_a_few_results_make_fewer_pictures(results, tmp_path):
+    rows = sweep.STUDY.table.read(results)
+    few = rows[rows["rows"] == 512].to_dict("records")
+    sweep.STUDY.table.upsert(tmp_path, few)
+    assert set(plots.figures(tmp_path)) == {"time-cpu", "memory-cpu"}
+    assert len(plots.draw(tmp_path)) == 4
+    assert plots.draw(tmp_path / "empty") == []
+
+
 def test_tables_show_where_others_are_faster(results):
     parts = tables.parts(results)
     slower = parts["slower cpu"]
