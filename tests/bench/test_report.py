@@ -1,5 +1,6 @@
 """The tables and pictures show what the results say, also where others are faster."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_pages_are_rewritten_between_their_markers_only(results):
 def test_pages_hold_the_committed_results():
     assert pages.stale(RESULTS) == [], "run python -m bench readme"
     for page, text in pages.read().items():
-        for picture in [part for part in text.split('"') if part.endswith(".png")]:
+        for picture in re.findall(r'"([^"]*bench/results/plots/[^"]+)"', text):
             assert (page.parent / picture).exists(), "run python -m bench plot"
 
 
