@@ -1,5 +1,7 @@
 """The table, the paired differences and the pictures of a plan's runs."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
+from bench.report.theme import Theme, name_line, part_names, save
 from bench.training.plans import HELD, NONE
 from bench.training.runs import read_lines
 
@@ -111,61 +114,66 @@ def report(folder: Path) -> None:
     parts = [as_text(summary(last)), as_text(differences(last))]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
-    for name, picture in (
-        ("errors", error_picture(last)),
-        ("energies", energy_picture(frame)),
-        ("widths", width_picture(last)),
-    ):
-        if picture is not None:
-            picture.savefig(folder / f"{name}.png", dpi=120)
-            plt.close(picture)
+    pictures = {
+        "errors": lambda theme: error_picture(theme, last),
+        "energies": lambda theme: energy_picture(theme, frame),
+    }
+    if last.width.nunique() > 1:
+        pictures["widths"] = lambda theme: width_picture(theme, last)
+    save(folder, pictures)
 
 
-def error_picture(last: pd.DataFrame) -> Figure:
+def error_picture(theme: Theme, last: pd.DataFrame) -> Figure:
     """Draw each run's test error, and each method's mean."""
     order = list(summary(last).method)[::-1]
     figure, axes = plt.subplots(figsize=(7, 0.5 * len(order) + 1), layout="constrained")
     for place, method in enumerate(order):
         errors = last.test_error[last.method == method]
-        axes.plot(errors, [place] * len(errors), "o", alpha=0.5, color="tab:blue")
-        axes.plot(errors.mean(), place, "|", markersize=18, color="black")
+        axes.plot(errors, [place] * len(errors), "o", alpha=0.5, color=theme.blue)
+        axes.plot(errors.mean(), place, "|", markersize=18, color=theme.ink)
     axes.set_yticks(range(len(order)), order)
     axes.set_xlabel("test error, %: each run, and the mean")
     return figure
 
 
-def energy_picture(frame: pd.DataFrame) -> Figure:
+def _colors(theme: Theme) -> Iterator[str]:
+    """Go through the colors, again and again."""
+    names = (theme.blue, theme.orange, theme.green, theme.pink, theme.sky, theme.yellow)
+    return itertools.cycle(names)
+
+
+def energy_picture(theme: Theme, frame: pd.DataFrame) -> Figure:
     """Draw the mean energy of the layers over the training, a line a method."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4))
+    figure.subplots_adjust(right=0.75)
     seen = frame.dropna(subset="energies")
-    ends = []
-    for method, lines in seen.groupby("method", sort=False):
+    end, names = seen.epoch.max(), []
+    for (method, lines), color in zip(
+        seen.groupby("method", sort=False), _colors(theme), strict=False
+    ):
         curve = lines.groupby("epoch").energies.mean()
-        (line,) = axes.plot(curve.index, curve, label=method)
-        ends.append((curve.iloc[-1], method, line.get_color(), curve.index[-1]))
-    # a label at the end of its line, moved up where it would cover the one below
-    low, high = axes.get_ylim()
-    place = -np.inf
-    for value, method, color, epoch in sorted(ends):
-        place = max(value, place + 0.05 * (high - low))
-        axes.annotate(method, (epoch, place), color=color, xytext=(4, 0), va="center",
-                      textcoords="offset points", annotation_clip=False)  # fmt: skip
-    axes.margins(x=0.01)
+        axes.plot(curve.index, curve, color=color)
+        names.append(name_line(axes, end, curve.iloc[-1], str(method), color, "right"))
     axes.set_xlabel("epoch")
     axes.set_ylabel("energy, the layers' mean")
+    part_names(figure, names)
     return figure
 
 
-def width_picture(last: pd.DataFrame) -> Figure | None:
-    """Draw the mean test error against the width, where there are several."""
-    if last.width.nunique() < 2:
-        return None
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for method, runs in last.groupby("method", sort=False):
+def width_picture(theme: Theme, last: pd.DataFrame) -> Figure:
+    """Draw the mean test error against the width."""
+    figure, axes = plt.subplots(figsize=(8, 4))
+    figure.subplots_adjust(right=0.75)
+    end, names = last.width.max(), []
+    for (method, runs), color in zip(
+        last.groupby("method", sort=False), _colors(theme), strict=False
+    ):
         errors = runs.groupby("width").test_error
-        axes.errorbar(errors.mean().index, errors.mean(), errors.std(), label=method, capsize=3)
+        mean = errors.mean()
+        axes.errorbar(mean.index, mean, errors.std(), color=color, capsize=3)
+        names.append(name_line(axes, end, mean.iloc[-1], str(method), color, "right"))
     axes.set_xscale("log", base=2)
     axes.set_xlabel("channels of the first stage, logarithmic")
     axes.set_ylabel("test error, %, with the deviation of a run")
-    axes.legend(frameon=False)
+    part_names(figure, names)
     return figure
