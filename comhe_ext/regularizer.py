@@ -414,7 +414,8 @@ class CoMHE(nn.Module):
         self, rows: Mapping[str, Tensor], shards: Mapping[str, ShardedRows] | None = None
     ) -> dict[str, Any]:
         """Select the layers that are projected, as the projection takes them."""
-        shards, given = shards or {}, dict[str, Any]()
+        shards = shards or {}
+        given: dict[str, Any] = {}
         for layer in self._layers:
             if self.projection is not None and layer.name in rows and self._is_projected(layer):
                 shared = self.projection.learns_from_shards(layer) and layer.name in shards

@@ -135,7 +135,7 @@ def draw(features: dict[str, Tensor], patches: Patches, file: Path) -> None:
             if cosines[index] > 0.9:
                 frame = Rectangle((x - 1, y - 1), SIZE + 1, SIZE + 1, fill=False, color="red")
                 axes.add_patch(frame)
-        axes.imshow(canvas, interpolation="nearest")
+        axes.imshow(canvas.numpy(), interpolation="nearest")
         axes.set_title(f"{method}: {float((cosines > 0.9).float().mean()):.0%} have a twin")
         axes.set_axis_off()
     figure.savefig(file, dpi=110)
