@@ -25,6 +25,7 @@ _MODULES = {
 _KERNELS = {
     "cross": "kernel for rows against columns",
     "nearest": "kernel for the nearest rows",
+    "distance": "kernel for distances of rows",
     "angle_difference": "kernel for differences of angles",
 }
 # torch calls ROCm devices "cuda" too

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from comhe_ext.operators.cross import cross_energy
-from comhe_ext.operators.library import compute_dtype
-from comhe_ext.operators.nearest import antipode_energies, distance_to, nearest_index
+from comhe_ext.operators.distance import antipode_energies, distance_to
+from comhe_ext.operators.nearest import nearest_index
 from comhe_ext.operators.sweep import SweepOptions
 
 
@@ -110,26 +110,7 @@ def nearest_rows(
         rows = rows.unsqueeze(0)
         columns = None if columns is None else columns.unsqueeze(0)
     others = rows if columns is None else columns
-    ids = NumberedIds.of(row_ids, column_ids, rows, others)
-    index = nearest_index(rows, columns, *tensors_of(ids), half_space, eps, backend)
-    if others.shape[1] == 0:
-        distance = rows.new_full(index.shape, torch.inf, dtype=compute_dtype(rows, others))
-    else:
-        distance = distance_to(rows, others, index, half_space, angular, eps)
-        distance = distance.to(compute_dtype(rows, others))
-        distance = distance.masked_fill(_meets_nan(rows, columns, ids), torch.nan)
+    ids = tensors_of(NumberedIds.of(row_ids, column_ids, rows, others))
+    index = nearest_index(rows, columns, *ids, half_space, eps, backend)
+    distance = distance_to(rows, columns, index, half_space, angular, eps, backend)
     return (distance, index) if batched else (distance.squeeze(0), index.squeeze(0))
-
-
-def _meets_nan(rows: Tensor, columns: Tensor | None, ids: NumberedIds | None) -> Tensor:
-    """Tell which rows are, or meet, a row of NaN or infinity, [B, N]; they have no nearest."""
-    row_is_nan = ~rows.detach().isfinite().all(-1)
-    nan = row_is_nan if columns is None else ~columns.detach().isfinite().all(-1)
-    if columns is None:
-        met = nan.sum(1, keepdim=True) - nan.long()
-    elif ids is None:
-        met = nan.sum(1, keepdim=True)
-    else:
-        met = ids.sum_of_met(rows, nan.long())
-    alone = columns is None and rows.shape[1] == 1
-    return (met > 0) | (row_is_nan & (not alone))

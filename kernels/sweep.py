@@ -8,6 +8,7 @@ A backend is a module with
     sweep(request)     -> SweepResult
     hessian_vector_product(request, tangents, gradient)   where it offers `second_order`
     nearest(request)   -> index of the nearest other row of each row, where it offers `nearest`
+    distance(request), distance_gradient(request, ...)    where it offers `distance`
     angle_difference(rows, projected, ...)   where it offers `angle_difference`
 
 Backend "torch" offers all of them, and cross_hessian_vector_product besides, for every backend.
@@ -129,6 +130,27 @@ class NearestRequest:
 
 
 @dataclass(frozen=True)
+class DistanceRequest:
+    """How far each row is from one other row of a set, or from one column.
+
+    Args:
+        rows: [N, k].
+        columns: [M, k] of the dtype of the rows, or None: the others are the rows themselves.
+        index: int64 [N], of the other row, or the column; -1: none, at an infinite distance.
+        half_space: measure the distance from the nearer of the other row and its antipode.
+        angular: in radians, not as a chord.
+        eps: added to the squared norms.
+    """
+
+    rows: Tensor
+    columns: Tensor | None
+    index: Tensor
+    half_space: bool = False
+    angular: bool = False
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
 class DifferenceRequest:
     """The arguments of `Backend.angle_difference`, by which a kernel is checked.
 
@@ -153,6 +175,7 @@ class Offers(NamedTuple):
 
     cross: bool = False  # rows against columns of their own
     nearest: bool = False  # the nearest of each row
+    distance: bool = False  # the distance from it, and its gradient
     angle_difference: bool = False  # the sweep over two spaces at once
     projection: bool = False  # project and sweep in one go
     second_order: bool = False  # the derivative of the gradient along tangents
@@ -174,6 +197,20 @@ class Backend(Protocol):
 
     def nearest(self, request: NearestRequest) -> Tensor:
         """Index within the set, or of the column, int64 [T]."""
+        ...
+
+    def distance(self, request: DistanceRequest) -> Tensor:
+        """Distances [N], float32, float64 for float64 rows; 0 for multiples of one row."""
+        ...
+
+    def distance_gradient(
+        self, request: DistanceRequest, weights: Tensor, rows_gradient: bool, columns_gradient: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of sum_i weight_i distance_i in the rows and the columns, in its dtype.
+
+        Without columns that in the rows is of both ends. None for a gradient that is not wanted.
+        Where a distance is 0 it has no direction: it adds nothing.
+        """
         ...
 
     def angle_difference(

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import comhe_ext
-from comhe_ext import backends, bounds
+from comhe_ext import bounds
 from comhe_ext.kernels.pair_functions import Riesz
-from comhe_ext.operators.nearest import distance_to, nearest_index
 
 BLOCK = 1 << 21  # numbers that are looked at together, in float64
 # distance of unit rows up to which they point the same way: a few roundings of float32
@@ -138,21 +137,11 @@ def _energy(rows: Tensor, pair: Riesz, dead: int, sampled_above: int) -> Energy 
 
 def _nearest(rows: Tensor, alive: Tensor) -> Nearest:
     """Find the nearest two of live rows, by their numbers among all rows."""
-    others = nearest_index(rows.unsqueeze(0), None, None, None, False, 0.0, backends.AUTO)[0]
-    # by blocks: `comhe_ext.nearest` has many copies of all rows in float64 at a time
-    size = _rows_of_block(rows)
-    blocks = zip(rows.split(size), others.split(size), strict=True)
-    angles = torch.cat([_angles(block, rows[index]) for block, index in blocks])
+    angles, others = comhe_ext.nearest(rows, angular=True)
     row = int(angles.argmin())
     numbers = alive.nonzero()[:, 0]
     first, second = sorted((int(numbers[row]), int(numbers[int(others[row])])))
     return Nearest(first, second, math.degrees(float(angles[row])))
-
-
-def _angles(rows: Tensor, others: Tensor) -> Tensor:
-    """Compute the angle of each row and the other beside it, in float64."""
-    beside = torch.arange(len(rows), device=rows.device).unsqueeze(0)
-    return distance_to(rows.unsqueeze(0), others.unsqueeze(0), beside, False, True, 0.0)[0]
 
 
 class _Look(NamedTuple):

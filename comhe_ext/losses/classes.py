@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from comhe_ext import backends
 from comhe_ext.functional import pair_energy
 from comhe_ext.kernels.pair_functions import Gaussian, Riesz
 from comhe_ext.losses.common import as_row, check_labels, check_matrix, positive
-from comhe_ext.operators.nearest import distance_to
+from comhe_ext.operators.distance import distance_to
 from comhe_ext.settings import BackendName
 
 
@@ -148,5 +149,5 @@ def angular_visual_hardness(
     total = -pair_energy(features, weight, by_angle, reduction="rows", backend=backend)
     numbers = torch.arange(features.shape[0], device=features.device)
     sets = features.unsqueeze(0), weight.index_select(0, labels).unsqueeze(0)
-    own = distance_to(*sets, numbers.unsqueeze(0), False, True, 0.0).squeeze(0)
-    return own.to(total.dtype) / total
+    own = distance_to(*sets, numbers.unsqueeze(0), False, True, 0.0, backend or backends.AUTO)
+    return own.squeeze(0) / total

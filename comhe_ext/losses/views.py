@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from comhe_ext import backends
 from comhe_ext.checks import check_number, check_weight
 from comhe_ext.functional import pair_energy
 from comhe_ext.kernels.pair_functions import Gaussian, PairFunction
 from comhe_ext.losses.common import check_views, nothing, positive
 from comhe_ext.operators.angle_loss import angle_difference
+from comhe_ext.operators.distance import distance_to
 from comhe_ext.operators.library import compute_dtype
-from comhe_ext.operators.nearest import distance_to
 from comhe_ext.operators.rows import unit_rows
 from comhe_ext.settings import BackendName
 
@@ -50,10 +51,9 @@ def kcl(
     spread = pair_energy(anchors, pair=pair, backend=backend)
     spread = spread + pair_energy(positives, pair=pair, backend=backend)
     numbers = torch.arange(anchors.shape[0], device=anchors.device)
-    own = distance_to(
-        anchors.unsqueeze(0), positives.unsqueeze(0), numbers.unsqueeze(0), False, pair.angular, 0.0
-    )
-    aligned = pair.at_distance(own.squeeze(0))[0]
+    sets = anchors.unsqueeze(0), positives.unsqueeze(0), numbers.unsqueeze(0)
+    distance = distance_to(*sets, False, pair.angular, 0.0, backend or backends.AUTO)
+    aligned = pair.at_distance(distance.squeeze(0).double())[0]
     if anchors.shape[0] == 0:
         return gamma * spread
     return gamma * spread - 2.0 * aligned.mean().to(spread.dtype)

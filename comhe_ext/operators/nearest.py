@@ -1,12 +1,14 @@
-"""The operator of the nearest rows, and the differentiable distance to them.
+"""The operator of the nearest rows.
 
     comhe_ext::nearest   rows [B, N, k], columns [B, M, k] or None -> index [B, N], int64
 
-The index has no derivative. The distance is computed from the two rows in float64 by torch's own
-operators, so it has all derivatives, and near rows lose no digits.
+The index has no derivative; `comhe_ext.operators.distance` makes the distance of it. As for
+torch.argmax, NaN is larger than everything: a row that meets a row of NaN or infinity is nearest to
+the first of these, so that its distance is NaN.
 """
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -14,8 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from comhe_ext import backends
-from comhe_ext.kernels.pair_functions import PairFunction
-from comhe_ext.kernels.portable.near_pairs import MAYBE_MULTIPLES, are_multiples
+from comhe_ext.kernels.portable.near_pairs import answers_at_once
 from comhe_ext.kernels.sweep import NearestRequest
 from comhe_ext.operators.cross_sweep import check_columns
 from comhe_ext.operators.library import (
@@ -27,7 +28,6 @@ from comhe_ext.operators.library import (
     leave_trace,
     register_vmap,
 )
-from comhe_ext.operators.rows import safe_sqrt
 from comhe_ext.operators.sweep import refuse_capture
 from comhe_ext.verdicts import trusted
 
@@ -96,7 +96,46 @@ def _nearest(
     if backend == "torch":
         refuse_capture(rows.device)
     module = backends.load(backend)
-    return torch.cat([module.nearest(request) for request in requests]).view(sets, n)
+    found = [module.nearest(request) for request in requests]
+    index = (found[0] if sets == 1 else torch.cat(found)).view(sets, n)
+    if all(_known_finite(x) for x in (rows, columns) if x is not None):
+        return index
+    return _nan_first(index, rows, columns, row_ids, column_ids)
+
+
+def _known_finite(rows: Tensor) -> bool:
+    """Tell whether there is no NaN and no infinity, which only a processor is asked."""
+    return answers_at_once(rows.device) and all(math.isfinite(x.item()) for x in rows.aminmax())
+
+
+def _nan_first(
+    index: Tensor,
+    rows: Tensor,
+    columns: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+) -> Tensor:
+    """Let rows of NaN or infinity be nearest to anybody, and others to the first of these."""
+    row_broken = ~rows.isfinite().all(-1)
+    broken = row_broken if columns is None else ~columns.isfinite().all(-1)
+    count = broken.shape[1]
+    numbers = torch.arange(count, device=rows.device)
+    if columns is None:
+        row_ids = column_ids = numbers.expand_as(broken)
+
+    def first_met(among: Tensor) -> Tensor:
+        """Find the number of the first of some columns that each row meets, else `count`."""
+        places = torch.where(among, numbers, count)
+        first = places.amin(1, keepdim=True)
+        if row_ids is None or column_ids is None:
+            return first.expand_as(index)
+        its_id = column_ids.gather(1, first.clamp_max(count - 1))
+        another = torch.where(column_ids == its_id, count, places).amin(1, keepdim=True)
+        return torch.where(row_ids == its_id, another, first)
+
+    anybody, nan = first_met(torch.ones_like(broken)), first_met(broken)
+    index = torch.where(row_broken & (anybody < count), anybody, index)
+    return torch.where(nan < count, nan, index)
 
 
 @torch.library.register_fake("comhe_ext::nearest", lib=LIBRARY)
@@ -135,81 +174,3 @@ def nearest_index(
             rows, columns, row_ids, column_ids, half_space, eps, backend
         )
     return index
-
-
-def distance_to(
-    rows: Tensor,
-    columns: Tensor,
-    index: Tensor,
-    half_space: bool,
-    angular: bool,
-    eps: float,
-) -> Tensor:
-    """Compute the distance of each of rows [B, N, k] to a column [B, M, k], in float64 -> [B, N].
-
-    Infinite where the index is -1. Where two directions coincide it has derivatives 0.
-    """
-    chosen = index.clamp_min(0).unsqueeze(-1).expand(-1, -1, columns.shape[-1])
-    near, far = _squares(rows, columns.gather(1, chosen), half_space, angular, eps)
-    distance = safe_sqrt(near)
-    if far is not None:
-        distance = 2.0 * torch.atan2(distance, safe_sqrt(far))
-    return distance.squeeze(-1).masked_fill(index < 0, torch.inf)
-
-
-def squared_distances(
-    rows: Tensor, others: Tensor, half_space: bool, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Compute 2 - 2c and 2 + 2c, in half space of |c|, row by row [..., P, k], in float64."""
-    near, far = _squares(rows, others, half_space, True, eps)
-    assert far is not None
-    return near.squeeze(-1), far.squeeze(-1)
-
-
-def antipode_energies(rows: Tensor, pair: PairFunction, eps: float) -> Tensor:
-    """Compute f of each row and its own antipode, [..., N, k] -> [..., N], in float64."""
-    # 2 + 2 |v|^2 = 4 - 2 deficit
-    short = 2.0 * _normalize(rows, eps)[1].squeeze(-1)
-    if eps == 0:
-        short = 2.0 * (short > 1.0).double()  # no function of the rows then: 2 of dead ones, else 0
-    return pair.one_sided(4.0 - short, short)[0]
-
-
-def _squares(
-    rows: Tensor, others: Tensor, half_space: bool, with_far: bool, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    """Compute 2 - 2c of rows and others, each exact where it is small, and 2 + 2c."""
-    v, v_deficit = _normalize(rows, eps)
-    w, w_deficit = _normalize(others, eps)
-    if half_space:
-        w = torch.where((v * w).sum(-1, keepdim=True) < 0, -w, w)
-    both = v_deficit + w_deficit
-    squared = _squared_length(v - w, v, w)
-    # |v| - |w| is what is left of the difference of multiples of one row
-    longer = ((w_deficit - v_deficit) / 2.0).square()
-    near = torch.where(squared == 0, longer, squared) + both
-    return near, _squared_length(v + w, v, w) + both if with_far else None
-
-
-def _normalize(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Divide rows by nu = sqrt(|p|^2 + eps), and compute 1 - |v|^2 of them, in float64."""
-    p = rows.double()
-    # divided by its largest entry first, a row of 1e-200 or 1e200 neither vanishes nor overflows
-    largest = p.detach().abs().amax(-1, keepdim=True)
-    largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-    p = p / largest
-    squared = p.square().sum(-1, keepdim=True)
-    rest = eps / largest.square()
-    # NaN is not dead: it has to reach the result
-    alive = ~((squared + rest).detach().sqrt() * largest < torch.finfo(compute_dtype(rows)).tiny)
-    nu = torch.where(alive, squared + rest, 1.0).sqrt()
-    v = torch.where(alive, p / nu, 0.0)
-    deficit = torch.where(alive, rest / nu.square(), 1.0)
-    return v, deficit
-
-
-def _squared_length(combined: Tensor, v: Tensor, w: Tensor) -> Tensor:
-    """Compute |v - w|^2 or |v + w|^2; 0 for multiples of one row, as rounding has no direction."""
-    squared = combined.square().sum(-1, keepdim=True)
-    multiples = (squared < MAYBE_MULTIPLES) & are_multiples(v.detach(), w.detach()).unsqueeze(-1)
-    return squared.masked_fill(multiples, 0.0)

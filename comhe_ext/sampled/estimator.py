@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from comhe_ext.kernels.pair_functions import PairFunction
+from comhe_ext.operators.distance import antipode_energies, squared_distances
 from comhe_ext.operators.energy import energy
-from comhe_ext.operators.nearest import antipode_energies, squared_distances
 from comhe_ext.operators.rows import unit_rows
 from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.sampled.near_list import NearList

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from comhe_ext.operators.cross import cross_energy
+from comhe_ext.operators.distance import antipode_energies
 from comhe_ext.operators.library import leave_trace
-from comhe_ext.operators.nearest import antipode_energies
 from comhe_ext.pairing import NumberedIds, count_met, nearest_rows, tensors_of
 from comhe_ext.settings import Settings
 from comhe_ext.sharded.collectives import AllRows, Shards, total

@@ -21,8 +21,8 @@ import torch
 from torch import Generator, Tensor
 
 from comhe_ext.operators.cross import cross_energy
+from comhe_ext.operators.distance import antipode_energies
 from comhe_ext.operators.library import compute_dtype, leave_trace
-from comhe_ext.operators.nearest import antipode_energies
 from comhe_ext.operators.rows import unit_rows
 from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.sampled.estimator import CHUNK, listed_residuals

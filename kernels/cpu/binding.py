@@ -14,11 +14,18 @@ import torch
 from torch import Tensor
 
 from ..pair_functions import PairFunction, Riesz
-from ..sweep import NearestRequest, Numbers, Offers, SweepRequest, SweepResult
+from ..sweep import (
+    DistanceRequest,
+    NearestRequest,
+    Numbers,
+    Offers,
+    SweepRequest,
+    SweepResult,
+)
 
 LIBRARY = Path(__file__).with_name("_pairwise.so")
 # that of pairwise.h, which says when to raise it
-ABI_VERSION = 8
+ABI_VERSION = 9
 # those of this architecture, in the order of the C enum
 INSTRUCTION_SETS: tuple[str, ...] = ("baseline", "avx2", "avx512")
 if platform.machine() in ("aarch64", "arm64", "ARM64"):
@@ -32,7 +39,12 @@ _REBUILD = "reinstall comhe-ext, or rebuild a checkout: pip install -e ."
 
 
 OFFERS = Offers(
-    cross=True, nearest=True, angle_difference=True, second_order=True, max_columns=1 << 24
+    cross=True,
+    nearest=True,
+    distance=True,
+    angle_difference=True,
+    second_order=True,
+    max_columns=1 << 24,
 )
 
 
@@ -116,6 +128,7 @@ def _library() -> ctypes.CDLL:
         theirs = library.comhe_abi_version(), library.comhe_call_bytes()
         library.comhe_sweep.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
         library.comhe_angle_difference.argtypes = [ctypes.POINTER(_AngleCall), ctypes.c_int]
+        library.comhe_distance.argtypes = [ctypes.c_void_p, ctypes.c_int]
         library.comhe_supports.argtypes = [ctypes.c_int]
         library.comhe_best_isa.argtypes = []
     except AttributeError as error:
@@ -408,6 +421,22 @@ def nearest(request: NearestRequest) -> Tensor:
     else:
         _run_on_columns(request, request.columns, 1.0, pair, nearest=index.data_ptr())
     return index[:num_rows]
+
+
+def distance(request: DistanceRequest) -> Tensor:
+    """Compute the distance of each row to the other one of its index, float32 [N]."""
+    from . import distance as module
+
+    return module.distance(request)
+
+
+def distance_gradient(
+    request: DistanceRequest, weights: Tensor, rows_gradient: bool, columns_gradient: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Compute the gradients of the weighted sum of the distances."""
+    from . import distance as module
+
+    return module.distance_gradient(request, weights, rows_gradient, columns_gradient)
 
 
 def angle_difference(

@@ -60,6 +60,18 @@ bool valid(const AngleCall &call) {
            call.projections >= 1 && call.rows && call.projected && call.total;
 }
 
+bool valid(const DistanceCall &call) {
+    if (!valid(call.k, call.dtype) || !(call.eps >= 0) || call.n < 0 || call.m < 0) return false;
+    if (call.n && !(call.rows && call.index)) return false;
+    if (!call.columns && (call.m || call.to_columns)) return false;
+    const bool gradient = call.to_rows || call.to_columns;
+    if (!call.distance == !gradient || (gradient && call.n && !call.weights)) return false;
+    const int64_t others = call.columns ? call.m : call.n;
+    for (int64_t i = 0; i < call.n; i++)
+        if (call.index[i] < -1 || call.index[i] >= others) return false;
+    return true;
+}
+
 // The kernel of an instruction set that is here.
 template <class AnyCall> Status run(const AnyCall &call, int isa) {
     if (!supported(isa)) return UNSUPPORTED;
@@ -97,6 +109,10 @@ __attribute__((visibility("default"))) int comhe_sweep(const Call *call, int isa
 }
 
 __attribute__((visibility("default"))) int comhe_angle_difference(const AngleCall *call, int isa) {
+    return call && valid(*call) ? run(*call, isa) : BAD_ARGUMENT;
+}
+
+__attribute__((visibility("default"))) int comhe_distance(const DistanceCall *call, int isa) {
     return call && valid(*call) ? run(*call, isa) : BAD_ARGUMENT;
 }
 }

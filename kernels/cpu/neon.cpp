@@ -2,5 +2,6 @@
 #define ISA neon
 #define NEON  // not asked of the compiler: the baseline unit does without it
 #include "angle_schedule-inl.h"
+#include "distance-inl.h"
 #include "schedule-inl.h"
 #endif

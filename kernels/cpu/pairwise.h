@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 // To be raised with every change below that the caller has to know of, binding.py's own with it.
-constexpr int ABI_VERSION = 8;
+constexpr int ABI_VERSION = 9;
 
 enum Status { OK = 0, BAD_ARGUMENT = 1, OUT_OF_MEMORY = 2, UNSUPPORTED = 3 };
 enum DType { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
@@ -72,7 +72,24 @@ struct AngleCall {
     int32_t threads;
 };
 
-namespace avx512 { Status run(const Call &); Status run(const AngleCall &); }
-namespace avx2 { Status run(const Call &); Status run(const AngleCall &); }
-namespace neon { Status run(const Call &); Status run(const AngleCall &); }
-namespace baseline { Status run(const Call &); Status run(const AngleCall &); }
+// Distances of rows to one other each, or the gradient of their weighted sum; see distance-inl.h.
+struct DistanceCall {
+    const void *rows;      // [n, k]
+    const void *columns;   // [m, k], or null: the rows themselves
+    const int64_t *index;  // [n] of the other row, or column; -1: none, at an infinite distance
+    float *distance;       // [n], or null where gradients are wanted
+    const float *weights;  // [n]
+    float *to_rows;        // gradients, or null; without columns that of the rows is of both ends
+    float *to_columns;
+    int64_t n, m, k;  // m: 0 without columns
+    double eps;
+    int32_t dtype;
+    int32_t half_space;
+    int32_t angular;
+    int32_t threads;
+};
+
+namespace avx512 { Status run(const Call &); Status run(const AngleCall &); Status run(const DistanceCall &); }
+namespace avx2 { Status run(const Call &); Status run(const AngleCall &); Status run(const DistanceCall &); }
+namespace neon { Status run(const Call &); Status run(const AngleCall &); Status run(const DistanceCall &); }
+namespace baseline { Status run(const Call &); Status run(const AngleCall &); Status run(const DistanceCall &); }

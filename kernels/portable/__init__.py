@@ -7,6 +7,7 @@
     energy       the energy of sets, its gradient and its Hessian-vector product
     cross        the same of rows against columns of their own
     nearest      the nearest row, or column, of each row
+    distance     the distance of each row to one other, and its gradient
     angle_loss   the angle-preserving loss, likewise
 
 Each imports only from those above it. Memory is O(T k): a tile exists only while it is worked on.
@@ -17,6 +18,7 @@ from ..sweep import Offers, SweepRequest, SweepResult
 from . import cross, energy
 from .angle_loss import sweep as angle_difference
 from .cross import cross_hessian_vector_product
+from .distance import distance, distance_gradient
 from .energy import hessian_vector_product
 from .nearest import nearest
 
@@ -24,6 +26,8 @@ __all__ = [
     "OFFERS",
     "angle_difference",
     "cross_hessian_vector_product",
+    "distance",
+    "distance_gradient",
     "hessian_vector_product",
     "nearest",
     "supports",
@@ -31,7 +35,7 @@ __all__ = [
     "unavailable",
 ]
 
-OFFERS = Offers(cross=True, nearest=True, angle_difference=True, float64=True)
+OFFERS = Offers(cross=True, nearest=True, distance=True, angle_difference=True, float64=True)
 
 
 def unavailable() -> str | None:

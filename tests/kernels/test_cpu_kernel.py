@@ -564,6 +564,7 @@ int comhe_best_isa() { return 0; }
 int comhe_supports() { return 0; }
 int comhe_sweep() { __builtin_trap(); }
 int comhe_angle_difference() { __builtin_trap(); }
+int comhe_distance() { __builtin_trap(); }
 """
 
 

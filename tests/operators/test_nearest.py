@@ -9,7 +9,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from comhe_ext import nearest
 from comhe_ext.testing import paired_rows, random_rows, relative_error
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 
 def distances(rows, columns=None, half_space=False, met=None):
