@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from comhe_ext import backends
-from comhe_ext.kernels.portable import angle_loss
+from comhe_ext.kernels.portable import angle_loss, angle_moments
 from comhe_ext.kernels.sweep import DifferenceRequest
 from comhe_ext.operators.library import (
     LIBRARY,
@@ -61,6 +61,15 @@ def _check_tangents(
         check_like("projected_tangents", projected_tangents, "projected", projected)
 
 
+def _by_moments(rows: Tensor, projected: Tensor, angle: bool, compiled: bool) -> bool:
+    """Whether second moments are the shorter way; never of float64, see `angle_moments`."""
+    n, d, k = *rows.shape[1:], projected.shape[2]
+    if angle or compute_dtype(rows, projected) == torch.float64:
+        return False
+    # which way is shorter has been measured on processors alone
+    return rows.device.type == "cpu" and angle_moments.is_less_work(n, d, k, compiled)
+
+
 def _set_by_set(
     function: Callable[..., Sequence[Tensor | None]],
     tensors: Sequence[Tensor | None],
@@ -96,11 +105,14 @@ def _angle_difference(
     arguments = angle, rows_gradient, projected_gradient
     if name == "triton" and not trusted(DifferenceRequest(rows, projected, *arguments)):
         name = "torch"
-    sweep = backends.load(name).angle_difference
-    if name == "torch":
-        total, *gradients = _set_by_set(sweep, (rows, projected), *arguments)
+    total: Tensor | None
+    gradients: Sequence[Tensor | None]
+    if _by_moments(rows, projected, angle, name == "cpu"):
+        total, *gradients = angle_moments.sweep(rows, projected, *arguments[1:])
+    elif name == "torch":
+        total, *gradients = _set_by_set(angle_loss.sweep, (rows, projected), *arguments)
     else:
-        total, *gradients = sweep(rows, projected, *arguments)
+        total, *gradients = backends.load(name).angle_difference(rows, projected, *arguments)
     assert total is not None
     to_rows, to_projected = (total.new_empty(0) if x is None else x for x in gradients)
     return total, to_rows, to_projected
@@ -119,6 +131,8 @@ def _angle_difference_hvp(
 ) -> tuple[Tensor, Tensor]:
     _check_tangents(rows, projected, rows_tangents, projected_tangents)
     tensors = (rows, projected, rows_tangents, projected_tangents)
+    if _by_moments(rows, projected, angle, False):
+        return angle_moments.hessian_vector_product(*tensors)
     to_rows, to_projected = _set_by_set(angle_loss.hessian_vector_product, tensors, angle)
     assert to_rows is not None
     assert to_projected is not None

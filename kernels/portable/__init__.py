@@ -9,6 +9,7 @@
     nearest      the nearest row, or column, of each row
     distance     the distance of each row to one other, and its gradient
     angle_loss   the angle-preserving loss, likewise
+    angle_moments    of cosines, without visiting pairs, where rows are many and narrow
 
 Each imports only from those above it. Memory is O(T k): a tile exists only while it is worked on.
 """
