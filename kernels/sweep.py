@@ -67,11 +67,12 @@ class SweepRequest:
         scales: the factor of each set's sum over unordered pairs, or of the cross set's sum.
         pair: the pair function.
         eps: added to the squared norms.
-        gradient: whether the gradient in the rows is wanted, and in the columns.
+        gradient: whether the gradient in the rows is wanted.
         columns: [M, k], of the dtype of the rows, what they meet instead of each other, or None.
         row_ids, column_ids: int32 [N] and [M], both or neither; a pair of equal ids does not count.
         row_weights: float32 (float64 for float64 rows) [N], weight_i of a cross set; None: all 1.
         row_energies: whether the E_i of a cross set are wanted.
+        columns_gradient: whether the gradient in the columns is wanted; None: as that in the rows.
     """
 
     source: Tensor | Projected
@@ -85,6 +86,13 @@ class SweepRequest:
     column_ids: Tensor | None = None
     row_weights: Tensor | None = None
     row_energies: bool = False
+    columns_gradient: bool | None = None
+
+    @property
+    def wanted(self) -> tuple[bool, bool]:
+        """Which gradients of a cross set are wanted, in the rows and in the columns."""
+        of_columns = self.columns_gradient
+        return self.gradient, self.gradient if of_columns is None else of_columns
 
     @property
     def points(self) -> Tensor:

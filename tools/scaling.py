@@ -16,7 +16,6 @@ HEAD = "| classes | GPUs | method | kernels | on the links | received | above th
 WIDTH = 40  # k, of one projection
 NUMBER = 4  # bytes of a float32
 PAIRS = 1e12  # a second, of a GPU, with the gradient in one side
-SIDES = 2  # gradients that a sweep of rows against columns makes
 BANDWIDTH = 2e12  # bytes a second, of a GPU's memory
 PASSES = 40  # of a sample's moments and unit rows over the rows, there and back
 NEAR, FAR = 450e9, 50e9  # bytes a second, within a machine and between machines
@@ -62,13 +61,13 @@ def exact(rows: int, ranks: int) -> tuple[str, float, float, float, float]:
     if rows / ranks >= RING_ROWS:
         # half of the pairs, with the gradients in both sides; half of what comes are gradients
         return "ring", pairs / PAIRS, received / _speed(ranks), received, 4.0 * points / ranks
-    return "gather", SIDES * pairs / PAIRS, received / _speed(ranks), received, 3.0 * points
+    return "gather", pairs / PAIRS, received / _speed(ranks), received, 3.0 * points
 
 
 def sampled(rows: int, ranks: int) -> tuple[str, float, float, float, float]:
     """Model a sampled energy in the same way."""
     local = NUMBER * WIDTH * rows / ranks
-    kernels = SIDES * rows / ranks * SAMPLES / PAIRS + PASSES * local / BANDWIDTH
+    kernels = rows / ranks * SAMPLES / PAIRS + PASSES * local / BANDWIDTH
     moments = WIDTH * (WIDTH + 1) // 2 + WIDTH + 1
     # a sum comes as parts, and then as a whole; its numbers are float64
     received = NUMBER * WIDTH * SAMPLES + 2 * 8 * moments

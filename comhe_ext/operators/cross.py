@@ -11,7 +11,7 @@ The rest is as in `comhe_ext.operators.energy`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class _Settings:
     """The options as one argument: torch would look for tangents of a list's elements."""
 
     arguments: Sequence[Any]
+    wanted: tuple[bool, bool]  # gradients, of rows and columns; for others there is an empty tensor
 
 
 class _Energy(torch.autograd.Function):
@@ -51,7 +52,7 @@ class _Energy(torch.autograd.Function):
         settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         energy, _, to_rows, to_columns = torch.ops.comhe_ext.cross_sweep(
-            rows, columns, row_ids, column_ids, None, True, False, *settings.arguments
+            rows, columns, row_ids, column_ids, None, *settings.wanted, False, *settings.arguments
         )
         return energy, to_rows, to_columns
 
@@ -71,9 +72,10 @@ class _Energy(torch.autograd.Function):
             to_rows, to_columns = _Gradient.apply(*points, None, to_rows, to_columns, ctx.settings)
         factor = grad_energy[:, None, None]
         rows, columns = points[:2]
+        of_rows, of_columns = ctx.settings.wanted
         return (
-            (to_rows * factor).to(rows.dtype),
-            (to_columns * factor).to(columns.dtype),
+            (to_rows * factor).to(rows.dtype) if of_rows else None,
+            (to_columns * factor).to(columns.dtype) if of_columns else None,
             None,
             None,
             None,
@@ -122,7 +124,7 @@ class _RowEnergies(torch.autograd.Function):
         settings: _Settings,
     ) -> Tensor:
         energies: Tensor = torch.ops.comhe_ext.cross_sweep(
-            rows, columns, row_ids, column_ids, None, False, True, *settings.arguments
+            rows, columns, row_ids, column_ids, None, False, False, True, *settings.arguments
         )[1]
         return energies
 
@@ -141,7 +143,14 @@ class _RowEnergies(torch.autograd.Function):
             to_rows, to_columns = _Gradient.apply(*points, weights, None, None, ctx.settings)
         else:
             to_rows, to_columns = _gradient(points, weights, ctx.settings)
-        return to_rows.to(points[0].dtype), to_columns.to(points[1].dtype), None, None, None
+        of_rows, of_columns = ctx.settings.wanted
+        return (
+            to_rows.to(points[0].dtype) if of_rows else None,
+            to_columns.to(points[1].dtype) if of_columns else None,
+            None,
+            None,
+            None,
+        )
 
 
 class _RowEnergiesWithTangents(_RowEnergies):
@@ -170,7 +179,7 @@ def _gradient(
     points: Sequence[Any], weights: Tensor | None, settings: _Settings
 ) -> tuple[Tensor, Tensor]:
     _, _, to_rows, to_columns = torch.ops.comhe_ext.cross_sweep(
-        *points, weights, True, False, *settings.arguments
+        *points, weights, *settings.wanted, False, *settings.arguments
     )
     return to_rows, to_columns
 
@@ -202,6 +211,9 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        cotangents = tuple(
+            x if wanted else None for x, wanted in zip(cotangents, ctx.settings.wanted, strict=True)
+        )
         if all(x is None for x in cotangents):
             return (None,) * 8
         *points, weights = ctx.saved_tensors
@@ -227,22 +239,27 @@ class _Gradient(torch.autograd.Function):
     def jvp(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *points, weights = arguments[:5]
         row_tangents, column_tangents, _, _, weight_tangents = arguments[5:10]
-        results: list[tuple[Tensor, Tensor]] = []
+        results: list[tuple[Tensor, ...]] = []
         if row_tangents is not None or column_tangents is not None:
+            products = _HessianProducts.apply(
+                *_final(points),
+                _final_weights(weights),
+                row_tangents,
+                column_tangents,
+                ctx.settings,
+            )
             results.append(
-                _HessianProducts.apply(
-                    *_final(points),
-                    _final_weights(weights),
-                    row_tangents,
-                    column_tangents,
-                    ctx.settings,
+                tuple(
+                    x if wanted else x.new_zeros(x.shape[0], 0)
+                    for x, wanted in zip(products, ctx.settings.wanted, strict=True)
                 )
             )
         if weight_tangents is not None:
             results.append(_Gradient.apply(*points, weight_tangents, None, None, ctx.settings))
+        to_rows, to_columns = results[0]
         if len(results) == 1:
-            return results[0]
-        return results[0][0] + results[1][0], results[0][1] + results[1][1]
+            return to_rows, to_columns
+        return to_rows + results[1][0], to_columns + results[1][1]
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
@@ -290,7 +307,8 @@ class _Slopes(torch.autograd.Function):
         to_rows, to_columns = _HessianProducts.apply(
             *_final(points), _final_weights(weights), row_tangents, column_tangents, ctx.settings
         )
-        to_tangents = _Gradient.apply(*points, weights, None, None, ctx.settings)
+        of_tangents = replace(ctx.settings, wanted=tuple(ctx.given))
+        to_tangents = _Gradient.apply(*points, weights, None, None, of_tangents)
         return (
             to_rows.to(points[0].dtype),
             to_columns.to(points[1].dtype),
@@ -408,16 +426,20 @@ def cross_energy(
     Returns:
         [B], or [B, N] with reduction "rows". Differentiable twice, see the top of this file.
     """
-    points, settings = (rows, columns, row_ids, column_ids), _Settings(options.arguments)
-    by_row = options.reduction == "rows"
+    points, by_row = (rows, columns, row_ids, column_ids), options.reduction == "rows"
     if forward_mode():
         leave_trace()
+        settings = _Settings(options.arguments, (True, True))
         if by_row:
             energies: Tensor = _RowEnergiesWithTangents.apply(*points, settings)
             return energies
         return _EnergyWithTangents.apply(*points, settings)[0]
-    if differentiated(rows, columns):
+    wanted = differentiated(rows), differentiated(columns)
+    if any(wanted):
+        settings = _Settings(options.arguments, wanted)
         result = apply(_RowEnergies if by_row else _Energy, *points, settings)
         return result if by_row else result[0]
-    results = torch.ops.comhe_ext.cross_sweep(*points, None, False, by_row, *options.arguments)
+    results = torch.ops.comhe_ext.cross_sweep(
+        *points, None, False, False, by_row, *options.arguments
+    )
     return results[1] if by_row else results[0]

@@ -76,7 +76,7 @@ class _Cross(NamedTuple):
             return 1.0 / (both_ends * max(n * m, 1))
         return both_ends if self.options.reduction == "sum" else 1.0
 
-    def requests(self, gradient: bool, row_energies: bool) -> list[SweepRequest]:
+    def requests(self, wanted: tuple[bool, bool], row_energies: bool) -> list[SweepRequest]:
         """Make what a backend is asked, one request a set."""
         dtype = self.rows.dtype if self.rows.dtype == self.columns.dtype else self.dtype
         rows, columns = (x.to(dtype).contiguous() for x in (self.rows, self.columns))
@@ -89,12 +89,13 @@ class _Cross(NamedTuple):
                 (scale,),
                 pair,
                 eps,
-                gradient,
+                wanted[0],
                 columns[index],
                 None if self.row_ids is None else self.row_ids[index].contiguous(),
                 None if self.column_ids is None else self.column_ids[index].contiguous(),
                 None if weights is None else weights[index],
                 row_energies,
+                wanted[1],
             )
             for index in range(rows.shape[0])
         ]
@@ -134,8 +135,8 @@ _CROSS = "Tensor rows, Tensor columns, Tensor? row_ids, Tensor? column_ids, Tens
 
 
 @define(
-    f"cross_sweep({_CROSS}, bool gradient, bool row_energies, {OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    f"cross_sweep({_CROSS}, bool rows_gradient, bool columns_gradient, bool row_energies, "
+    f"{OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _cross_sweep(
     rows: Tensor,
@@ -143,15 +144,17 @@ def _cross_sweep(
     row_ids: Tensor | None,
     column_ids: Tensor | None,
     weights: Tensor | None,
-    gradient: bool,
+    rows_gradient: bool,
+    columns_gradient: bool,
     row_energies: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     cross = _Cross.of(rows, columns, row_ids, column_ids, weights, arguments)
-    outputs = _empty(rows, columns, cross.dtype, gradient, row_energies)
+    wanted = rows_gradient, columns_gradient
+    outputs = _empty(rows, columns, cross.dtype, wanted, row_energies)
     if rows.shape[0] == 0 or rows.shape[1] == 0 or columns.shape[1] == 0:
         return tuple(x.zero_() for x in outputs)
-    requests = cross.requests(gradient, row_energies)
+    requests = cross.requests(wanted, row_energies)
     name = cross.options.backend
     if name == backends.AUTO:
         pair, width = cross.options.pair, rows.shape[2]
@@ -162,8 +165,8 @@ def _cross_sweep(
         refuse_capture(rows.device)
     backend = backends.load(name)
     for index, request in enumerate(requests):
-        energy, rows_gradient, columns_gradient, energies = backend.sweep(request)
-        results = energy.squeeze(0), energies, rows_gradient, columns_gradient
+        energy, to_rows, to_columns, energies = backend.sweep(request)
+        results = energy.squeeze(0), energies, to_rows, to_columns
         for output, result in zip(outputs, results, strict=True):
             if result is not None:
                 output[index].copy_(result)
@@ -191,7 +194,7 @@ def _cross_hessian_vector_product(
     products = _empty_products(rows, columns, cross.dtype)
     if rows.shape[0] == 0 or rows.shape[1] == 0 or columns.shape[1] == 0:
         return tuple(x.zero_() for x in products)
-    for index, request in enumerate(cross.requests(True, True)):
+    for index, request in enumerate(cross.requests((True, True), True)):
         along = [None if x is None else x[index].to(cross.dtype) for x in tangents]
         results = portable.cross_hessian_vector_product(request, *along)
         for product, result in zip(products, results, strict=True):
@@ -206,14 +209,19 @@ def _check_tangents(cross: _Cross, tangents: Sequence[Tensor | None]) -> None:
 
 
 def _empty(
-    rows: Tensor, columns: Tensor, dtype: torch.dtype, gradient: bool, row_energies: bool
+    rows: Tensor,
+    columns: Tensor,
+    dtype: torch.dtype,
+    wanted: tuple[bool, bool],
+    row_energies: bool,
 ) -> tuple[Tensor, ...]:
+    """Make what results are written to; of one that is not wanted a set has no element."""
     sets, n = rows.shape[:2]
     return (
         rows.new_empty(sets, dtype=dtype),
         rows.new_empty((sets, n) if row_energies else (sets, 0), dtype=dtype),
-        rows.new_empty(rows.shape if gradient else (sets, 0), dtype=dtype),
-        rows.new_empty(columns.shape if gradient else (sets, 0), dtype=dtype),
+        rows.new_empty(rows.shape if wanted[0] else (sets, 0), dtype=dtype),
+        rows.new_empty(columns.shape if wanted[1] else (sets, 0), dtype=dtype),
     )
 
 
@@ -229,12 +237,14 @@ def _(
     row_ids: Tensor | None,
     column_ids: Tensor | None,
     weights: Tensor | None,
-    gradient: bool,
+    rows_gradient: bool,
+    columns_gradient: bool,
     row_energies: bool,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     cross = _Cross.of(rows, columns, row_ids, column_ids, weights, arguments)
-    return _empty(rows, columns, cross.dtype, gradient, row_energies)
+    wanted = rows_gradient, columns_gradient
+    return _empty(rows, columns, cross.dtype, wanted, row_energies)
 
 
 @torch.library.register_fake("comhe_ext::cross_hessian_vector_product", lib=LIBRARY)

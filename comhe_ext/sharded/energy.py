@@ -159,11 +159,13 @@ class _Sum:
             twice: the other ranks leave these pairs to this one; else half of each is theirs.
 
         Returns:
-            The gradient in the columns of pairs that are left to this rank.
+            The gradient in the columns of pairs that are left to this rank, else nothing.
         """
         rows = self.points[:, first:]
         energies, _, to_rows, to_columns = torch.ops.comhe_ext.cross_sweep(
-            rows, columns, None, None, None, self.with_gradient, False, *self._arguments
+            *(rows, columns, None, None, None),
+            *(self.with_gradient, self.with_gradient and twice, False),
+            *self._arguments,
         )
         # a pair of rows is four pairs of points in half space
         pairs = rows.shape[1] * columns.shape[1] * (4 if self.options.pair.half_space else 1)

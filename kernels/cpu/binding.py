@@ -324,8 +324,8 @@ def _sweep_columns(request: SweepRequest) -> SweepResult:
     energy = torch.empty(1, dtype=torch.float32)
     row_energies = torch.empty(len(rows), dtype=torch.float32) if request.row_energies else None
     gradients = [
-        torch.empty(p.shape, dtype=torch.float32) if request.gradient else None
-        for p in (rows, columns)
+        torch.empty(p.shape, dtype=torch.float32) if wanted else None
+        for p, wanted in zip((rows, columns), request.wanted, strict=True)
     ]
     _run_on_columns(
         request,

@@ -102,16 +102,16 @@ INLINE void push(const float *c, const float *u, float *g, int64_t lost, int n) 
         }
 }
 
-// One strip of both forces: G_a += C u_b and G_b += C^T u_a. With itself a block uses the part
+// One strip of both forces, as far as they are wanted: G_a += C u_b and G_b += C^T u_a. With itself a block uses the part
 // of C above the diagonal; the rest is zero.
 template <class V, int WV>
 void push_strip(const Block &a, const Block &b, const float *ua, const float *ub, const float *c, int64_t strip) {
     constexpr int W = WV * sizeof(V) / sizeof(float);
     ua += strip * a.capacity;
     ub += strip * b.capacity;
-    float *ga = a.g + strip * a.capacity, *gb = b.g + strip * b.capacity;
     const bool diagonal = &a == &b;
-    for (int i = 0, rows; i < a.n; i += rows) {
+    for (int i = 0, rows; a.g && i < a.n; i += rows) {
+        float *ga = a.g + strip * a.capacity;
         rows = tile_rows(a.n - i);
         const int first = diagonal ? i : 0, n = b.n - first;
         if (rows == MR)
@@ -119,7 +119,8 @@ void push_strip(const Block &a, const Block &b, const float *ua, const float *ub
         else
             push<V, WV, SHORT, false>(c + i * R + first, ub + first * W, ga + i * W, a.lost, n);
     }
-    for (int j = 0, rows; j < b.n; j += rows) {
+    for (int j = 0, rows; b.g && j < b.n; j += rows) {
+        float *gb = b.g + strip * b.capacity;
         rows = tile_rows(b.n - j);
         const int n = diagonal && j + rows < a.n ? j + rows : a.n;
         if (rows == MR)

@@ -222,6 +222,7 @@ template <bool OF_Y> void add_forces(Scratch &scratch, const Piece *rows, const 
 }
 
 void push_near(const Sweep &sweep, Block &block, int q0, const bool *used, const Piece *force) {
+    if (!block.g) return;
     const size_t size = size_t(block.capacity) * sweep.kp;
     // few blocks need it, and those only until they are finished
     if (!block.near && (block.near = allocate<double>(size))) memset(block.near, 0, sizeof(double) * size);

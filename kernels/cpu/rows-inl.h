@@ -75,7 +75,7 @@ void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
         pack(sweep, block, block.u, i, [=](int q) { return inverse * widen(raw + q, k - q); });
     }
     transpose(sweep, block, block.u, block.ut);
-    if (sweep.with_gradient) memset(block.g, 0, sizeof(float) * (int64_t(block.capacity) * kp + block.lost));
+    if (block.g) memset(block.g, 0, sizeof(float) * (int64_t(block.capacity) * kp + block.lost));
     if (block.row_energy) {
         memset(block.row_energy, 0, sizeof(double) * block.n);
         const float *given = sweep.call.row_weights;

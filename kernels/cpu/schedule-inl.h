@@ -108,7 +108,7 @@ void place(const Sweep &sweep, Block &block, int64_t n, Arena &arena) {
     block.ut = arena.take<float>(size_t(up(block.n, NR)) * sweep.k);
     const bool axial = n / sweep.k >= (sweep.call.pair.half_space ? MOSTLY_AXIAL_HALF : MOSTLY_AXIAL);
     block.lost = axial ? int64_t(capacity) * sweep.kp : 0;
-    block.g = arena.take<float>(sweep.with_gradient ? capacity * sweep.kp + block.lost : 0);
+    block.g = block.gradient ? arena.take<float>(capacity * sweep.kp + block.lost) : nullptr;
     block.inverse = arena.take<double>(padded);
     block.deficit = arena.take<double>(padded);
     block.axial = arena.take<double>(padded);

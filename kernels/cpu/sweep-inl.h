@@ -39,7 +39,7 @@ struct Block {
     float *gradient;            // where the result goes, or null; at second order the product
     double scale;
     int n, capacity;  // rows, and rows there is room for
-    float *u, *g;     // unit rows v, and G
+    float *u, *g;     // unit rows v, and G; null where no gradient is wanted of this side
     int64_t lost;     // g[i + lost] is what rounding took from g[i]; 0 where that is not kept
     double *near;     // the forces of near pairs, laid out like g; null while there are none
     float *ut;        // u again, as the other operand of the cosines: [panel of NR rows][k][NR]

@@ -102,7 +102,7 @@ class CrossCall:
     num_columns: int
     k: int
     pair: PairConstants
-    with_gradient: bool
+    wanted: tuple[bool, bool]  # gradients, in the rows and in the columns
     with_ids: bool
     with_weights: bool
     device: torch.device
@@ -128,7 +128,7 @@ class CrossCall:
         many_registers = self.pair.angle or self.with_ids or self.with_weights
         return tiles_for(target, self.k, largest, many_registers)
 
-    def plan(self, num_rows: int, num_columns: int) -> Plan:
+    def plan(self, num_rows: int, num_columns: int, with_force: bool) -> Plan:
         """Tables of so many rows against columns, with as many work items as fill a GPU."""
         halves = 8 if self.is_direct else 6 if self.with_rest else 4
         row_bytes = halves * (self.k if self.is_direct else padded_width(self.k)) + 12
@@ -138,7 +138,7 @@ class CrossCall:
             self.tiles,
             self.k,
             row_bytes,
-            self.with_gradient,
+            with_force,
             multiprocessors(self.device),
         )
         return cross_plan(num_rows, num_columns, self.tiles, splits, self.device)
@@ -150,10 +150,10 @@ class CrossCall:
         layout = {"columns": self.is_direct, "with_rest": self.with_rest}
         return make_side(points, plan, self.tiles.block_m, eps, ids, weights, **layout)
 
-    def pairs(self, m: Side, n: Side, plan: Plan, with_weights: bool) -> Slots:
+    def pairs(self, m: Side, n: Side, plan: Plan, with_force: bool, with_weights: bool) -> Slots:
         """Sum over the columns n for the rows m, forces by the weights of the columns."""
         flags = {
-            "with_force": self.with_gradient,
+            "with_force": with_force,
             "with_ids": self.with_ids,
             "with_weights": with_weights,
         }
@@ -174,12 +174,20 @@ class CrossCall:
         return Units(energy_unit / in_slots, force, force_unit / in_slots, 0.0, 0.0)
 
     def finish(
-        self, m: Side, slots: Slots, plan: Plan, scale: float, energy: Tensor | None, weighted: bool
+        self,
+        m: Side,
+        slots: Slots,
+        plan: Plan,
+        scale: float,
+        energy: Tensor | None,
+        *,
+        with_force: bool,
+        weighted: bool,
     ) -> Tensor | None:
         """Fill `energy` [N] with the E_i of the rows, and return the gradient in them."""
         num_rows, k = m.points.shape
-        with_gradient, block_m = self.with_gradient, self.tiles.block_m
-        gradient = m.points.new_empty(num_rows * with_gradient, k, dtype=torch.float32)
+        block_m = self.tiles.block_m
+        gradient = m.points.new_empty(num_rows * with_force, k, dtype=torch.float32)
         cross_finish_kernel[(plan.num_row_tiles,)](
             m,
             plan.row_tiles,
@@ -191,12 +199,12 @@ class CrossCall:
             self.units,
             scale,
             WITH_ENERGY=energy is not None,
-            WITH_FORCE=with_gradient,
+            WITH_FORCE=with_force,
             WITH_WEIGHTS=weighted,
             BLOCK_M=block_m,
             BLOCK_K=min(2048 // block_m, triton.next_power_of_2(k)),
         )
-        return gradient if with_gradient else None
+        return gradient if with_force else None
 
 
 def make_call(request: SweepRequest, columns: Tensor) -> CrossCall:
@@ -214,7 +222,7 @@ def make_call(request: SweepRequest, columns: Tensor) -> CrossCall:
         len(columns),
         k,
         pair,
-        request.gradient,
+        request.wanted,
         request.row_ids is not None,
         request.row_weights is not None,
         device,
@@ -236,15 +244,18 @@ def sweep(request: SweepRequest) -> SweepResult:
     (scale,) = request.scales
     call = make_call(request, columns)
     with backend.on_device(call.device):
-        plan, back = call.plan(num_rows, num_columns), call.plan(num_columns, num_rows)
+        of_rows, of_columns = call.wanted
+        plan = call.plan(num_rows, num_columns, of_rows)
+        back = call.plan(num_columns, num_rows, of_columns)
         m = call.side(rows, plan, request.eps, request.row_ids, weights)
         n = call.side(columns, back, request.eps, request.column_ids, None)
         each = torch.empty(num_rows, dtype=torch.float64, device=call.device)
-        slots = call.pairs(m, n, plan, False)
-        gradient = call.finish(m, slots, plan, scale, each, call.with_weights)
+        slots = call.pairs(m, n, plan, of_rows, False)
+        flags = {"with_force": of_rows, "weighted": call.with_weights}
+        gradient = call.finish(m, slots, plan, scale, each, **flags)
         energy = ((each if weights is None else each * weights).sum() * scale).float().view(1)
         columns_gradient = None
-        if call.with_gradient:
+        if of_columns:
             del slots
             largest = None
             if weights is not None:
@@ -252,8 +263,9 @@ def sweep(request: SweepRequest) -> SweepResult:
                 largest = weights.abs().amax()
                 largest = torch.where(largest > 0, largest, 1.0)
                 m = m._replace(weights=weights.float() / largest)
-            slots = call.pairs(n, m, back, call.with_weights)
-            columns_gradient = call.finish(n, slots, back, scale, None, False)
+            slots = call.pairs(n, m, back, True, call.with_weights)
+            flags = {"with_force": True, "weighted": False}
+            columns_gradient = call.finish(n, slots, back, scale, None, **flags)
             if columns_gradient is not None and largest is not None:
                 columns_gradient.mul_(largest)
         hold([plan.items, plan.row_tiles, back.items, back.row_tiles])
@@ -273,7 +285,7 @@ def _sweep_nothing(request: SweepRequest, columns: Tensor) -> SweepResult:
     zeros = torch.zeros_like(rows, dtype=torch.float32)
     return SweepResult(
         zeros.new_zeros(1),
-        zeros if request.gradient else None,
-        torch.zeros_like(columns, dtype=torch.float32) if request.gradient else None,
+        zeros if request.wanted[0] else None,
+        torch.zeros_like(columns, dtype=torch.float32) if request.wanted[1] else None,
         zeros.new_zeros(len(rows)) if request.row_energies else None,
     )

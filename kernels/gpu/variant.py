@@ -118,7 +118,7 @@ def _variant_of_columns(request: SweepRequest, columns: Tensor) -> Variant | Non
     kind = "columns" + ", ids" * call.with_ids + ", weights" * call.with_weights
     pair = _representative(request.pair)
     return Variant(
-        k, columns.dtype, False, request.gradient, pair, call.precision, call.tiles, kind
+        k, columns.dtype, False, any(request.wanted), pair, call.precision, call.tiles, kind
     )
 
 

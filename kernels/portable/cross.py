@@ -16,22 +16,25 @@ from .tiles import block_of, cross_tiles
 
 
 def sweep(request: SweepRequest) -> SweepResult:
-    """Sum F over the rows and columns of a cross set, and compute the gradients in both.
+    """Sum F over the rows and columns of a cross set, and compute the gradients that are wanted.
 
     Returns:
         float32, float64 for float64 points.
     """
     (scale,), (n,), dtype = request.scales, request.sizes, result_dtype(request.points)
-    pairing = _pairing(request)
-    total = forces(pairing, request.pair, request.eps, request.gradient)
+    wanted = request.wanted
+    pairing = _pairing(request)._replace(pushed=wanted)
+    total = forces(pairing, request.pair, request.eps, any(wanted))
     sums = total.sums[:n]
     row_energies = sums.squeeze(1).to(dtype) if request.row_energies else None
     weighted = sums if pairing.weights is None else sums * pairing.weights[:n]
     energy = (scale * weighted.sum(0)).to(dtype)
-    if not request.gradient:
-        return SweepResult(energy, row_energies=row_energies)
-    gradient = gradient_of(total, torch.full_like(total.axial, scale), dtype)
-    return SweepResult(energy, gradient[:n], gradient[n:], row_energies)
+    factor = torch.full_like(total.axial, scale)
+    gradients = [
+        gradient_of(total, factor, dtype, part) if one else None
+        for part, one in zip((slice(n), slice(n, None)), wanted, strict=True)
+    ]
+    return SweepResult(energy, gradients[0], gradients[1], row_energies)
 
 
 def cross_hessian_vector_product(

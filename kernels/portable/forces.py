@@ -46,6 +46,8 @@ class Pairing(NamedTuple):
     tiles: Iterable[Tile]  # cover the pairs, each once, but for both orders on the diagonal
     ids: Tensor | None = None  # [T] a pair of equal ids does not count
     weights: Tensor | None = None  # [T, 1] float64, 1 for columns
+    # whether the rows, and the columns, of tiles that are not on the diagonal are pushed
+    pushed: tuple[bool, bool] = (True, True)
 
 
 class Forces(NamedTuple):
@@ -73,7 +75,7 @@ class ForcesDot(NamedTuple):
 
 def forces(pairing: Pairing, pair: PairFunction, eps: float, gradient: bool) -> Forces:
     """Sum F and, for the gradient, the forces over all pairs."""
-    points, tiles, ids, weights = pairing
+    points, tiles, ids, weights, (push_rows, push_columns) = pairing
     dtype = _tile_dtype(points, pair)
     rows = normalize(points, eps, dtype)
     if pair.half_space:
@@ -125,8 +127,9 @@ def forces(pairing: Pairing, pair: PairFunction, eps: float, gradient: bool) -> 
         part = value.sum(2, keepdim=True, dtype=dtype)
         rows_of(sums, tile).add_(part, alpha=0.5 if tile.diagonal else 1.0)
         if force is not None:
-            rows_of(force, tile).add_(torch.bmm(slope, cols_of(v, tile)), alpha=factor)
-            if not tile.diagonal:
+            if push_rows:
+                rows_of(force, tile).add_(torch.bmm(slope, cols_of(v, tile)), alpha=factor)
+            if push_columns and not tile.diagonal:
                 part = torch.bmm(slope.mT, rows_of(weighted, tile))
                 cols_of(force, tile).add_(part, alpha=factor)
         repairs.add(tile, near)
@@ -139,10 +142,15 @@ def forces(pairing: Pairing, pair: PairFunction, eps: float, gradient: bool) -> 
     return Forces(rows, sums, force, axial, clamped)
 
 
-def gradient_of(total: Forces, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the gradient [T, k] in the rows, times `factor` [T, 1]."""
-    (v, inv_nu, deficit), _, force, axial, clamped = total
-    assert force is not None
+def gradient_of(
+    total: Forces, factor: Tensor, dtype: torch.dtype, part: slice = slice(None)
+) -> Tensor:
+    """Compute the gradient [T, k] in the rows, or a part of them, times `factor` [T, 1]."""
+    assert total.force is not None
+    v, inv_nu, deficit = (x[part] for x in total.rows)
+    force, axial, clamped, factor = (
+        x[part] for x in (total.force, total.axial, total.clamped, factor)
+    )
     gradient = torch.empty_like(force, dtype=dtype)
     for part in (slice(b, b + 1024) for b in range(0, v.shape[0], 1024)):
         g, u = force[part], v[part].double()
@@ -179,7 +187,7 @@ def forces_along(
         weight_tangents: float64, 0 for columns; None: 0.
         sums: whether the derivatives of `Forces.sums` are wanted.
     """
-    points, tiles, ids, weights = pairing
+    points, tiles, ids, weights, _ = pairing
     dtype = _tile_dtype(points, pair)
     rows = normalize(points, eps, dtype)
     v, inv_nu, deficit = rows

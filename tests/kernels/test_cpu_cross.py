@@ -107,6 +107,15 @@ def check(rows, columns, pair, eps=0.0, ids=(None, None), weights=None, gradient
     expected = torch.autograd.grad(total, (p, q), allow_unused=True)
     for result, truth in zip((to_rows, to_columns), expected, strict=True):
         assert relative_error(result, truth) <= gradient_bound, pair
+    # one side alone has the same bits, and the other one is left out
+    rows_alone = sweep(rows, columns, pair, columns_gradient=False, **asked)
+    columns_alone = sweep(rows, columns, pair, gradient=False, columns_gradient=True, **asked)
+    assert rows_alone.columns_gradient is None
+    assert columns_alone.gradient is None
+    assert torch.equal(rows_alone.gradient, to_rows)
+    assert torch.equal(columns_alone.columns_gradient, to_columns)
+    for one in (rows_alone, columns_alone):
+        assert torch.equal(one.energy, without.energy)
 
 
 def special_rows(k):

@@ -1,6 +1,7 @@
 """Rows against columns in plain torch, against the definition in float64."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -206,6 +207,23 @@ def test_the_energy_alone():
         assert alone.columns_gradient is None
         assert torch.equal(alone.energy, whole.energy)
         assert torch.equal(alone.row_energies, whole.row_energies)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_one_side_alone_has_the_same_bits(weights):
+    rows, columns = paired_rows(60, 20, 1e-3).split(30)
+    for pair in PAIRS:
+        request = request_of(rows, columns, pair, weights=weights)
+        both = portable.sweep(request)
+        rows_alone = portable.sweep(replace(request, columns_gradient=False))
+        columns_alone = portable.sweep(replace(request, gradient=False, columns_gradient=True))
+        assert rows_alone.columns_gradient is None
+        assert columns_alone.gradient is None
+        assert torch.equal(rows_alone.gradient, both.gradient)
+        assert torch.equal(columns_alone.columns_gradient, both.columns_gradient)
+        for one in (rows_alone, columns_alone):
+            assert torch.equal(one.energy, both.energy)
+            assert torch.equal(one.row_energies, both.row_energies)
 
 
 @pytest.mark.parametrize("k", [8, 24])

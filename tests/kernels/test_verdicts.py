@@ -117,6 +117,15 @@ def test_what_passes_serves_and_is_checked_once(stub):
     assert verdict.passed
 
 
+def test_the_gradient_of_columns_alone_needs_both_kernels(stub):
+    rows, columns = random_rows(40, 12), random_rows(30, 12, seed=1).requires_grad_()
+    comhe_ext.pair_energy(rows, columns).backward()
+    assert [variant.gradient for variant in stub.examined[::2]] == [False, True]
+    rows.requires_grad_()
+    comhe_ext.pair_energy(rows, columns.detach()).backward()
+    assert stub.checks == 2
+
+
 def test_variants_are_checked_apart(stub):
     run(12)
     for number, options in enumerate((dict(k=20), dict(half_space=True), dict(angular=True)), 2):

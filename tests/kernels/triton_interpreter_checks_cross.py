@@ -154,6 +154,22 @@ def test_cross_widths(k):
     check(request, gradient_bound=1e-5)
 
 
+@pytest.mark.parametrize("k", [8, 20])
+def test_cross_with_the_gradient_of_one_side(k):
+    rows, columns = paired_rows(60, k, 1e-3).split(30)
+    request = request_of(rows, columns, Riesz(2.0), ids=True, weights=True)
+    both = check(request)
+    rows_alone = gpu.sweep(replace(request, columns_gradient=False))
+    columns_alone = gpu.sweep(replace(request, gradient=False, columns_gradient=True))
+    assert rows_alone.columns_gradient is None
+    assert columns_alone.gradient is None
+    assert torch.equal(rows_alone.gradient, both.gradient)
+    assert torch.equal(columns_alone.columns_gradient, both.columns_gradient)
+    for one in (rows_alone, columns_alone):
+        assert relative_error(one.energy, both.energy) <= 1e-6
+        assert relative_error(one.row_energies, both.row_energies) <= 1e-6
+
+
 def test_cross_of_many_tiles(monkeypatch):
     """Several items a row tile; and one, whose sums go through memory."""
     rows, columns = random_rows(70, 10), random_rows(330, 10, seed=1)

@@ -22,8 +22,8 @@ def test_closed_forms():
     assert numbers == pytest.approx([0.125, 140e6 / 450e9, 140e6, 80e6])
     name, kernels, *_ = scaling.exact(10**6, 512)
     assert name == "gather"
-    assert kernels == pytest.approx(2e12 / 512 / 1e12)
-    # 2 * 1024 * 10^6 / 8 pairs, and 40 passes over 20 MB
+    assert kernels == pytest.approx(1e12 / 512 / 1e12)
+    # 1024 * 10^6 / 8 pairs, and 40 passes over 20 MB
     _, kernels, _, received, _ = scaling.sampled(10**6, 8)
-    assert kernels == pytest.approx(2.56e8 / 1e12 + 8e8 / 2e12)
+    assert kernels == pytest.approx(1.28e8 / 1e12 + 8e8 / 2e12)
     assert received == 160 * 1024 + 16 * (820 + 40 + 1)
