@@ -2,7 +2,7 @@
 //
 // The same walk over the tiles of cosines as for an energy. Of a tile only the largest cosine of each
 // row and column is taken, and compared with a bound: what the row has found so far. Most tiles hold
-// nothing larger; the others are looked at once more. Near pairs are told apart by their exact squared
+// nothing larger, and never leave the registers; the others are looked at once more. Near pairs are told apart by their exact squared
 // distances, and are always nearer than others.
 //
 // Among equals the lowest index wins. Inside of a meeting tiles come in the order of both indices, so
@@ -126,6 +126,41 @@ void nearest_of_tile(const Sweep &sweep, Scratch &scratch, Block &a, Block &b, i
     if (!WHOLE && any(near_ones)) keep_near(scratch, i, j, M, vectors * VL, sign);
 }
 
+enum Look { NOTHING, LARGER, NEAR };
+
+// Sums up the cosines of a tile whose pairs all count. Where some are larger than their bounds, or may be
+// of near pairs, the tile is stored.
+template <bool HALF, bool SYMMETRIC, int M>
+Look look_at_tile(const Sweep &sweep, const Scratch &scratch, const Block &a, const Block &b, int i, int j, int q,
+                  float *c) {
+    vf acc[M][NV], top[NV], excess = {};
+    load_tile(acc, q ? c : nullptr);
+    multiply(sweep, acc, a, a.u, b.ut, i, j, q, sweep.k);
+    for (int v = 0; v < NV; v++) top[v] = all(NOBODY);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+        vf most = all(NOBODY);
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) {
+            const vf x = HALF ? magnitude(acc[m][v]) : acc[m][v];
+            top[v] = maximum(x, top[v]);
+            most = maximum(x, most);
+        }
+        excess = maximum(most - scratch.row_bound[i + m], excess);
+    }
+    vi larger = excess > 0.0f, near = {};
+    for (int v = 0; v < NV; v++) {
+        near |= top[v] > sweep.near_cosine;
+        if (SYMMETRIC) larger |= top[v] > load(scratch.col_bound + j + v * VL);
+    }
+    if (!any(larger | near)) return NOTHING;
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) store(c + m * R + v * VL, acc[m][v]);
+    return any(near) ? NEAR : LARGER;
+}
+
 template <bool SYMMETRIC> void offer_near_pairs(const Sweep &sweep, Scratch &scratch, Block &a, Block &b) {
     for (int p = 0; p < scratch.patch_count; p++) {
         NearPatch &patch = scratch.patches[p];
@@ -156,9 +191,16 @@ template <bool HALF, bool SYMMETRIC> void meet_nearest(const Sweep &sweep, Scrat
         const int end = sweep.k - q < KC ? sweep.k : q + KC;
         each_tile(a, b, [&](int i, int j, int rows, bool wide) {
             float *c = sweep.k > KC ? scratch.c + i * R + j : scratch.c;  // one tile's memory is in cache
-            const bool near = tile_of_cosines(sweep, a, b, i, j, rows, wide, q, end, c);
-            if (end < sweep.k) return;
-            const bool whole = inside(a, b, i, j, rows) && !near && !ids_overlap;
+            bool whole = end == sweep.k && !ids_overlap && inside(a, b, i, j, rows);
+            if (whole) {
+                const auto look = rows == MR ? look_at_tile<HALF, SYMMETRIC, MR> : look_at_tile<HALF, SYMMETRIC, SHORT>;
+                const Look found = look(sweep, scratch, a, b, i, j, q, c);
+                if (found == NOTHING) return;
+                whole = found == LARGER;
+            } else {
+                tile_of_cosines(sweep, a, b, i, j, rows, wide, q, end, c);
+                if (end < sweep.k) return;
+            }
             const auto of_tile = rows == MR ? whole ? nearest_of_tile<HALF, SYMMETRIC, true, MR>
                                                     : nearest_of_tile<HALF, SYMMETRIC, false, MR>
                                  : whole    ? nearest_of_tile<HALF, SYMMETRIC, true, SHORT>
