@@ -71,15 +71,15 @@ INLINE void take_columns(const Scratch &scratch, const Block &a, Block &b, int i
     *index = larger ? int32_t(a.first) + i + row : *index;
 }
 
-void take_row(const Scratch &scratch, Block &a, const Block &b, int i, int j, int vectors, const float *c, vf most) {
+INLINE void take_row(const Scratch &scratch, Block &a, const Block &b, int i, int j, int vectors, const float *c) {
+    vf most = all(NOBODY);
+    for (int v = 0; v < vectors; v++) most = maximum(load(c + v * VL), most);
     const float cosine = largest(most);
-    int l = 0;
-    for (int v = vectors - 1; v >= 0; v--) {
-        const uint32_t equal = bits(load(c + v * VL) == cosine);
-        if (equal) l = v * VL + __builtin_ctz(equal);
-    }
+    if (!(cosine > scratch.row_bound[i])) return;  // of a block with itself: found as a column since
+    uint64_t equal = 0;
+    for (int v = 0; v < vectors; v++) equal |= uint64_t(bits(load(c + v * VL) == cosine)) << v * VL;
     a.cosine[i] = scratch.row_bound[i] = cosine;
-    a.cosine_index[i] = int32_t(b.first) + j + l;
+    a.cosine_index[i] = int32_t(b.first) + j + __builtin_ctzll(equal);
 }
 
 // What counted() asks a pair function.
@@ -94,11 +94,12 @@ void nearest_of_tile(const Sweep &sweep, Scratch &scratch, Block &a, Block &b, i
     const int vectors = WHOLE || b.n - j > VL ? NV : 1;
     alignas(64) float sign[MR][NR];
     vi near_ones = {};
-    vf top[NV], most[M], excess = {};
+    uint32_t larger = 0;  // which rows find a larger one
+    vf top[NV];
     for (int v = 0; v < NV; v++) top[v] = all(NOBODY);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
-        most[m] = all(NOBODY);
+        vf most = all(NOBODY);
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
             float *p = c + m * R + v * VL;
@@ -111,18 +112,17 @@ void nearest_of_tile(const Sweep &sweep, Scratch &scratch, Block &a, Block &b, i
             }
             if (HALF || !WHOLE) store(p, x);
             top[v] = maximum(x, top[v]);
-            most[m] = maximum(x, most[m]);
+            most = maximum(x, most);
         }
-        excess = maximum(most[m] - scratch.row_bound[i + m], excess);
+        larger |= uint32_t(any(most > scratch.row_bound[i + m])) << m;
     }
     for (int v = 0; SYMMETRIC && v < vectors; v++)
         if (any(top[v] > load(scratch.col_bound + j + v * VL)))
             take_columns<M>(scratch, a, b, i, j + v * VL, c + v * VL, top[v]);
-    if (any(excess > 0.0f))
-#pragma GCC unroll 12
-        for (int m = 0; m < M; m++)
-            if (any(most[m] > scratch.row_bound[i + m]))
-                take_row(scratch, a, b, i + m, j, vectors, c + m * R, most[m]);
+    for (; larger; larger &= larger - 1) {
+        const int m = __builtin_ctz(larger);
+        take_row(scratch, a, b, i + m, j, vectors, c + m * R);
+    }
     if (!WHOLE && any(near_ones)) keep_near(scratch, i, j, M, vectors * VL, sign);
 }
 
