@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from comhe_ext.projections import (
     Projection,
     RandomProjection,
 )
+from comhe_ext.projections.draws import seed_of
 from comhe_ext.testing import random_rows, reference, relative_error
 
 MODES = ("alternating", "unrolled")
@@ -195,6 +197,19 @@ def test_the_seed_decides():
     default = RandomProjection()._state[0]
     torch.manual_seed(2)
     assert RandomProjection()._state[0] != default
+
+
+def test_nearby_seeds_and_steps_share_no_draw():
+    net = nn.Sequential(nn.Linear(60, 20), nn.Linear(20, 4))
+    firsts = [
+        float(matrices[0, 0, 0])
+        for seed in range(8)
+        for matrices in draws(CoMHE(net, RandomProjection(2, 8, seed=seed)), 8)
+    ]
+    assert len(set(firsts)) == 64
+    # a generator may look at 32 bits of its seed alone
+    seeds = {seed_of(*x) % 2**32 for x in itertools.product(range(20), range(20), range(-5, 5))}
+    assert len(seeds) == 4000
 
 
 def test_drawing_leaves_torch_s_generator_alone():
