@@ -1,5 +1,6 @@
 """Which layer a model ends in, and how that is known."""
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,17 @@ class OutputLayer(NamedTuple):
     name: str | None
     reason: str
     guessed: bool = False
+
+    def warn_of_guess(self, factor: float, stacklevel: int) -> None:
+        """Warn of what follows from a guess, for a caller so many calls up."""
+        if not self.guessed:
+            return
+        warnings.warn(
+            f"CoMHE takes layer {self.name!r} for the output layer, {self.reason}: its energy is "
+            f"that of full space, unprojected, with weight {factor:g}. Say which it is "
+            f"(output_layer={self.name!r}), or that there is none (output_layer=None)",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def find_output_layer(model: nn.Module, layers: Sequence[Layer]) -> OutputLayer:

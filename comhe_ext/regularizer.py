@@ -14,7 +14,7 @@ from comhe_ext.layers import Layer, LeftOut
 from comhe_ext.packing import Part, Partitions, add
 from comhe_ext.projections import Projection, ProjectionName, make_projection
 from comhe_ext.projections.fixed import Views
-from comhe_ext.reports import Energies, LayerEnergy, RegularizedLayer, summary
+from comhe_ext.reports import ALL_FROZEN, Energies, LayerEnergy, RegularizedLayer, summary
 from comhe_ext.selection import Choice, Factors
 from comhe_ext.selectors import Selector, Split, as_patterns, as_selectors
 from comhe_ext.settings import EnergyOptions, Settings, lists_energy_options, mean_settings
@@ -170,14 +170,7 @@ class CoMHE(nn.Module):
         if self.projection is not None:
             self.projection.partitions = self._partitions
             self.projection.bind([x for x in self._layers if self._is_projected(x)], self._settings)
-        if self._selection.output.guessed:
-            name, reason, _ = self._selection.output
-            warnings.warn(
-                f"CoMHE takes layer {name!r} for the output layer, {reason}: its energy is that of "
-                f"full space, unprojected, with weight {self._factors[name]:g}. Say which it is "
-                f"(output_layer={name!r}), or that there is none (output_layer=None)",
-                stacklevel=2,
-            )
+        self._selection.output.warn_of_guess(self._factors[self.output_layer], stacklevel=2)
 
     if TYPE_CHECKING:
 
@@ -348,22 +341,7 @@ class CoMHE(nn.Module):
         return self._selection.factors
 
     def _check_structure(self) -> None:
-        """Raise if the model has other layers than when they were found."""
-        if torch.compiler.is_compiling():
-            return
-        (model,) = self._model
-        try:
-            changed = self._choice.changed(model, self._selection)
-        except (TypeError, ValueError) as error:
-            raise RuntimeError(
-                f"the model was changed after `CoMHE` was made, and has no such layers any more: "
-                f"{error}. Make a new one"
-            ) from error
-        if changed:
-            raise RuntimeError(
-                f"the model was changed after `CoMHE` was made: layers {changed} are other ones "
-                "now, or gone. Call `refresh()`"
-            )
+        self._choice.check_unchanged(self._model[0], self._selection)
 
     # --- one call ---------------------------------------------------------------------------------
 
@@ -393,12 +371,7 @@ class CoMHE(nn.Module):
                 shards[layer.name] = shard
         if not rows and not self._warned_of_frozen:
             self._warned_of_frozen = True
-            warnings.warn(
-                "CoMHE adds nothing: all weights that it regularizes are frozen. Where adapters "
-                "are trained (LoRA), register the merged weight W + BA as a parametrization of the "
-                "layer; its rows are the neurons",
-                stacklevel=2,
-            )
+            warnings.warn(ALL_FROZEN, stacklevel=2)
         return rows, shards
 
     def _rows_of(

@@ -6,6 +6,12 @@ from typing import NamedTuple
 from comhe_ext.layers import LeftOut
 from comhe_ext.output_layer import OutputLayer
 
+ALL_FROZEN = (
+    "CoMHE adds nothing: all weights that it regularizes are frozen. Where adapters are trained "
+    "(LoRA), register the merged weight W + BA as a parametrization of the layer; its rows are the "
+    "neurons"
+)
+
 
 class LayerEnergy(NamedTuple):
     """The energy of a layer, and two values to compare it with."""

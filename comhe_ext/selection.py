@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from comhe_ext.checks import check_factor, quote
@@ -72,7 +73,24 @@ class Choice:
         factors = self._factors_of(layers, output.name)
         return Selection(layers, left_out, first, output, factors, list(model.modules()))
 
-    def changed(self, model: nn.Module, selection: Selection) -> list[str]:
+    def check_unchanged(self, model: nn.Module, selection: Selection) -> None:
+        """Raise if a model has other layers than when the selection was made."""
+        if torch.compiler.is_compiling():
+            return
+        try:
+            changed = self._changed(model, selection)
+        except (TypeError, ValueError) as error:
+            raise RuntimeError(
+                f"the model was changed after `CoMHE` was made, and has no such layers any more: "
+                f"{error}. Make a new one"
+            ) from error
+        if changed:
+            raise RuntimeError(
+                f"the model was changed after `CoMHE` was made: layers {changed} are other ones "
+                "now, or gone. Call `refresh()`"
+            )
+
+    def _changed(self, model: nn.Module, selection: Selection) -> list[str]:
         """List the layers that were added, removed or replaced since the selection was made."""
         if _same(list(model.modules()), selection.modules):
             return []
