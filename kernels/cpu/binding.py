@@ -101,25 +101,6 @@ class _Call(ctypes.Structure):
     ]
 
 
-class _AngleCall(ctypes.Structure):
-    _fields_ = [
-        ("rows", ctypes.c_void_p),
-        ("projected", ctypes.c_void_p),
-        ("total", ctypes.c_void_p),
-        ("to_rows", ctypes.c_void_p),
-        ("to_projected", ctypes.c_void_p),
-        ("sets", ctypes.c_int64),
-        ("projections", ctypes.c_int64),
-        ("n", ctypes.c_int64),
-        ("d", ctypes.c_int64),
-        ("k", ctypes.c_int64),
-        ("rows_dtype", ctypes.c_int32),
-        ("projected_dtype", ctypes.c_int32),
-        ("angle", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    ]
-
-
 @cache
 def _library() -> ctypes.CDLL:
     """Load the library; OSError where it does not load, or is not of these sources."""
@@ -127,7 +108,7 @@ def _library() -> ctypes.CDLL:
     try:
         theirs = library.comhe_abi_version(), library.comhe_call_bytes()
         library.comhe_sweep.argtypes = [ctypes.POINTER(_Call), ctypes.c_int]
-        library.comhe_angle_difference.argtypes = [ctypes.POINTER(_AngleCall), ctypes.c_int]
+        library.comhe_angle_difference.argtypes = [ctypes.c_void_p, ctypes.c_int]
         library.comhe_distance.argtypes = [ctypes.c_void_p, ctypes.c_int]
         library.comhe_supports.argtypes = [ctypes.c_int]
         library.comhe_best_isa.argtypes = []
@@ -446,51 +427,7 @@ def angle_difference(
     rows_gradient: bool,
     projected_gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Sum the squared differences of cosines or angles; see `kernels.portable.angle_loss.sweep`.
+    """Sum the squared differences of cosines or angles; see `kernels.portable.angle_loss.sweep`."""
+    from . import angle_difference as module
 
-    Args:
-        rows: [M, N, d], float32, float16 or bfloat16. Where it is one set, expanded to M, its
-            cosines are computed once.
-        projected: [M, N, k], likewise.
-        angle: compare angles, not cosines.
-        rows_gradient, projected_gradient: without either, what only it needs is left out.
-
-    Returns:
-        float32: [M], [M, N, d] and [M, N, k], None for a gradient that is left out.
-    """
-    reason = unavailable()
-    if reason is not None:
-        raise RuntimeError(reason)
-    sets, n, d = rows.shape
-    make = torch.empty if n > 1 else torch.zeros  # without pairs there is nothing to do
-    total = make(sets, dtype=torch.float32)
-    gradients = [
-        make(x.shape, dtype=torch.float32) if wanted else None
-        for x, wanted in ((rows, rows_gradient), (projected, projected_gradient))
-    ]
-    if n < 2 or sets == 0:
-        return total, gradients[0], gradients[1]
-    one_set = rows.stride(0) == 0
-    rows = (rows[:1] if one_set else rows).contiguous()
-    projected = projected.contiguous()
-    _check("rows", rows.flatten(0, 1))
-    _check("projected", projected.flatten(0, 1))
-    call = _AngleCall(
-        rows=rows.data_ptr(),
-        projected=projected.data_ptr(),
-        total=total.data_ptr(),
-        to_rows=_pointer(gradients[0]),
-        to_projected=_pointer(gradients[1]),
-        sets=rows.shape[0],
-        projections=sets // rows.shape[0],
-        n=n,
-        d=d,
-        k=projected.shape[2],
-        rows_dtype=DTYPES[rows.dtype],
-        projected_dtype=DTYPES[projected.dtype],
-        angle=angle,
-        threads=torch.get_num_threads(),
-    )
-    isa = INSTRUCTION_SETS.index(instruction_set())
-    _raise_for(_library().comhe_angle_difference(ctypes.byref(call), isa))
-    return total, gradients[0], gradients[1]
+    return module.angle_difference(rows, projected, angle, rows_gradient, projected_gradient)
