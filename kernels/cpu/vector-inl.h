@@ -50,9 +50,30 @@ INLINE vd load(const double *p) { return *(const vd *)p; }
 INLINE void store(double *p, vd x) { *(vd *)p = x; }
 INLINE vd all(double x) { return vd{} + x; }
 
+// Floats as doubles, and back; by name, because gcc would convert either half apart.
+INLINE vd to_doubles(vh x) {
+#if defined(__AVX512F__)
+    return (vd)_mm512_maskz_cvtps_pd(-1, (__m256)x);
+#elif defined(__AVX2__)
+    return (vd)_mm256_cvtps_pd((__m128)x);
+#else
+    return __builtin_convertvector(x, vd);
+#endif
+}
+
+INLINE vh to_floats(vd x) {
+#if defined(__AVX512F__)
+    return (vh)_mm512_maskz_cvtpd_ps(-1, (__m512d)x);
+#elif defined(__AVX2__)
+    return (vh)_mm256_cvtpd_ps((__m256d)x);
+#else
+    return __builtin_convertvector(x, vh);
+#endif
+}
+
 // The halves of a vector of floats as doubles.
-INLINE vd lower(vf x) { return __builtin_convertvector(*(vh *)&x, vd); }
-INLINE vd upper(vf x) { return __builtin_convertvector(*((vh *)&x + 1), vd); }
+INLINE vd lower(vf x) { return to_doubles(*(vh *)&x); }
+INLINE vd upper(vf x) { return to_doubles(*((vh *)&x + 1)); }
 
 INLINE vi lanes(int first) {
     vi x;
@@ -61,11 +82,11 @@ INLINE vi lanes(int first) {
 }
 
 // Floats as doubles: VL / 2 of them, or the first n where n is smaller and 0 in the other lanes.
-INLINE vd widen(const float *p) { return __builtin_convertvector(*(const vh *)p, vd); }
+INLINE vd widen(const float *p) { return to_doubles(*(const vh *)p); }
 INLINE vd widen(const float *p, int n) {
-    if (n >= VL / 2) return __builtin_convertvector(*(const anywhere *)p, vd);
+    if (n >= VL / 2) return to_doubles(*(const anywhere *)p);
 #if defined(__AVX512F__)
-    return __builtin_convertvector((vh)_mm256_maskz_loadu_ps(n > 0 ? (1 << n) - 1 : 0, p), vd);
+    return to_doubles((vh)_mm256_maskz_loadu_ps(n > 0 ? (1 << n) - 1 : 0, p));
 #else
     vd x = {};
     for (int l = 0; l < n; l++) x[l] = p[l];
@@ -74,14 +95,14 @@ INLINE vd widen(const float *p, int n) {
 }
 
 // And back.
-INLINE void narrow(float *p, vd x) { *(vh *)p = __builtin_convertvector(x, vh); }
+INLINE void narrow(float *p, vd x) { *(vh *)p = to_floats(x); }
 INLINE void narrow(float *p, vd x, int n) {
     if (n >= VL / 2) {
-        *(anywhere *)p = __builtin_convertvector(x, vh);
+        *(anywhere *)p = to_floats(x);
         return;
     }
 #if defined(__AVX512F__)
-    _mm256_mask_storeu_ps(p, n > 0 ? (1 << n) - 1 : 0, (__m256)__builtin_convertvector(x, vh));
+    _mm256_mask_storeu_ps(p, n > 0 ? (1 << n) - 1 : 0, (__m256)to_floats(x));
 #else
     for (int l = 0; l < n; l++) p[l] = float(x[l]);
 #endif
