@@ -7,11 +7,13 @@ A backend is a module with
     supports(pair)     whether it knows a pair function
     sweep(request)     -> SweepResult
     hessian_vector_product(request, tangents, gradient)   where it offers `second_order`
+    sampled(request)   -> energies, gradient, where it offers `sampled`
     nearest(request)   -> index of the nearest other row of each row, where it offers `nearest`
     distance(request), distance_gradient(request, ...)    where it offers `distance`
     angle_difference(rows, projected, ...)   where it offers `angle_difference`
 
-Backend "torch" offers all of them, and cross_hessian_vector_product besides, for every backend.
+Backend "torch" offers all of them, and cross_hessian_vector_product besides, for every backend;
+but not `sampled`, which `comhe_ext.sampled` composes of operators where a backend lacks it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -111,6 +113,37 @@ class SweepResult(NamedTuple):
 
 
 @dataclass(frozen=True)
+class SampledRequest:
+    """Sets of one size n, of which only rows of the same random part meet.
+
+    Wanted are the energies of
+
+        sum of p over all pairs + W (sum of F - p over the pairs within parts)
+
+    and the gradients of these, where p(c) = coefficients[0] c + coefficients[1] c^2, and W is the
+    number of all pairs over that of the pairs within parts.
+
+    Args:
+        points: float32 [S, n, k], of any strides.
+        order: int64 [S, n], a permutation of the rows of each set. The parts are neighbours in it,
+            as even as can be, the larger ones first.
+        parts: how many, at most n / 2.
+        coefficients: of the polynomial p.
+        scale: of a set's sum over unordered pairs.
+        pair, eps, gradient: as in `SweepRequest`.
+    """
+
+    points: Tensor
+    order: Tensor
+    parts: int
+    coefficients: tuple[float, float]
+    scale: float
+    pair: PairFunction
+    eps: float = 0.0
+    gradient: bool = True
+
+
+@dataclass(frozen=True)
 class NearestRequest:
     """Which other row of its set, or which column, each row is nearest to.
 
@@ -186,6 +219,7 @@ class Offers(NamedTuple):
     distance: bool = False  # the distance from it, and its gradient
     angle_difference: bool = False  # the sweep over two spaces at once
     projection: bool = False  # project and sweep in one go
+    sampled: bool = False  # energies of rows that meet within random parts alone
     second_order: bool = False  # the derivative of the gradient along tangents
     float64: bool = False
     max_columns: int = 2**62  # of a row
@@ -202,6 +236,10 @@ class Backend(Protocol):
     def hessian_vector_product(
         self, request: SweepRequest, tangents: Tensor, gradient: Tensor
     ) -> Tensor: ...
+
+    def sampled(self, request: SampledRequest) -> tuple[Tensor, Tensor | None]:
+        """Energies, float64 [S], and the gradient, float32 [S, n, k]."""
+        ...
 
     def nearest(self, request: NearestRequest) -> Tensor:
         """Index within the set, or of the column, int64 [T]."""

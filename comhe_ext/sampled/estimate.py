@@ -11,7 +11,7 @@ from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import compute_dtype
 from comhe_ext.progress import bar
-from comhe_ext.sampled.estimator import Blocks, Estimator, permutations, select
+from comhe_ext.sampled.estimator import Blocks, Estimator, permutations
 from comhe_ext.sampled.keywords import check_draws
 from comhe_ext.sampled.plan import SamplingPlan
 from comhe_ext.settings import BackendName, pair_settings
@@ -97,26 +97,22 @@ def estimate_energy(
     listed, polynomial = plan.on(rows.device), plan.polynomial(pair)
     sets = rows.to(compute_dtype(rows)).unsqueeze(0)
     estimator = Estimator(sets, samples, polynomial, listed, options)
-    v = estimator.unit(sets)
-    fixed = float(estimator.fixed(v))
     draws = []
     with bar(partitions, progress, "partitions") as advance:
         for _ in range(partitions):
             order = permutations(1, n, rows.device, generator)
-            permuted = None if v is None else select(v, order)
-            draws.append(float(estimator.sampled(order, select(sets, order), permuted)))
+            draws.append(float(estimator.energies(order)))
             advance()
-    sums = torch.tensor(draws, dtype=torch.float64, device="cpu")
-    mean = float(estimator.energies(fixed + sums.mean()))
-    scale = options.pair.scale(n, "mean") * (2.0 if pair.half_space else 1.0)
-    std_error = scale * float(sums.std()) / math.sqrt(partitions)
+    energies = torch.tensor(draws, dtype=torch.float64, device="cpu")
+    mean = float(energies.mean())
+    std_error = float(energies.std()) / math.sqrt(partitions)
     missed = 0.0
     if estimator.residuals is not None and plan.trees > 1:
         # pairs that one tree alone has found tell of those that none has
         once = estimator.residuals[0, listed.trees == 1]
         rare = min(math.ceil(MET_OFTEN * estimator.weight / partitions), len(once))
         once = once[once.abs().topk(rare).indices]
-        missed = scale * abs(float(once.sum())) * (plan.trees - 1) / plan.trees
+        missed = estimator.scale * abs(float(once.sum())) * (plan.trees - 1) / plan.trees
     width = _student_quantile((1.0 + confidence) / 2.0, partitions - 1) * std_error + missed
     return Estimate(mean, std_error, mean - width, mean + width, len(listed.i))
 

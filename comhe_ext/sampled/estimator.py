@@ -8,8 +8,9 @@ With any polynomial p of the cosine and any list of pairs,
 
 where the blocks are a random partition of the rows, and W is the number of all pairs over that of
 the pairs in blocks. The polynomial and the list have to be fixed before the partition is drawn;
-what they are good for is the variance alone. Everything is made of differentiable operators, and
-the sweep within the blocks is one of them: it raises at a third derivative, of the whole sum then.
+what they are good for is the variance alone. All of it but the list is one call where a backend
+offers that (fused.py), and made of differentiable operators elsewhere. The sweep within the blocks
+is one of these: it raises at a third derivative, of the whole sum then.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from comhe_ext.operators.distance import antipode_energies, squared_distances
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.rows import unit_rows
 from comhe_ext.operators.sweep import SweepOptions
+from comhe_ext.sampled.fused import fused_energies, offered
 from comhe_ext.sampled.near_list import NearList
 from comhe_ext.sampled.polynomials import Polynomial, pair_sums
 from comhe_ext.sampled.recompute import recomputed
@@ -108,15 +110,15 @@ def estimated_energies(
     if n < 2 or sets == 0 or Blocks.of(n, samples).number == 1:
         return energy([rows], [None], options)
     estimator = Estimator(rows, samples, polynomial, listed, options)
-    # the moments do not mind the order: one copy of the unit rows is enough
-    permuted = select(rows, permutation)
-    v = estimator.unit(permuted)
-    total = estimator.fixed(v) + estimator.sampled(permutation, permuted, v)
-    return estimator.energies(total).to(rows.dtype)
+    return estimator.energies(permutation).to(rows.dtype)
 
 
 class Estimator:
-    """The terms of the estimate for sets of rows [S, n, k], which are to be cut into blocks."""
+    """Estimates the energies of sets of rows [S, n, k] that are cut into at least two blocks.
+
+    Args:
+        rows, samples, polynomial, listed, options: see `estimated_energies`.
+    """
 
     def __init__(
         self,
@@ -126,76 +128,80 @@ class Estimator:
         listed: NearList | None,
         options: SweepOptions,
     ) -> None:
-        self.polynomial, self.options = polynomial, options
+        self.rows, self.polynomial, self.options = rows, polynomial, options
         self.sets, self.n = rows.shape[:2]
         self.blocks = Blocks.of(self.n, samples)
         self.weight = (self.n * (self.n - 1) // 2) / self.blocks.pairs
-        pair, eps = options.pair, options.eps
-        # f of each row and its antipode is known exactly
-        self.antipodes = _antipodes(rows, pair, eps) if pair.half_space else None
+        pair = options.pair
+        # from a sum of F over unordered pairs to the energy
+        self.scale = pair.scale(self.n, options.reduction) * (2.0 if pair.half_space else 1.0)
+        self.fused = offered(rows, samples, polynomial, options)
         self.listed = listed if listed is not None and len(listed.i) else None
-        self.residuals = None
+        self.residuals: Tensor | None = None
         if self.listed is not None:
-            self.residuals = listed_residuals(rows, self.listed, polynomial, pair, eps)
+            self.residuals = listed_residuals(rows, self.listed, polynomial, pair, options.eps)
 
-    def unit(self, rows: Tensor) -> Tensor | None:
-        """Normalize rows for the polynomial, if there is one."""
-        if self.polynomial is None:
-            return None
-        eps = self.options.eps
+    def energies(self, permutation: Tensor) -> Tensor:
+        """Estimate the energies [S], in float64, from one partition, the permutation [S, n]."""
+        if not self.fused:
+            energies = self._composed(self.rows, permutation)
+        else:
+            energies = fused_energies(
+                self.rows,
+                permutation,
+                self.blocks.number,
+                self.polynomial,
+                self.options,
+                lambda rows: self._composed(rows, permutation),
+            )
+        if self.residuals is None:
+            return energies
+        return energies + self.scale * self._listed(self.residuals, permutation)
 
-        def unit(some: Tensor) -> Tensor:
-            return unit_rows(some, eps)
-
-        parts = rows.split(max(CHUNK // self.sets, 1), 1)
-        return torch.cat([recomputed(unit, part) for part in parts], 1)
-
-    def fixed(self, v: Tensor | None) -> Tensor | float:
-        """Sum what does not depend on the partition -> [S].
-
-        Args:
-            v: the `unit` rows of the sets, in any order.
-        """
-        total: Tensor | float = 0.0
-        if v is not None and self.polynomial is not None:
-            total = pair_sums(self.polynomial, v)
-        if self.residuals is not None:
-            total = total + self.residuals.sum(1)
-        return total
-
-    def sampled(self, permutation: Tensor, rows: Tensor, v: Tensor | None) -> Tensor:
-        """Estimate the sum of F - p over the pairs that are not listed -> [S].
-
-        Args:
-            permutation: [S, n].
-            rows: the rows in that order.
-            v: the `unit` rows in that order.
-        """
-        blocks, parts = self.blocks, self.blocks.split(rows)
+    def _composed(self, rows: Tensor, permutation: Tensor) -> Tensor:
+        """Compute what `fused_energies` does, by differentiable operators."""
+        blocks, sets = self.blocks, self.sets
         pair, eps, backend = self.options.pair, self.options.eps, self.options.backend
+        # the moments do not mind the order: one copy of the unit rows is enough
+        permuted = select(rows, permutation)
+        parts = blocks.split(permuted)
         ordered = SweepOptions(pair, "sum", eps, backend)
         sums = energy(parts, [None] * len(parts), ordered).double() / 2.0
-        total = blocks.per_set(sums.split([len(part) for part in parts]), self.sets)
-        if self.antipodes is not None:
-            # the sweep has 2 F of a pair, and the antipodes of all rows
-            total = (total - self.antipodes) / 2.0
-        if v is not None and self.polynomial is not None:
-            polynomial = [pair_sums(self.polynomial, part) for part in blocks.split(v)]
-            total = total - blocks.per_set(polynomial, self.sets)
-        if self.residuals is not None and self.listed is not None:
-            places = torch.arange(self.n, device=permutation.device).expand_as(permutation)
-            number = blocks.number_of(permutation.scatter(1, permutation, places))
-            together = number[:, self.listed.i] == number[:, self.listed.j]
-            # an infinite residual stays infinite in the sum
-            taken = together & self.residuals.isfinite()
-            total = total - torch.where(taken, self.residuals, 0.0).sum(1)
-        return self.weight * total
+        total = blocks.per_set(sums.split([len(part) for part in parts]), sets)
+        if pair.half_space:
+            # the sweep has 2 F of a pair, and f of each row and its antipode, known exactly
+            antipodes = _antipodes(rows, pair, eps)
+            total = (total - antipodes) / 2.0
+        total = self.weight * total
+        if self.polynomial is not None:
+            v = _unit(permuted, eps)
+            within = [pair_sums(self.polynomial, part) for part in blocks.split(v)]
+            everywhere = pair_sums(self.polynomial, v)
+            total = total + everywhere - self.weight * blocks.per_set(within, sets)
+        energies = self.scale * total
+        if pair.half_space:
+            energies = energies + pair.scale(self.n, self.options.reduction) * antipodes
+        return energies
 
-    def energies(self, sums: Tensor) -> Tensor:
-        """Turn sums of F over unordered pairs [S] into energies, in float64."""
-        if self.antipodes is not None:
-            sums = 2.0 * sums + self.antipodes
-        return self.options.pair.scale(self.n, self.options.reduction) * sums
+    def _listed(self, residuals: Tensor, permutation: Tensor) -> Tensor:
+        """Sum F - p of the listed pairs [S, P], without what the blocks have of it."""
+        assert self.listed is not None
+        places = torch.arange(self.n, device=permutation.device).expand_as(permutation)
+        number = self.blocks.number_of(permutation.scatter(1, permutation, places))
+        together = number[:, self.listed.i] == number[:, self.listed.j]
+        # an infinite residual stays infinite in the sum
+        met = torch.where(together & residuals.isfinite(), residuals, 0.0)
+        return residuals.sum(1) - self.weight * met.sum(1)
+
+
+def _unit(rows: Tensor, eps: float) -> Tensor:
+    """Normalize the rows of sets [S, n, k]."""
+
+    def unit(some: Tensor) -> Tensor:
+        return unit_rows(some, eps)
+
+    parts = rows.split(max(CHUNK // rows.shape[0], 1), 1)
+    return torch.cat([recomputed(unit, part) for part in parts], 1)
 
 
 def listed_residuals(

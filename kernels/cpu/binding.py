@@ -19,6 +19,7 @@ from ..sweep import (
     NearestRequest,
     Numbers,
     Offers,
+    SampledRequest,
     SweepRequest,
     SweepResult,
 )
@@ -43,6 +44,7 @@ OFFERS = Offers(
     nearest=True,
     distance=True,
     angle_difference=True,
+    sampled=True,
     second_order=True,
     max_columns=1 << 24,
 )
@@ -94,6 +96,7 @@ class _Call(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("eps", ctypes.c_double),
         ("pair", _Pair),
+        ("sample", ctypes.c_void_p),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
         ("cross", ctypes.c_int32),
@@ -294,6 +297,13 @@ def hessian_vector_product(request: SweepRequest, tangents: Tensor, gradient: Te
         second_order=True,
     )
     return product
+
+
+def sampled(request: SampledRequest) -> tuple[Tensor, Tensor | None]:
+    """Compute energies of rows that meet within random parts alone; see `SampledRequest`."""
+    from . import sampled as module
+
+    return module.sampled(request)
 
 
 def _sweep_columns(request: SweepRequest) -> SweepResult:

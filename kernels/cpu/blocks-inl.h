@@ -70,6 +70,13 @@ bool cosines(const Sweep &sweep, const Block &a, const Block &b, int i0, int j0,
     return any(highest > sweep.near_bits);
 }
 
+// *p += x, where what rounding takes from the sum is kept, too, if there is a place for it.
+template <class V> INLINE void accumulate(V *p, V x, int64_t lost) {
+    const V old = *p, sum = old + x, added = sum - old;
+    *p = sum;
+    if (lost) *(V *)((float *)p + lost) += (old - (sum - added)) + (x - added);
+}
+
 // M rows of g += the same rows of c times u, WV vectors V wide, over n columns of c. Summed from zero:
 // this is the first level of a sum that keeps the error of G small at large N.
 template <class V, int WV, int M, bool TRANSPOSED>
@@ -95,10 +102,7 @@ INLINE void push(const float *c, const float *u, float *g, int64_t lost, int n) 
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
         for (int v = 0; v < WV; v++) {
-            V *p = (V *)(g + (m * WV + v) * LANES), *rest = (V *)((float *)p + lost);
-            const V old = *p, sum = old + acc[m][v], added = sum - old;
-            *p = sum;
-            if (lost) *rest += (old - (sum - added)) + (acc[m][v] - added);
+            accumulate((V *)(g + (m * WV + v) * LANES), acc[m][v], lost);
         }
 }
 

@@ -36,11 +36,23 @@ bool valid(int64_t columns, int32_t dtype) {
     return columns >= 1 && columns <= (1 << 24) && dtype >= FLOAT32 && dtype <= BFLOAT16;
 }
 
+bool valid(const Call &call, const Sample &sample) {
+    if (call.cross || call.second_order || call.nearest || call.dtype != FLOAT32) return false;
+    const int64_t n = call.sets ? call.sizes[0] : 0;
+    if (call.sets && !(sample.order && sample.energy && sample.parts >= 1 && sample.parts <= n)) return false;
+    for (int64_t s = 0; s < call.sets; s++) {
+        if (call.sizes[s] != n) return false;
+        for (int64_t i = s * n; i < (s + 1) * n; i++)
+            if (sample.order[i] < 0 || sample.order[i] >= n) return false;
+    }
+    return true;
+}
+
 bool valid(const Call &call) {
     const Pair &pair = call.pair;
     if (call.sets < 0 || !valid(call.k, call.dtype)) return false;
     if (!known(pair) || !(call.eps >= 0)) return false;
-    const bool wanted = call.energy || call.second_order || call.nearest;
+    const bool wanted = call.energy || call.sample || call.second_order || call.nearest;
     if (call.sets && !(call.sizes && call.scales && wanted)) return false;
     if (call.nearest && (call.second_order || call.row_weights || call.row_energies)) return false;
     if (call.cross && (call.sets != 2 || call.second_order)) return false;
@@ -49,6 +61,7 @@ bool valid(const Call &call) {
         if (call.sizes[s] < 0 || (call.nearest && call.sizes[s] > INT32_MAX)) return false;
         rows += call.sizes[s];
     }
+    if (call.sample && !valid(call, *call.sample)) return false;
     if (call.second_order && rows && !(call.tangents && call.known_gradient && call.product)) return false;
     if (!call.cross) return (call.points || !rows) && !call.row_weights && !call.row_energies;
     const int64_t n = call.sizes[0], m = call.sizes[1];

@@ -16,6 +16,17 @@
 namespace ISA {
 namespace {
 
+// Beyond this cosine the error of a float32 cosine shows in the result: r^2 < 1/64. In few dimensions
+// close pairs are many and weigh more; there the bound is r^2 < 1/8. A large exponent multiplies that
+// error, and takes the coefficients out of float32's range; but not at r > 1.
+// Pairs on the tangent line must be found as well, with room for the error of the cosine.
+float near_cosine(const Pair &pair, int64_t k) {
+    const double squared = (k > 16 ? 0x1p-6 : 0x1p-3) * (pair.growth > 4 ? pair.growth / 4 : 1);
+    const double trusted = squared < 1 ? 1 - squared / 2 : 0.5, d = pair.tangent.at;
+    const double reach = (pair.angular ? __builtin_cos(d) : 1 - d * d / 2) - 1e-5;
+    return float(reach < trusted ? reach : trusted);
+}
+
 // Keeps the near pairs of the tile at rows i0.., columns j0..; `sign` is 0 where a pair is not near.
 void keep_near(Scratch &scratch, int i0, int j0, int rows, int cols, const float (&sign)[MR][NR]) {
     for (int i = 0; i < rows; i += NEAR_ROWS)

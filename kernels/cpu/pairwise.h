@@ -30,6 +30,22 @@ struct Pair {
     Tangent tangent;
 };
 
+// How sets of rows, all of one size n, are sampled: each is cut into parts, and only rows of one part meet.
+// What is computed instead of the sum over all pairs, and the gradient of that, is
+//
+//     sum p over all pairs + W (sum of F - p over the pairs within parts)
+//
+// for a polynomial p(c) = coefficients[0] c + coefficients[1] c^2, where W is the number of all pairs over
+// that of the pairs within parts.
+struct Sample {
+    const int64_t *order;  // [sets, n] the rows of each set, part by part
+    int64_t parts;         // of a set; the first n % parts of them have one row more
+    int64_t stride, set_stride;  // of `points`, in floats, from row to row and from set to set
+    int64_t gradient_stride, gradient_set_stride;
+    double coefficients[2];
+    double *energy;  // [sets], instead of the call's
+};
+
 struct Call {
     const void *points;     // [sum(sizes), k] raw rows, sets one after another
     const void *columns;    // cross form: `points` against these, sizes = {rows, columns}
@@ -51,6 +67,7 @@ struct Call {
     int64_t k;
     double eps;
     Pair pair;
+    const Sample *sample;  // float32 sets against themselves alone, or null
     int32_t dtype;
     int32_t threads;
     int32_t cross;

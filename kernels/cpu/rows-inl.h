@@ -17,9 +17,17 @@ INLINE float from_half(uint16_t h) {
     return from_bits(sign | 0x3f800000) * (from_bits(rest) * 0x1p112f);  // subnormals come out exact
 }
 
+// Where row i of a block begins in the caller's arrays, counted from the block's pointers into them.
+INLINE int64_t place_of(const Sweep &sweep, const Block &block, int i) {
+    return block.order ? block.order[i] * sweep.call.sample->stride : int64_t(i) * sweep.k;
+}
+INLINE int64_t gradient_place_of(const Sweep &sweep, const Block &block, int i) {
+    return block.order ? block.order[i] * sweep.call.sample->gradient_stride : int64_t(i) * sweep.k;
+}
+
 // Columns q0 <= q < q0 + n of row i as float32, in place where they are.
 INLINE const float *raw_row(const Sweep &sweep, const Block &block, int i, int q0, int n, float *buffer) {
-    const int64_t first = int64_t(i) * sweep.k + q0;
+    const int64_t first = place_of(sweep, block, i) + q0;
     if (sweep.call.dtype == FLOAT32) return (const float *)block.raw + first;
     const uint16_t *row = (const uint16_t *)block.raw + first;
     if (sweep.call.dtype == FLOAT16)
@@ -27,6 +35,15 @@ INLINE const float *raw_row(const Sweep &sweep, const Block &block, int i, int q
     else
         for (int q = 0; q < n; q++) buffer[q] = from_bits(uint32_t(row[q]) << 16);
     return buffer;
+}
+
+// Asks for a row that will be wanted soon, where no order of addresses tells the processor so, and for the
+// place of its gradient.
+constexpr int ROWS_AHEAD = 6;
+INLINE void prefetch_row(const Sweep &sweep, const Block &block, int i, float *gradient) {
+    if (!block.order || i >= block.n) return;
+    prefetch((const float *)block.raw + place_of(sweep, block, i), sweep.k);
+    if (gradient) prefetch(gradient + gradient_place_of(sweep, block, i), sweep.k);
 }
 
 // Stores row i of u, of which row(q) are VL / 2 columns.
@@ -58,6 +75,7 @@ void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
     const int k = sweep.k, kp = sweep.kp;
     const double eps = sweep.call.eps;
     for (int i = 0; i < block.n; i++) {
+        prefetch_row(sweep, block, i + ROWS_AHEAD, nullptr);
         const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw);
         vd squares = {};
         for (int q = 0; q < kp; q += VL / 2) {
@@ -118,13 +136,20 @@ void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
     const int k = sweep.k, kp = sweep.kp;
     // of a cross set every pair counts once, in half space too
     const bool antipodes = sweep.call.pair.half_space && !sweep.call.cross;
-    const double factor = block.scale * sweep.functions.slope, both = antipodes ? 2 : 1;
+    const double factor = block.scale * sweep.functions.slope, weight = sweep.call.sample ? sweep.weight : 1;
+    const double both = antipodes ? 2 * weight : weight;
     block.energy *= both;
+    // mostly all rows have one deficit
+    double known_deficit = -1, antipode_energy = 0, antipode = 0;
     for (int i = 0; i < block.n; i++) {
+        prefetch_row(sweep, block, i + ROWS_AHEAD, block.gradient);
         const double deficit = block.deficit[i], inverse = block.inverse[i];
-        double antipode = 0, unused;
-        if (antipodes)
-            block.energy += sweep.functions.antipode(sweep, 4 - 2 * deficit, 2 * deficit, antipode, unused);
+        if (antipodes && deficit != known_deficit) {
+            double unused;
+            antipode_energy = sweep.functions.antipode(sweep, 4 - 2 * deficit, 2 * deficit, antipode, unused);
+            known_deficit = deficit;
+        }
+        block.energy += antipode_energy;
         if (block.row_energy) {
             block.energy += block.weight[i] * block.row_energy[i];
             if (sweep.call.row_energies) sweep.call.row_energies[block.first + i] = float(block.row_energy[i]);
@@ -133,7 +158,7 @@ void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
         const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw);
         const double along = both * (block.axial[i] * deficit - gather_force(sweep, scratch, block, i, raw)) -
                              2 * antipode * deficit;
-        float *out = block.gradient + int64_t(i) * k;
+        float *out = block.gradient + gradient_place_of(sweep, block, i);
         for (int q = 0; q < kp; q += VL / 2) {
             // the sum first: one of its terms alone may leave the range
             const vd g = both * load(scratch.g + q) + along * (inverse * widen(raw + q, k - q));

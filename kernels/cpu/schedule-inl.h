@@ -16,6 +16,7 @@
 #pragma once
 #include "blocks-inl.h"
 #include "hessian-inl.h"
+#include "moments-inl.h"
 #include "nearest-inl.h"
 #include "pair_function-inl.h"
 #include "rows-inl.h"
@@ -68,20 +69,28 @@ void perform_alone(const Sweep &sweep, Scratch &scratch, Block &block, int stage
     prepare(sweep, scratch, block);
     if (sweep.twice) prepare_twice(sweep, scratch, block);
     if (nearest) prepare_nearest(block);
+    if (block.moment) prepare_moments(sweep, block);
 }
 
 // Task a of a stage: stage 0 prepares blocks, the last one finishes them, rounds are in between.
 void perform(const Sweep &sweep, Scratch &scratch, const Set &set, int stage, int a) {
     const bool symmetric = set.col == set.row, meeting = stage > 0 && stage <= set.rounds;
     int b = a;
-    if (meeting) b = (symmetric ? stage - 1 - a + set.rounds : stage - 1 + a) % set.rounds;
+    if (meeting && symmetric) {
+        const int first = a - a % set.rounds;  // of its part
+        b = first + (stage - 1 - (a - first) + set.rounds) % set.rounds;
+    } else if (meeting) {
+        b = (stage - 1 + a) % set.rounds;
+    }
     if (symmetric && b < a) return;  // block b sees to it
     Block *row = a < set.rows ? set.row + a : nullptr, *col = b < set.cols ? set.col + b : nullptr;
     if (row) row->stage.wait(stage);
     if (col) col->stage.wait(stage);
+    if (set.moment && stage == 1 && a == 0) sum_moments(sweep, set);
     if (meeting) {
         if (row && col) sweep.meet(sweep, scratch, *row, *col);
     } else {
+        if (set.moment && stage) add_polynomial(sweep, scratch, set, a);
         if (row) perform_alone(sweep, scratch, *row, stage);
         if (col && col != row) perform_alone(sweep, scratch, *col, stage);
     }
@@ -123,6 +132,7 @@ void place(const Sweep &sweep, Block &block, int64_t n, Arena &arena) {
         block.cosine_index = arena.take<int32_t>(padded);
         block.squared_index = arena.take<int32_t>(padded);
     }
+    if (sweep.moments) block.moment = arena.take<float>(moment_size(sweep));
     if (!sweep.twice) return;
     block.u_dot = arena.take<float>(capacity * sweep.kp);
     block.ut_dot = arena.take<float>(size_t(up(block.n, NR)) * sweep.k);
@@ -146,6 +156,7 @@ void place(const Sweep &sweep, Scratch &scratch, int largest_block, Arena &arena
         scratch.row_bound = arena.take<float>(rows);
         scratch.other_bound = arena.take<float>(rows);
     }
+    if (sweep.moments) scratch.operand = arena.take<float>(moment_size(sweep));
     if (!sweep.twice) return;
     scratch.c_dot = arena.take<float>(size_t(rows) * R);
     scratch.row_sums = arena.take<float>(size_t(rows) * VL);
@@ -165,12 +176,17 @@ int block_count(const Sweep &sweep, int64_t n) {
 // Where the rows' result goes, or null.
 float *output(const Sweep &sweep) { return sweep.twice ? sweep.call.product : sweep.call.gradient; }
 
+// Rows of the blocks that n rows are cut into.
+int64_t rows_of_block(const Sweep &sweep, int64_t n) {
+    const int count = block_count(sweep, n);
+    return up((n + count - 1) / count, NR);
+}
+
 // Cuts n rows, from row `first` of a matrix on, into equal blocks; at least one, maybe empty.
 int cut(const Sweep &sweep, Block *blocks, const void *points, float *gradient, const int32_t *ids,
         int64_t first, int64_t n, double scale) {
     const size_t row_bytes = (sweep.call.dtype == FLOAT32 ? 4 : 2) * sweep.k;
-    const int count = block_count(sweep, n);
-    const int64_t most = up((n + count - 1) / count, NR);
+    const int64_t most = rows_of_block(sweep, n);
     int used = 0;
     int64_t i = 0;
     do {
@@ -191,9 +207,44 @@ int cut(const Sweep &sweep, Block *blocks, const void *points, float *gradient, 
     return used;
 }
 
+// The most rows of a part of a sampled set of n rows.
+int64_t largest_part(const Sample &sample, int64_t n) { return (n + sample.parts - 1) / sample.parts; }
+
+// The number of pairs within the parts.
+double pairs_in_parts(const Sample &sample, int64_t n) {
+    const double size = double(n / sample.parts), longer = double(n % sample.parts);
+    return (sample.parts * (size - 1) / 2 + longer) * size;
+}
+
+// Cuts each part of a set into as many blocks, the last ones maybe empty, and returns how many there are.
+int cut_parts(const Sweep &sweep, Set &set, Block *blocks) {
+    const Sample &sample = *sweep.call.sample;
+    const int64_t largest = largest_part(sample, set.n), most = rows_of_block(sweep, largest);
+    float *gradient = sweep.call.gradient;
+    set.rounds = int((largest + most - 1) / most);
+    set.row = set.col = blocks;
+    const int64_t *order = sample.order + set.first;
+    for (int64_t part = 0; part < sample.parts; part++) {
+        int64_t left = set.n / sample.parts + (part < set.n % sample.parts);
+        for (int b = 0; b < set.rounds; b++) {
+            Block block = {};
+            block.raw = (const char *)((const float *)sweep.call.points + set.index * sample.set_stride);
+            block.gradient = gradient ? gradient + set.index * sample.gradient_set_stride : nullptr;
+            block.order = order;
+            block.scale = set.scale;
+            block.n = left < most ? int(left) : int(most);
+            order += block.n;
+            left -= block.n;
+            *blocks++ = block;
+        }
+    }
+    return set.rows = set.cols = int(sample.parts * set.rounds);
+}
+
 // Cuts a set into blocks, and returns how many.
 int cut(const Sweep &sweep, Set &set, Block *blocks) {
     const Call &call = sweep.call;
+    if (call.sample) return cut_parts(sweep, set, blocks);
     const double scale = set.scale;
     set.row = set.col = blocks;
     set.rows = set.cols = set.rounds =
@@ -209,17 +260,22 @@ int cut(const Sweep &sweep, Set &set, Block *blocks) {
     return set.rows + set.cols;
 }
 
-void place(const Sweep &sweep, const Set &set, Arena &arena) {
-    for (int a = 0; a < set.rows; a++) place(sweep, set.row[a], set.m, arena);
+void place(const Sweep &sweep, Set &set, Arena &arena) {
+    const int64_t met = sweep.call.sample ? largest_part(*sweep.call.sample, set.m) : set.m;
+    for (int a = 0; a < set.rows; a++) place(sweep, set.row[a], met, arena);
     for (int b = 0; b < set.cols && set.col != set.row; b++) place(sweep, set.col[b], set.n, arena);
+    if (sweep.moments) set.moment = arena.take<double>(moment_size(sweep));
 }
 
+// How many tasks a stage has.
+int tasks(const Set &set) { return set.rows > set.cols ? set.rows : set.cols; }
+
 // A set for one thread alone: there is nobody to wait for, and its memory stays in this core's cache.
-void perform_alone(const Sweep &sweep, Scratch &scratch, const Set &set) {
+void perform_alone(const Sweep &sweep, Scratch &scratch, Set &set) {
     Arena arena = {scratch.memory, 0};
     place(sweep, set, arena);
     for (int stage = 0; stage <= set.rounds + 1; stage++)
-        for (int a = 0; a < set.rounds; a++) perform(sweep, scratch, set, stage, a);
+        for (int a = 0; a < tasks(set); a++) perform(sweep, scratch, set, stage, a);
 }
 
 // Every thread walks the same list of tasks and takes those whose number it has drawn. Tasks are
@@ -233,7 +289,7 @@ __attribute__((noinline)) void work(Sweep &sweep, Scratch &scratch) {
     for (int stage = 0; stage <= most_rounds + 1; stage++)
         for (int64_t s = 0; s < sweep.shared_count; s++) {
             const Set &set = sweep.sets[s];
-            for (int a = 0; a < set.rounds && stage <= set.rounds + 1; a++)
+            for (int a = 0; a < tasks(set) && stage <= set.rounds + 1; a++)
                 if (task++ == mine) {
                     perform(sweep, scratch, set, stage, a);
                     mine = __atomic_fetch_add(&sweep.next, 1, __ATOMIC_RELAXED);
@@ -271,6 +327,7 @@ void list_sets(Sweep &sweep) {
 }
 
 double count_pairs(const Sweep &sweep, const Set &set) {
+    if (sweep.call.sample) return pairs_in_parts(*sweep.call.sample, set.n);
     return double(set.n) * set.m / (sweep.call.cross ? 1 : 2);
 }
 
@@ -314,21 +371,13 @@ Status allocate_and_work(Sweep &sweep, Block *blocks, Scratch *scratch) {
         double total = 0;
         for (int a = 0; a < set->rows; a++) total += set->row[a].energy;
         for (int b = 0; b < set->cols && set->col != set->row; b++) total += set->col[b].energy;
-        sweep.call.energy[set->index] = float(set->scale * total);
+        if (sweep.call.sample)
+            sweep.call.sample->energy[set->index] = set->scale * total;
+        else
+            sweep.call.energy[set->index] = float(set->scale * total);
     }
     release(arena.base);
     return sweep.out_of_memory ? OUT_OF_MEMORY : OK;
-}
-
-// Beyond this cosine the error of a float32 cosine shows in the result: r^2 < 1/64. In few dimensions
-// close pairs are many and weigh more; there the bound is r^2 < 1/8. A large exponent multiplies that
-// error, and takes the coefficients out of float32's range; but not at r > 1.
-// Pairs on the tangent line must be found as well, with room for the error of the cosine.
-float near_cosine(const Pair &pair, int64_t k) {
-    const double squared = (k > 16 ? 0x1p-6 : 0x1p-3) * (pair.growth > 4 ? pair.growth / 4 : 1);
-    const double trusted = squared < 1 ? 1 - squared / 2 : 0.5, d = pair.tangent.at;
-    const double reach = (pair.angular ? __builtin_cos(d) : 1 - d * d / 2) - 1e-5;
-    return float(reach < trusted ? reach : trusted);
 }
 
 // Not inlined, like work().
@@ -348,6 +397,11 @@ __attribute__((noinline)) Status set_up_and_work(const Call &call) {
     if (sweep.near_cosine > 0) memcpy(&sweep.near_bits, &sweep.near_cosine, sizeof sweep.near_bits);
     sweep.closeness_mask = pair.half_space || pair.angular ? 0x7fffffff : -1;
     sweep.by_row = call.row_energies || call.row_weights;
+    if (call.sample && call.sets) {
+        const double n = double(call.sizes[0]);
+        sweep.weight = n * (n - 1) / 2 / pairs_in_parts(*call.sample, call.sizes[0]);
+        sweep.moments = call.sample->coefficients[0] != 0 || call.sample->coefficients[1] != 0;
+    }
     sweep.functions = choose(pair);
     sweep.meet = call.nearest   ? choose_nearest(pair.half_space, !call.cross)
                  : sweep.twice  ? sweep.functions.meet_twice
@@ -361,7 +415,10 @@ __attribute__((noinline)) Status set_up_and_work(const Call &call) {
     size_t block_total = 0;
     for (const Set *set = sweep.sets; set < sweep.sets + sweep.set_count; set++) {
         all_pairs += count_pairs(sweep, *set);
-        block_total += block_count(sweep, set->n) + (call.cross ? block_count(sweep, set->m) : 0);
+        if (call.sample)
+            block_total += call.sample->parts * block_count(sweep, largest_part(*call.sample, set->n));
+        else
+            block_total += block_count(sweep, set->n) + (call.cross ? block_count(sweep, set->m) : 0);
     }
     // below about a millisecond of one core, waking the others costs more than it brings
     const bool small = all_pairs * (3 * call.k + 16) < 4e7;

@@ -31,12 +31,13 @@ static_assert(R % NR == 0 && R_TWICE % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS
 // Up to R rows of a set, packed. Matrices of row vectors (u, g) are cut into strips of columns,
 // [strip][capacity][width]: NR wide, the last ones VL or LEAST. Columns are padded with zeros to kp.
 struct Block {
-    const char *raw;            // first row as the caller stores it
+    const char *raw;            // first row as the caller stores it; where there is an order, of the set
+    const int64_t *order;       // of a sample: which rows of the set these are, else null
     int64_t first;              // its number in the set
     const int32_t *given_ids;   // cross form, where it has some, else null
     int32_t *ids;               // a copy, with room for whole tiles
     int32_t first_id, last_id;  // smallest and largest of them
-    float *gradient;            // where the result goes, or null; at second order the product
+    float *gradient;            // where the result goes, like raw, or null; at second order the product
     double scale;
     int n, capacity;  // rows, and rows there is room for
     float *u, *g;     // unit rows v, and G; null where no gradient is wanted of this side
@@ -46,7 +47,7 @@ struct Block {
     double *inverse;  // 1/nu, 0 for a dead row
     double *deficit;  // 1 - |v|^2
     double *axial;    // sum of the coefficients of repaired pairs, see near_pairs-inl.h
-    double energy;
+    double energy;    // of a sample as of all pairs, divided by their weight
     bool broken;  // some row has NaN or infinity in it
     Stage stage;
 
@@ -54,6 +55,9 @@ struct Block {
     bool by_row;
     double *row_energy;  // E_i
     float *weight;
+
+    // of a sample
+    float *moment;     // V^T V, laid out like ut, then the sum of the rows v; see moments-inl.h
 
     // nearest rows
     int64_t *nearest;                       // where the result goes, or null
@@ -75,7 +79,9 @@ struct Set {
     double scale;
     int64_t index;     // as the caller counts
     Block *row, *col;  // the same where a set meets itself
-    int rows, cols, rounds;
+    int rows, cols;
+    int rounds;        // how many others each block meets, itself included: of a sample, those of its part
+    double *moment;    // of a sample: the sum of the blocks'
 };
 
 // Pairs that have to be repaired, among NEAR_ROWS x NEAR_COLS neighbours.
@@ -107,6 +113,7 @@ struct Scratch {
     // a strip of the unit rows of both blocks, and of the forces on them
     Piece *exact_rows, *exact_cols, *row_force, *col_force;
     Piece *dot_rows, *dot_cols;  // second order
+    float *operand;  // of a sample, see moments-inl.h
 };
 
 typedef void Meet(const struct Sweep &, Scratch &, Block &a, Block &b);
@@ -126,6 +133,8 @@ struct Sweep {
     bool with_energy, with_gradient;
     bool twice;   // second order
     bool by_row;  // the energies of a cross set are kept row by row
+    bool moments;   // of a sample with a polynomial
+    double weight;  // of a sample: the number of all pairs over that of the pairs within parts
     int most_rows;  // of a block
     float near_cosine;
     int32_t near_bits, closeness_mask;  // for integers: near where (bits of c & mask) > near_bits
