@@ -112,7 +112,7 @@ def _leaves(v: Tensor, generator: Generator | None) -> Tensor:
         chunk = max(CHUNK // (width * v.shape[1]), 1)
         for begin in range(0, count, chunk):
             part = slice(begin, begin + chunk)
-            rows = v[nodes[part].clamp_min(0)]
+            rows = _rows_at(v, nodes[part])
             scores[part] = torch.bmm(rows, directions[part, :, None]).squeeze(2)
         # what fills up goes to the end
         scores.masked_fill_(nodes < 0, torch.inf)
@@ -120,12 +120,18 @@ def _leaves(v: Tensor, generator: Generator | None) -> Tensor:
     return nodes
 
 
+def _rows_at(v: Tensor, numbers: Tensor) -> Tensor:
+    """Select rows [N, k] by their numbers [L, n] -> [L, n, k], any row where the number is -1."""
+    # whole rows at a time, which an index in brackets would take entry by entry
+    return v.index_select(0, numbers.flatten().clamp_min(0)).unflatten(0, numbers.shape)
+
+
 def _pairs_in(v: Tensor, leaves: Tensor) -> Iterator[_Pairs]:
     """Yield the near pairs within leaves."""
     n, width = v.shape[0], leaves.shape[1]
     upper = torch.ones(width, width, dtype=torch.bool, device=v.device).triu(1)
     for part in leaves.split(max(CHUNK // (width * max(width, v.shape[1])), 1)):
-        rows = v[part.clamp_min(0)]
+        rows = _rows_at(v, part)
         sizes = torch.bmm(rows, rows.mT).abs_()
         alive = part >= 0
         near = (sizes > NEAR_COSINE) & upper & alive[:, :, None] & alive[:, None, :]

@@ -157,7 +157,10 @@ def _cosines_of(rows: Tensor, generator: Generator | None) -> Tensor:
     j = torch.randint(max(n - 1, 1), (count,), generator=generator, device=device)
     j = j + (j >= i)  # another row
     parts = [
-        (unit_rows(rows[a]).double() * unit_rows(rows[b]).double()).sum(1)
+        (
+            unit_rows(rows.index_select(0, a)).double()
+            * unit_rows(rows.index_select(0, b)).double()
+        ).sum(1)
         for a, b in zip(i.split(1 << 14), j.split(1 << 14), strict=True)
     ]
     return histogram_of(torch.cat(parts))
