@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 from comhe_ext.checks import check_count, quote
+from comhe_ext.kernels.pair_functions import PairFunction
 from comhe_ext.operators.energy import energy
 from comhe_ext.operators.library import compute_dtype
 from comhe_ext.operators.rows import pad, project
 from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.sampled.estimator import estimated_energies
-from comhe_ext.sampled.polynomials import uniform_polynomial
+from comhe_ext.sampled.fused import MOST_COLUMNS_OF_A_ROW
+from comhe_ext.sampled.polynomials import DEGREE, uniform_polynomial
 from comhe_ext.settings import Settings
+
+# rows of so many columns each for one column: then moments of them cost little beside exact pairs
+ROWS_OF_A_COLUMN = 2
+# from so many rows on "auto" samples, where the compiled kernel does it in one pass, and elsewhere
+ABOVE_IN_ONE_PASS, ABOVE = 512, 16_384
 
 
 @dataclass(frozen=True)
@@ -55,38 +62,56 @@ class Partitions:
     Args:
         method: "exact", "sampled", or "auto" for sets of more than `above` rows.
         samples: rows of a block.
-        above: see `method`.
+        above: see `method`; None: 512 in float32 on a processor, 16,384 elsewhere.
     """
 
     method: str = "exact"
-    samples: int = 256
-    above: int = 16_384
+    samples: int = 128
+    above: int | None = None
 
     @classmethod
-    def checked(cls, method: str, samples: int, above: int) -> "Partitions":
+    def checked(cls, method: str, samples: int, above: int | None) -> "Partitions":
         """Check what a user gave."""
         if method not in ("exact", "sampled", "auto"):
             raise ValueError(f"`method` must be 'exact', 'sampled' or 'auto', got {quote(method)}")
         samples = check_count("samples", samples, least=2)
-        return cls(method, samples, check_count("above", above, least=0))
+        return cls(method, samples, above if above is None else check_count("above", above, 0))
 
-    def takes(self, rows: int) -> bool:
-        """Tell whether sets of so many rows are sampled; one or two blocks save nothing."""
-        above = max(self.above if self.method == "auto" else 0, 2 * self.samples)
-        return self.method != "exact" and rows > above
+    def takes(
+        self, rows: int, width: int, pair: PairFunction, device: torch.device, dtype: torch.dtype
+    ) -> bool:
+        """Tell whether sets of so many rows and columns are sampled, where that may save time.
+
+        One or two blocks save none, nor do the moments of rows as wide as they are many.
+        """
+        least = 2 * self.samples
+        if self.method == "auto":
+            one_pass = device.type == "cpu" and dtype != torch.float64
+            above = ABOVE_IN_ONE_PASS if one_pass else ABOVE
+            least = max(least, above if self.above is None else self.above)
+        if self.method == "exact" or rows <= least:
+            return False
+        return _degree(width, self.samples, pair) < 2 or rows > ROWS_OF_A_COLUMN * width
 
     def part(
-        self, step: Tensor, stream: int, rows: Tensor, matrices: Tensor | None, factor: float = 1.0
+        self,
+        step: Tensor,
+        stream: int,
+        pair: PairFunction,
+        rows: Tensor,
+        matrices: Tensor | None,
+        factor: float = 1.0,
     ) -> Part:
         """Make a part of the neurons of a layer.
 
         Args:
             step: holds the number of the step, at each of which the rows are partitioned anew.
             stream: a number of its own for each part of a step.
+            pair: of the energy.
             rows, matrices, factor: see `Part`.
         """
         part = Part(rows, matrices, factor)
-        if not self.takes(rows.shape[1]):
+        if not self.takes(rows.shape[1], part.width, pair, rows.device, rows.dtype):
             return part
         permutation = torch.ops.comhe_ext.permutations(
             step, stream, part.num_sets, rows.shape[1], rows.device
@@ -139,9 +164,19 @@ def _sampled_energy(part: Part, settings: Settings) -> Tensor:
         sets = part.rows.to(compute_dtype(part.rows))
     else:
         sets = project(part.rows, part.matrices).flatten(0, 1)
-    polynomial = uniform_polynomial(options.pair, part.width)
+    degree = _degree(part.width, part.samples, options.pair)
+    polynomial = uniform_polynomial(options.pair, part.width, degree)
     energies = estimated_energies(sets, part.permutation, part.samples, polynomial, None, options)
     return part.factor * energies.mean()
+
+
+def _degree(width: int, samples: int, pair: PairFunction) -> int:
+    """Choose the degree of the polynomial of rows of so many columns, in blocks of `samples`.
+
+    The cosines of wide rows are so small that the first degree is nearly all, and its moments cost
+    nothing; in half space, where F is even, there is none.
+    """
+    return 1 if width > MOST_COLUMNS_OF_A_ROW * samples and not pair.half_space else DEGREE
 
 
 def add(totals: Sequence[Tensor]) -> Tensor:

@@ -84,11 +84,12 @@ class CoMHE(nn.Module):
         warm_up: steps over which the factor rises linearly to its full value.
         auto_step: False counts the calls of `step` instead.
         method: "exact"; "sampled", an unbiased estimate from random blocks of each layer's rows,
-            partitioned anew for each projection at each step; or "auto", "sampled" for layers of
-            more than `above` rows. On several ranks all draw the same. Adversarial matrices learn
-            from samples, too, of other blocks; angle-preserving ones from all rows.
+            partitioned anew for each projection at each step, where that takes less time; or
+            "auto", "sampled" for layers of more than `above` rows. On several ranks all draw the
+            same. Adversarial matrices learn from samples, too, of other blocks; angle-preserving
+            ones from all rows.
         samples: rows of a block; sets of at most twice as many are never sampled.
-        above: see `method`.
+        above: see `method`; None is 512 in float32 on a processor, 16,384 elsewhere.
         options: `pair`, any pair function, in place of `s`, `angular` and `min_distance`; and all
             other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
@@ -130,8 +131,8 @@ class CoMHE(nn.Module):
         warm_up: int = 0,
         auto_step: bool = True,
         method: Literal["exact", "sampled", "auto"] = "exact",
-        samples: int = 256,
-        above: int = 16_384,
+        samples: int = 128,
+        above: int | None = None,
         **options: "Unpack[EnergyOptions]",
     ) -> None:
         super().__init__()
@@ -273,7 +274,7 @@ class CoMHE(nn.Module):
                 self._settings_of(layer).pair.half_space,
                 self._is_projected(layer),
                 layer.learns(),
-                self._partitions.takes(layer.sizes[1]),
+                self._is_sampled(layer),
             )
             for layer in self._layers
         )  # fmt: skip
@@ -431,10 +432,11 @@ class CoMHE(nn.Module):
     ) -> tuple[Part, ShardedRows | None]:
         """Make the part of a layer, and say who has how much of it."""
         partitions, factor = self._partitions, self._factors[name]
+        pair = (self._full_space if name == self.output_layer else self._settings).pair
         if shard is None:
-            return partitions.part(self._step, number, *view, factor), None
+            return partitions.part(self._step, number, pair, *view, factor), None
         part = Part(*view, factor)
-        return part, sampled_shard(shard, part, partitions, self._step, number)
+        return part, sampled_shard(shard, part, partitions, pair, self._step, number)
 
     def _zero(self) -> Tensor:
         first = self._layers[0]
@@ -445,6 +447,12 @@ class CoMHE(nn.Module):
         if self.projection is None or layer.name in (self.first_layer, self.output_layer):
             return False
         return self.projection.dim is None or layer.sizes[2] > self.projection.dim
+
+    def _is_sampled(self, layer: Layer) -> bool:
+        projection = self.projection if self._is_projected(layer) else None
+        width = layer.sizes[2] if projection is None else projection.width(layer)
+        pair = self._settings_of(layer).pair
+        return self._partitions.takes(layer.sizes[1], width, pair, layer.device, layer.dtype)
 
     def _settings_of(self, layer: Layer) -> Settings:
         return self._full_space if layer.name == self.output_layer else self._settings

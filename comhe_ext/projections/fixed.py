@@ -122,6 +122,10 @@ class Projection(nn.Module):
         """Tell whether `rows` may hold a layer as `ShardedRows`, and not as all of its neurons."""
         return False
 
+    def width(self, layer: Layer) -> int:
+        """Return how many columns the rows of a layer have that are swept."""
+        return layer.sizes[2] if self.dim is None else self.dim
+
     def learning(self) -> list[Layer]:
         """List the layers whose weights are not frozen."""
         return [layer for layer in self._layers if layer.learns()]
@@ -316,6 +320,9 @@ class GroupProjection(Projection):
         channels = rows.unflatten(-1, (-1, size))
         most = width // size if size > 1 else max(width // 2, 1)
         return [part.flatten(-2) for part in channels.tensor_split(min(self.groups, most), -2)]
+
+    def width(self, layer: Layer) -> int:
+        return max(x.shape[-1] for x in self.split(layer, torch.empty(0, layer.sizes[2])))
 
     def matrices(self, rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         selected = {}

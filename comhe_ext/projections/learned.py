@@ -291,14 +291,15 @@ class AdversarialProjection(_LearnedProjection):
 
     def objective(self, rows: Sequence[Neurons], matrices: Sequence[Tensor]) -> Tensor:
         # other blocks than those of the energy, which would else be lowest for these matrices
-        step, parts = self._state[1:2], list[tuple[Part, ShardedRows | None]]()
+        step, pair = self._state[1:2], self._settings.pair
+        parts: list[tuple[Part, ShardedRows | None]] = []
         for number, (sets, m) in enumerate(zip(rows, matrices, strict=True)):
             stream = -1 - number
             if isinstance(sets, Tensor):
-                parts.append((self.partitions.part(step, stream, sets, m), None))
+                parts.append((self.partitions.part(step, stream, pair, sets, m), None))
                 continue
             part = Part(sets.local, m)
-            parts.append((part, sampled_shard(sets, part, self.partitions, step, stream)))
+            parts.append((part, sampled_shard(sets, part, self.partitions, pair, step, stream)))
         return -total_energy(parts, self._settings)
 
     def learns_from_shards(self, layer: Layer) -> bool:

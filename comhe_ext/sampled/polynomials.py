@@ -94,9 +94,9 @@ def histogram_of(cosines: Tensor) -> Tensor:
     return places.bincount(minlength=BINS).to("cpu", torch.float64)
 
 
-def uniform_polynomial(pair: PairFunction, dim: int) -> Polynomial | None:
+def uniform_polynomial(pair: PairFunction, dim: int, degree: int = DEGREE) -> Polynomial | None:
     """Fit to independent random directions in `dim` dimensions: unbiased whatever the rows."""
-    return remembered(_UNIFORM, (pair, dim), lambda: fit(pair, _density(dim), DEGREE))
+    return remembered(_UNIFORM, (pair, dim, degree), lambda: fit(pair, _density(dim), degree))
 
 
 def _density(dim: int) -> Tensor:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from comhe_ext import packing
 from comhe_ext.checks import is_dtensor
+from comhe_ext.kernels.pair_functions import PairFunction
 from comhe_ext.layers import CONVOLUTIONS, TRANSPOSED, Layer
-from comhe_ext.packing import Part, Partitions
-from comhe_ext.projections.fixed import GroupProjection, Projection, RandomProjection, mixed
+from comhe_ext.packing import ROWS_OF_A_COLUMN, Part, Partitions
+from comhe_ext.projections.draws import seed_of
+from comhe_ext.projections.fixed import GroupProjection, Projection, RandomProjection
 from comhe_ext.sampled.estimator import permutations
 from comhe_ext.settings import Settings
 from comhe_ext.sharded.collectives import Shards, total
@@ -157,19 +159,28 @@ def total_energy(parts: Sequence[tuple[Part, ShardedRows | None]], settings: Set
 
 
 def sampled_shard(
-    shard: ShardedRows, part: Part, partitions: Partitions, step: Tensor, stream: int
+    shard: ShardedRows,
+    part: Part,
+    partitions: Partitions,
+    pair: PairFunction,
+    step: Tensor,
+    stream: int,
 ) -> ShardedRows:
     """Let a layer be sampled, if its size asks for it.
 
     Args:
         shard, part: its neurons.
         partitions: which layers are sampled, and how.
+        pair: of the energy.
         step: holds the number of the step, at each of which rows are drawn anew.
         stream: a number of its own for each layer.
     """
     neurons = shard.rows.total if shard.rows.groups else part.rows.shape[1]
-    if not partitions.takes(neurons):
+    rows, width = part.rows, part.width
+    # a plan of several ranks is of the second degree, however wide the rows are
+    few = neurons <= ROWS_OF_A_COLUMN * width
+    if few or not partitions.takes(neurons, width, pair, rows.device, rows.dtype):
         return shard
     # all ranks count the same steps: they have nothing to agree on
-    seed = mixed(0, int(step), stream)
+    seed = seed_of(int(step), stream)
     return replace(shard, sampling=CommonSampling(seed, partitions.samples))

@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import comhe_ext
 from comhe_ext import Gaussian, Laplace, Riesz, distributed, projections
-from comhe_ext.projections.fixed import mixed
+from comhe_ext.projections.draws import seed_of
 from comhe_ext.sampled import SamplingPlan
 from comhe_ext.sampled.polynomials import uniform_polynomial
 from comhe_ext.settings import pair_settings
@@ -440,7 +440,7 @@ def check_a_sampled_layer_of_a_model():
                 continue
             weight: Any = single[0].weight
             (matrices,) = projection.matrices().values()
-            drawn = draw(mixed(0, step, 0), 2, m, 40)
+            drawn = draw(seed_of(step, 0), 2, m, 40)
             sets = zip(matrices, drawn, strict=True)
             energies = [_definition(weight @ x.T, y, polynomial, None, pair) for x, y in sets]
             expected = torch.stack(energies).mean()

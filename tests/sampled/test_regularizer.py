@@ -59,6 +59,29 @@ def test_auto_samples_large_layers_alone():
     assert [layer.sampled for layer in comhe.layers] == [True, False, False]
 
 
+def test_auto_asks_whether_one_pass_does_it():
+    for dtype, sampled in ((torch.float32, True), (torch.float64, False)):
+        net = nn.Sequential(nn.Linear(24, 600), nn.Linear(600, 6)).to(dtype)
+        comhe = CoMHE(net, fixed(), method="auto", output_layer="1")
+        assert [layer.sampled for layer in comhe.layers] == [sampled, False]
+
+
+def test_layers_whose_moments_would_cost_more_than_they_save_are_exact():
+    net = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 300), nn.Linear(300, 300))
+    options = {"method": "sampled", "samples": 20, "output_layer": "3"}
+    # in full space wide rows have a polynomial of degree 1, which needs no moments to speak of
+    comhe = CoMHE(net, None, **options)
+    assert [layer.sampled for layer in comhe.layers] == [False, False, True]
+    comhe = CoMHE(net, None, half_space=False, **options)
+    assert all(layer.sampled for layer in comhe.layers)
+    comhe = CoMHE(net, GroupProjection(10), **options)
+    assert [layer.sampled for layer in comhe.layers] == [True, True, True]
+    exact = CoMHE(net, None, output_layer="3", half_space=False)()
+    draws = torch.stack([draw(CoMHE(net, None, half_space=False, **options)) for _ in range(2)])
+    assert torch.equal(draws[0], draws[1])
+    assert relative_error(draws[0], exact.detach()) < 1e-3
+
+
 def test_a_step_s_blocks_are_its_own_and_come_again():
     net = network()
     comhe, other = regularizer(net, fixed()), regularizer(net, fixed())
