@@ -23,7 +23,9 @@ static_assert(LEAST % MOMENT_ROWS == 0, "they must not cross strips");
 INLINE int64_t matrix_size(const Sweep &sweep) {
     return sweep.call.sample->coefficients[1] != 0 ? int64_t(sweep.k) * sweep.kp : 0;
 }
-INLINE int64_t moment_size(const Sweep &sweep) { return matrix_size(sweep) + sweep.kp; }
+// Where s begins: at a whole vector, with a gap of which nothing is used.
+INLINE int64_t sum_place(const Sweep &sweep) { return (matrix_size(sweep) + VL - 1) / VL * VL; }
+INLINE int64_t moment_size(const Sweep &sweep) { return sum_place(sweep) + sweep.kp; }
 
 // The first column of the strip that holds a column.
 INLINE int strip_of(const Sweep &sweep, int column) {
@@ -38,7 +40,7 @@ template <class V, int WV> void sum_strip(const Sweep &sweep, const Block &block
     V sums[WV] = {};
     for (int i = 0; i < block.n; i++)
         for (int v = 0; v < WV; v++) sums[v] += *(const V *)(u + i * W + v * LANES);
-    for (int v = 0; v < WV; v++) *(V *)(block.moment + matrix_size(sweep) + strip + v * LANES) = sums[v];
+    for (int v = 0; v < WV; v++) *(V *)(block.moment + sum_place(sweep) + strip + v * LANES) = sums[v];
 }
 
 // The columns of M that stand in one strip, from the first row of that number on: M is symmetric.
@@ -115,16 +117,15 @@ template <class Number> double sum_of_squares(const Number *numbers, int64_t cou
 // (a |s|^2 + b |M|^2) / 2.
 template <class Number> double energy_of_moments(const Sweep &sweep, const Number *moment) {
     const double *coefficients = sweep.call.sample->coefficients;
-    const int64_t matrix = matrix_size(sweep);
-    return coefficients[0] / 2 * sum_of_squares(moment + matrix, sweep.kp) +
-           coefficients[1] / 2 * sum_of_squares(moment, matrix);
+    return coefficients[0] / 2 * sum_of_squares(moment + sum_place(sweep), sweep.kp) +
+           coefficients[1] / 2 * sum_of_squares(moment, matrix_size(sweep));
 }
 
 // M rows of one strip of g += s + v M.
 template <class V, int WV, int M>
 INLINE void push_rows(const Sweep &sweep, const Block &block, const float *moment, int i, int strip) {
     constexpr int LANES = sizeof(V) / sizeof(float), W = WV * LANES;
-    const float *total = moment + matrix_size(sweep) + strip, *columns = moment + int64_t(strip) * sweep.k;
+    const float *total = moment + sum_place(sweep) + strip, *columns = moment + int64_t(strip) * sweep.k;
     V acc[M][WV];
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++)

@@ -76,7 +76,8 @@ def few_rows(sets, n, k):
 @pytest.mark.usefixtures("poisoned_empty", "isa")
 @pytest.mark.parametrize(("pair", "function"), PAIRS, ids=lambda x: str(x) if x in PAIRS else "")
 @pytest.mark.parametrize(
-    ("sets", "n", "k", "parts"), [(1, 7, 3, 3), (3, 50, 5, 4), (2, 131, 24, 2), (1, 150, 57, 5)]
+    ("sets", "n", "k", "parts"),
+    [(1, 7, 3, 3), (3, 50, 5, 4), (2, 131, 24, 2), (1, 60, 37, 4), (1, 150, 57, 5)],
 )
 def test_energy_and_gradient(pair, function, sets, n, k, parts):
     rows, order = few_rows(sets, n, k), permutations(sets, n, torch.device("cpu"))
