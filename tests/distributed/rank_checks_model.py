@@ -86,9 +86,10 @@ REGULARIZERS = [
     _regularizer(lambda: projections.RandomProjection(3, 5, seed=1)),
     _regularizer(lambda: projections.GroupProjection(2)),
     _regularizer(lambda: projections.AngleProjection(2, 4, seed=1)),
-    # large steps would bring rows so near that every rounding shows
+    # large steps, or those from the matrices of seed 1, bring rows so near that rounding shows:
+    # there a change of the weights by 1e-13 changes the energy by 1e-9, here by 1e-15
     _regularizer(
-        lambda: projections.AdversarialProjection(2, 4, seed=1, mode="alternating", lr=1e-3)
+        lambda: projections.AdversarialProjection(2, 4, seed=2, mode="alternating", lr=1e-3)
     ),
 ]
 
