@@ -52,20 +52,14 @@ def threads():
 _TRUTHS = {}
 
 
-def truth(points, **options):
-    """The float64 energy and gradient, worked out once for all instruction sets."""
-    key = (points.numpy().tobytes(), points.shape[1], *sorted(options.items()))
-    if key not in _TRUTHS:
-        _TRUTHS[key] = exact_energy_and_gradient(points, **options)
-    return _TRUTHS[key]
+def truth(points, pair=None, function=None, **options):
+    """The float64 energy and gradient, worked out once for all instruction sets.
 
-
-def truth_of(pair, definition, points, eps):
-    """The same of any pair function, given its definition in terms of the distance."""
-    key = (points.numpy().tobytes(), points.shape[1], pair, eps)
+    Of Riesz' function, or of the `function` of the distance that defines `pair`.
+    """
+    key = (points.numpy().tobytes(), points.shape[1], pair, *sorted(options.items()))
     if key not in _TRUTHS:
-        options = dict(half_space=pair.half_space, angular=pair.angular, eps=eps)
-        _TRUTHS[key] = exact_energy_and_gradient(points, function=definition, **options)
+        _TRUTHS[key] = exact_energy_and_gradient(points, function=function, **options)
     return _TRUTHS[key]
 
 
@@ -119,7 +113,8 @@ def test_gaussian_with_near_pairs_duplicates_and_dead_rows(tau, angular, half_sp
     rows[7] = 0.0
     rows[301] = rows[100]
     rows[302] = -3.0 * rows[101]
-    expected, exact = truth_of(pair, lambda t: (-tau * t**2).exp(), rows, eps)
+    options = dict(half_space=half_space, angular=angular, eps=eps)
+    expected, exact = truth(rows, pair, lambda t: (-tau * t**2).exp(), **options)
     scale = pair.scale(len(rows), "mean")
     energy, gradient = sweep_of(binding, rows, [len(rows)], [scale], pair, eps, True)
     assert relative_error(energy[0], expected) <= 1e-6
@@ -155,7 +150,8 @@ def test_other_functions_with_near_pairs_duplicates_and_dead_rows(
         rows[7] = 0.0
         rows[281] = rows[100]
         rows[282] = -3.0 * rows[101]
-        expected, exact = truth_of(pair, definition, rows, eps)
+        options = dict(half_space=half_space, angular=angular, eps=eps)
+        expected, exact = truth(rows, pair, definition, **options)
         scale = pair.scale(len(rows), "mean")
         energy, gradient = sweep_of(binding, rows, [len(rows)], [scale], pair, eps, True)
         assert relative_error(energy[0], expected) <= 1e-6
