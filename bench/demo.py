@@ -131,8 +131,7 @@ def sentences(rows: DataFrame) -> Iterator[str]:
     accuracies = rows.pivot(index="seed", columns="method", values="accuracy")
     for method in list(METHODS)[1:]:
         differences, count = accuracies[method] - accuracies["none"], len(accuracies)
-        reach = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * differences.sem()
-        low, high = differences.mean() - reach, differences.mean() + reach
+        low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
         verdict = f"no difference in accuracy that {count} seeds can show"
         if low > 0 or high < 0:
             verdict = f"{'more' if low > 0 else 'less'} accurate than without a regularizer"

@@ -123,21 +123,14 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("one", one, "Train once.")
     command.add_argument("--images", type=Path, required=True, help="folder of CIFAR-100")
     for field in fields(Setting):
-        choices = {"method": METHODS}.get(field.name)
-        command.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=type(field.default) if not isinstance(field.default, bool) else _flag,
-            default=field.default,
-            choices=choices,
-            help="%(default)s" if choices is None else None,
-        )
+        flag, default = f"--{field.name.replace('_', '-')}", field.default
+        if isinstance(default, bool):
+            command.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
+        elif field.name == "method":
+            command.add_argument(flag, choices=METHODS, default=default)
+        else:
+            command.add_argument(flag, type=type(default), default=default, help="%(default)s")
     return parser
-
-
-def _flag(text: str) -> bool:
-    if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError("must be yes or no")
-    return text == "yes"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,10 @@ class Setting:
     @property
     def name(self) -> str:
         """Say the values in which this differs from a setting of defaults, the method first."""
-        usual = Setting()
-        words = [self.method.replace(" ", "-").replace(",", "")]
-        words += [
-            f"{field.name}={getattr(self, field.name):g}"
-            if isinstance(getattr(self, field.name), (int, float))
-            else f"{field.name}={getattr(self, field.name)}"
-            for field in fields(self)
-            if field.name not in ("method", "seed")
-            and getattr(self, field.name) != getattr(usual, field.name)
-        ]
+        words, usual = [self.method.replace(" ", "-").replace(",", "")], Setting()
+        for name, value in asdict(self).items():
+            if name not in ("method", "seed") and value != getattr(usual, name):
+                words.append(f"{name}={value}" if isinstance(value, str) else f"{name}={value:g}")
         return "_".join([*words, f"seed={self.seed}"])
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ Lines = list[dict[str, Any]]
 Run = Callable[[Sequence[Setting]], list[Lines]]
 Tried = list[tuple[float, Setting]]  # validation error in %, best first
 Chosen = dict[str, Tried]
+TUNED = ("lr", "weight_decay", "weight", "output_weight")
 
 
 def tune(plan: Plan, run: Run) -> Chosen:
@@ -50,7 +51,6 @@ def _try(plan: Plan, settings: Sequence[Setting], run: Run) -> Tried:
 
 def settings(plan: Plan, chosen: dict[str, Setting]) -> list[Setting]:
     """List the runs of the comparison: seed by seed, so that an interrupted plan is balanced."""
-    own = ("lr", "weight_decay", "weight", "output_weight")
     missing = [method for method in plan.methods if method not in chosen]
     if missing:
         raise ValueError(f"no settings were chosen for {', '.join(missing)}")
@@ -59,7 +59,7 @@ def settings(plan: Plan, chosen: dict[str, Setting]) -> list[Setting]:
             plan.base,
             method=method,
             seed=seed,
-            **{name: getattr(chosen[method], name) for name in own},
+            **{name: getattr(chosen[method], name) for name in TUNED},
         )
         for seed in plan.seeds
         for method in plan.methods
@@ -88,12 +88,11 @@ def read(file: Path) -> dict[str, Setting]:
 
 def table(chosen: Chosen) -> pd.DataFrame:
     """Make a table of all that was tried."""
-    shown = ("lr", "weight_decay", "weight", "output_weight")
     return pd.DataFrame(
         [
             {
                 "method": method,
-                **{name: getattr(setting, name) for name in shown},
+                **{name: getattr(setting, name) for name in TUNED},
                 "validation error, %": round(error, 2),
                 "chosen": "yes" if place == 0 else "",
             }
