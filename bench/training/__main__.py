@@ -9,50 +9,21 @@ Each call goes on where an interrupted one stopped; several processes share the 
 """
 
 import argparse
-import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from bench.training import data, report, tuning
+from bench.training import report, tuning
 from bench.training.methods import METHODS
 from bench.training.plans import PLANS
+from bench.training.pool import images, run_all
 from bench.training.runs import Setting, train
 
 RESULTS = Path(__file__).parents[1] / "results" / "training"
-
-
-@lru_cache(maxsize=1)
-def _images(folder: Path, size: int) -> tuple[data.Images, data.Images]:
-    return data.load(folder, size)
-
-
-def _run(setting: Setting, images: Path, folder: Path) -> list[dict[str, Any]]:
-    """Train in a process of a pool: one thread, so that the runs beside it keep theirs."""
-    torch.set_num_threads(1)
-    return train(setting, lambda: _images(images, setting.size), folder)
-
-
-def run_all(
-    settings: Sequence[Setting], images: Path, folder: Path, jobs: int
-) -> list[list[dict[str, Any]]]:
-    """Train in all `settings`, `jobs` at a time, with a progress bar; return the lines of each."""
-    bar = tqdm(total=len(settings), unit="run", disable=None, desc=folder.name)
-    with (
-        bar,
-        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
-    ):
-        runs = [pool.submit(_run, setting, images, folder) for setting in settings]
-        for run in runs:
-            run.add_done_callback(lambda _: bar.update())
-        return [run.result() for run in runs]
 
 
 def tune(options: argparse.Namespace) -> None:
@@ -85,7 +56,7 @@ def one(options: argparse.Namespace) -> None:
             bar.set_postfix(loss=line["loss"], train_error=line["train_error"])
 
         lines = train(
-            setting, lambda: _images(options.images, setting.size), options.results / "one", show
+            setting, lambda: images(options.images, setting.size), options.results / "one", show
         )
     print({key: value for key, value in lines[-1].items() if key not in given})
 

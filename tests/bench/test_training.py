@@ -295,11 +295,6 @@ def test_the_whole_experiment_by_the_command(folder, tmp_path, monkeypatch, caps
         held_lrs=(0.05, 0.1),
     )
     monkeypatch.setitem(PLANS, "small", plan)
-
-    def here(settings, images, target, jobs):
-        return [command._run(setting, images, target) for setting in settings]
-
-    monkeypatch.setattr(command, "run_all", here)
     arguments = ["small", "--images", str(folder), "--results", str(tmp_path)]
     command.main(["tune", *arguments])
     command.main(["run", *arguments])
