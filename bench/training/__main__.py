@@ -2,6 +2,7 @@
 
     python -m bench.training tune small --images FOLDER     choose each method's settings
     python -m bench.training run small --images FOLDER      the comparison, with the chosen ones
+    python -m bench.training cost small                     a step's time, beside naive code
     python -m bench.training report small                   its table, differences and pictures
     python -m bench.training one --images FOLDER --method RP-CoMHE --weight 10 ...
 
@@ -17,7 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bench.measure import machine
 from bench.training import report, tuning
+from bench.training.cost import costs
 from bench.training.methods import METHODS
 from bench.training.plans import PLANS
 from bench.training.pool import images, run_all
@@ -30,7 +33,9 @@ def tune(options: argparse.Namespace) -> None:
     folder = options.results / options.plan
     chosen = tuning.tune(
         PLANS[options.plan],
-        lambda settings: run_all(settings, options.images, folder / "tuning", options.jobs),
+        lambda settings: run_all(
+            settings, options.images, folder / "tuning", options.jobs, options.device
+        ),
     )
     tuning.write(chosen, folder / "chosen.json")
     print(report.as_text(tuning.table(chosen)))
@@ -42,8 +47,15 @@ def run(options: argparse.Namespace) -> None:
     if not source.exists():
         sys.exit(f"{source} is missing: run `python -m bench.training tune {source.parent.name}`")
     settings = tuning.settings(plan, tuning.read(source))
-    run_all(settings, options.images, folder / "runs", options.jobs)
+    run_all(settings, options.images, folder / "runs", options.jobs, options.device)
     report.report(folder)
+
+
+def cost(options: argparse.Namespace) -> None:
+    found, folder = costs(PLANS[options.plan].base), options.results / options.plan
+    folder.mkdir(parents=True, exist_ok=True)
+    found.assign(**machine.stamp("cpu", 1)).to_csv(folder / "cost.csv", index=False)
+    print(report.as_text(found))
 
 
 def one(options: argparse.Namespace) -> None:
@@ -56,7 +68,11 @@ def one(options: argparse.Namespace) -> None:
             bar.set_postfix(loss=line["loss"], train_error=line["train_error"])
 
         lines = train(
-            setting, lambda: images(options.images, setting.size), options.results / "one", show
+            setting,
+            lambda: images(options.images, setting.size),
+            options.results / "one",
+            show,
+            options.device,
         )
     print({key: value for key, value in lines[-1].items() if key not in given})
 
@@ -77,22 +93,29 @@ def make_parser() -> argparse.ArgumentParser:
         )
         return command
 
+    def needs_images(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--images", type=Path, required=True, help="folder of CIFAR-100")
+        command.add_argument("--device", default="cpu", help="or cuda, %(default)s")
+
     for name, call, help in (
         ("tune", tune, "Choose each method's settings on validation images."),
         ("run", run, "Train with the chosen settings and the seeds of the plan."),
     ):
         command = add(name, call, help)
         command.add_argument("plan", choices=PLANS)
-        command.add_argument("--images", type=Path, required=True, help="folder of CIFAR-100")
+        needs_images(command)
         command.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    command = add(
-        "report",
-        lambda options: report.report(options.results / options.plan),
-        "Make the table, the differences and the pictures of a plan's runs.",
-    )
-    command.add_argument("plan", choices=PLANS)
+    for name, call, help in (
+        ("cost", cost, "Time a step of each method, beside the same written by hand."),
+        (
+            "report",
+            lambda options: report.report(options.results / options.plan),
+            "Make the table, the differences and the pictures of a plan's runs.",
+        ),
+    ):
+        add(name, call, help).add_argument("plan", choices=PLANS)
     command = add("one", one, "Train once.")
-    command.add_argument("--images", type=Path, required=True, help="folder of CIFAR-100")
+    needs_images(command)
     for field in fields(Setting):
         flag, default = f"--{field.name.replace('_', '-')}", field.default
         if isinstance(default, bool):

@@ -34,6 +34,9 @@ class Images:
     def of(self, index: Tensor) -> "Images":
         return Images(self.pixels[index], self.labels[index])
 
+    def to(self, device: str) -> "Images":
+        return Images(self.pixels.to(device), self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Split:
@@ -42,6 +45,9 @@ class Split:
     train: Images
     validation: Images
     test: Images
+
+    def to(self, device: str) -> "Split":
+        return Split(self.train.to(device), self.validation.to(device), self.test.to(device))
 
 
 def load(folder: Path, size: int = SIZE) -> tuple[Images, Images]:
@@ -139,11 +145,14 @@ def split(train: Images, test: Images, per_class: int, validation: int, seed: in
 
 def normalized(pixels: Tensor) -> Tensor:
     """Scale uint8 pixels to mean 0 and deviation 1 of a channel, over all of CIFAR-100."""
-    return (pixels.float() / 255.0 - MEAN) / DEVIATION
+    return (pixels.float() / 255.0 - MEAN.to(pixels.device)) / DEVIATION.to(pixels.device)
 
 
 def augmented(pixels: Tensor, generator: Generator) -> Tensor:
-    """Cut each image out of itself with a mirrored rim of an eighth, and flip every second one."""
+    """Cut each image out of itself with a mirrored rim of an eighth, and flip every second one.
+
+    The generator is the processor's, so that the draws are the same on all devices.
+    """
     n, _, size, _ = pixels.shape
     rim = size // 8
     padded = torch.nn.functional.pad(pixels.float(), (rim,) * 4, mode="reflect").to(torch.uint8)
@@ -153,6 +162,7 @@ def augmented(pixels: Tensor, generator: Generator) -> Tensor:
     rows = shifts[0] + steps
     columns = shifts[1] + torch.where(flips, size - 1 - steps, steps)
     image = torch.arange(n)
+    image, rows, columns = (index.to(pixels.device) for index in (image, rows, columns))
     return padded[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(
         0, 3, 1, 2
     )

@@ -23,14 +23,14 @@ def images(folder: Path, size: int) -> tuple[data.Images, data.Images]:
     return data.load(folder, size)
 
 
-def _run(setting: Setting, source: Path, folder: Path) -> list[dict[str, Any]]:
+def _run(setting: Setting, source: Path, folder: Path, device: str) -> list[dict[str, Any]]:
     """Train in a process of a pool: one thread, so that the runs beside it keep theirs."""
     torch.set_num_threads(1)
-    return train(setting, lambda: images(source, setting.size), folder)
+    return train(setting, lambda: images(source, setting.size), folder, device=device)
 
 
 def run_all(
-    settings: Sequence[Setting], source: Path, folder: Path, jobs: int
+    settings: Sequence[Setting], source: Path, folder: Path, jobs: int, device: str
 ) -> list[list[dict[str, Any]]]:
     """Train in all `settings`, `jobs` at a time, with a progress bar; return the lines of each."""
     bar = tqdm(total=len(settings), unit="run", disable=None, desc=folder.name)
@@ -38,7 +38,7 @@ def run_all(
         bar,
         ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
-        runs = [pool.submit(_run, setting, source, folder) for setting in settings]
+        runs = [pool.submit(_run, setting, source, folder, device) for setting in settings]
         for run in runs:
             run.add_done_callback(lambda _: bar.update())
         return [run.result() for run in runs]

@@ -112,6 +112,11 @@ def report(folder: Path) -> None:
     frame = load(folder / "runs")
     last = last_epochs(frame)
     parts = [as_text(summary(last)), as_text(differences(last))]
+    if (cost := folder / "cost.csv").exists():
+        found = pd.read_csv(cost)
+        where = ", ".join(str(found[name][0]) for name in ("machine", "torch", "commit"))
+        parts.append(f"Processor time of a step on one thread; {where}:")
+        parts.append(as_text(found[["method", "ms", "of the task's"]]))
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     pictures = {

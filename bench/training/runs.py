@@ -80,17 +80,18 @@ class State:
         os.replace(beside, file)  # a checkpoint is there whole or not at all
 
     def load(self, file: Path) -> None:
-        content = torch.load(file, weights_only=True)
+        # to the memory of the processor: the state of the draws has to be there
+        content = torch.load(file, weights_only=True, map_location="cpu")
         for part in self.PARTS:
             getattr(self, part).load_state_dict(content[part])
         self.draws.set_state(content["draws"])
         self.epoch = content["epoch"]
 
 
-def start(setting: Setting, steps: int) -> State:
+def start(setting: Setting, steps: int, device: str = "cpu") -> State:
     """Build the state before the first step; the seed alone decides the network's first weights."""
     torch.manual_seed(setting.seed)
-    model = network(setting.network, setting.size, setting.width)
+    model = network(setting.network, setting.size, setting.width).to(device)
     penalty = METHODS[setting.method](
         model,
         Strength(
@@ -128,6 +129,7 @@ def train(
     images: Callable[[], tuple[data.Images, data.Images]],
     folder: Path,
     after_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Train to the end, from where an earlier call was interrupted; return the lines of all epochs.
 
@@ -140,8 +142,8 @@ def train(
     if len(lines) >= setting.epochs:
         checkpoint.unlink(missing_ok=True)
         return lines
-    split = data.split(*images(), setting.per_class, setting.validation, setting.seed)
-    state = start(setting, setting.epochs * _batches(setting, split))
+    split = data.split(*images(), setting.per_class, setting.validation, setting.seed).to(device)
+    state = start(setting, setting.epochs * _batches(setting, split), device)
     if checkpoint.exists():
         state.load(checkpoint)
     # a line without its checkpoint is of an epoch that will be trained again
@@ -167,9 +169,17 @@ def _batches(setting: Setting, split: data.Split) -> int:
     return max(len(split.train) // setting.batch, 1)
 
 
+def _clock(device: torch.device) -> float:
+    """Read the clock when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def _epochs(setting: Setting, state: State, split: data.Split) -> Iterator[dict[str, Any]]:
     """Train epoch by epoch, and yield the line of each."""
     n, batches = len(split.train), _batches(setting, split)
+    device = split.train.pixels.device
     # looks at all layers alike, whatever the method: half space where hidden, full at the output
     view = CoMHE(state.model, None, output_layer="output")
     while state.epoch < setting.epochs:
@@ -179,20 +189,20 @@ def _epochs(setting: Setting, state: State, split: data.Split) -> Iterator[dict[
         for index in order[: batches * setting.batch].split(setting.batch):
             x = data.normalized(data.augmented(split.train.pixels[index], state.draws))
             y = split.train.labels[index]
-            begin = time.perf_counter()
+            begin = _clock(device)
             state.optimizer.zero_grad()
             logits = state.model(x)
             loss = nn.functional.cross_entropy(logits, y, label_smoothing=setting.label_smoothing)
             loss.backward()
-            before = time.perf_counter()
+            before = _clock(device)
             penalty = state.penalty()
             if penalty is not None:
                 penalty.backward()
-            after = time.perf_counter()
+            after = _clock(device)
             state.optimizer.step()
-            stepped = time.perf_counter()
+            stepped = _clock(device)
             state.penalty.after_step()
-            end = time.perf_counter()
+            end = _clock(device)
             state.schedule.step()
             step_seconds += end - begin
             penalty_seconds += after - before + end - stepped

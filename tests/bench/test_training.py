@@ -308,3 +308,8 @@ def test_the_whole_experiment_by_the_command(folder, tmp_path, monkeypatch, caps
     before = (results / "report.md").read_text()
     command.main(["report", "small", "--results", str(tmp_path)])
     assert (results / "report.md").read_text() == before
+    command.main(["cost", "small", "--results", str(tmp_path)])
+    command.main(["report", "small", "--results", str(tmp_path)])
+    after = (results / "report.md").read_text()
+    assert after.startswith(before.rstrip("\n"))
+    assert "RP-CoMHE, naive" in after
