@@ -26,7 +26,8 @@ from comhe_ext.checks import (
     check_weight,
     is_dtensor,
 )
-from comhe_ext.functional import backend_for_nearest, split_columns
+from comhe_ext.functional import backend_for_nearest
+from comhe_ext.groups import split_columns
 from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.sampled.keywords import Method, check_sampling, check_sampling_of_pairs
 from comhe_ext.sampled.plan import SamplingPlan

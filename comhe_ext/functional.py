@@ -1,7 +1,6 @@
 """The public functions: checks, layout, and one call of the operator."""
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Literal
 
 import torch
@@ -10,7 +9,6 @@ from torch import Generator, Tensor
 from comhe_ext import backends
 from comhe_ext.checks import (
     check_backend,
-    check_count,
     check_factor,
     check_flag,
     check_pairing,
@@ -19,10 +17,11 @@ from comhe_ext.checks import (
     is_dtensor,
     quote,
 )
+from comhe_ext.groups import split_columns
 from comhe_ext.kernels.pair_functions import PairFunction, Riesz
 from comhe_ext.operators import angle_loss
 from comhe_ext.operators.energy import energy
-from comhe_ext.operators.library import DTYPES, compute_dtype
+from comhe_ext.operators.library import compute_dtype
 from comhe_ext.operators.rows import project, safe_sqrt
 from comhe_ext.operators.sweep import SweepOptions
 from comhe_ext.packing import set_energies, stack_parts
@@ -442,43 +441,3 @@ def _energies_of_sets(rows: Tensor, options: SweepOptions, sampling: Sampling | 
     sets = rows if rows.dim() == 3 else rows.unsqueeze(0)
     energies = sampled_energies(sets, options, sampling, as_planned=True)
     return energies if rows.dim() == 3 else energies.squeeze(0)
-
-
-def split_columns(
-    weight: Tensor, groups: int | Sequence[Sequence[int] | Tensor]
-) -> Sequence[Tensor]:
-    """Take the columns of each group."""
-    features = weight.shape[-1]
-    if isinstance(groups, (bool, str)) or not isinstance(groups, (int, Integral, Sequence)):
-        raise TypeError(
-            f"`groups` must be an int or a sequence of index sequences, got {type(groups).__name__}"
-        )
-    if not isinstance(groups, Sequence):
-        if not 1 <= groups <= features:
-            raise ValueError(
-                f"`groups` must be between 1 and the {features} columns of `weight`, got {groups}"
-            )
-        return weight.tensor_split(check_count("groups", groups), -1)
-    if len(groups) == 0:
-        raise ValueError("`groups` must name at least one group, got none")
-    parts = []
-    for number, group in enumerate(groups):
-        try:
-            # on the host: a default device that is a GPU would be waited for at each call
-            index = group if isinstance(group, Tensor) else torch.tensor(group, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"`groups[{number}]` must be a list of columns: {error}") from None
-        integral = index.dtype not in (torch.bool, *DTYPES)
-        if index.dim() != 1 or index.numel() == 0 or not integral:
-            raise ValueError(
-                f"each of `groups` must be a non-empty list of columns, got {index.dtype} of shape "
-                f"{tuple(index.shape)} for `groups[{number}]`"
-            )
-        lowest, highest = int(index.min()), int(index.max())
-        if lowest < 0 or highest >= features:
-            raise ValueError(
-                f"`groups` must name columns from 0 to {features - 1} of `weight`, got "
-                f"{lowest if lowest < 0 else highest} in `groups[{number}]`"
-            )
-        parts.append(weight.index_select(-1, index.to(weight.device)))
-    return parts
