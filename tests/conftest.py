@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 from comhe_ext import backends
 from comhe_ext.kernels.cpu import binding
+
+# for `bench` and `tools`; last, so that the package that is tested stays the installed one
+sys.path.append(str(Path(__file__).parents[1]))
 
 BACKENDS = [name for name in ("torch", "cpu") if backends.unavailable(name) is None]
 if torch.cuda.is_available() and backends.unavailable("triton") is None:
