@@ -30,12 +30,17 @@ CORE = (
     "--ignore=tests/models/test_integrations.py",
     "tests/operators/test_angle_loss.py",
     "tests/operators/test_compressive.py",
+    "tests/operators/test_cross.py",
+    "tests/operators/test_distance.py",
     "tests/operators/test_energy.py",
     "tests/operators/test_forward_mode.py",
     "tests/operators/test_many_weights.py",
+    "tests/operators/test_nearest.py",
     "tests/operators/test_second_order.py",
     "tests/operators/test_transforms.py",
+    "tests/losses/test_modules.py",
     "tests/package/test_backends.py",
+    "tests/sampled",
 )
 # what they import beside torch
 PACKAGES = (
