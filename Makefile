@@ -17,7 +17,7 @@ FUZZ_CXX ?= clang++
 
 .PHONY: demo bench test test-long coverage docs test-versions test-install lint wheel dist hub-kernel sanitize fuzz compile-gpu clean
 
-# how it regularizes a real network; ARGS=--save puts the numbers into the documents
+# what the energy does to features and to a real network, into out/
 demo: $(INSTALLED)
 	$(BIN)/python -m bench demo $(ARGS)
 

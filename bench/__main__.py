@@ -101,8 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.command == "demo":
         demo.run(args)
-        if args.save:
-            pages.update(RESULTS)
         return 0
     if args.command == "plot":
         for path in plots.draw(args.results):

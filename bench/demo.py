@@ -25,10 +25,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import comhe_ext
-from bench import RESULTS, ROOT
+from bench import ROOT
 from bench.cases.models import digits_network
-from bench.measure import machine
-from bench.measure.store import Row, Table
+from bench.measure.store import Row
 from bench.report.theme import Theme, name_line, part_names, save
 from comhe_ext import bounds
 from comhe_ext.kernels.pair_functions import Riesz
@@ -40,8 +39,6 @@ TRAIN_IMAGES, BATCH, CONFIDENCE = 200, 50, 0.95
 # of each hidden layer's energy, as of the output layer's: with 1, the default, so short a training
 # hardly moves the energy of wide layers
 WEIGHT = 10.0
-FIGURES = [f"{layer}_{when}" for layer in LAYERS for when in ("first", "last")]
-TABLE = Table("digits", ("method", "seed"), ("steps", "accuracy", "step_ms", *FIGURES))
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -174,7 +171,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "out", metavar="FOLDER", help="default: out"
     )
-    parser.add_argument("--save", action="store_true", help="put the numbers into the documents")
 
 
 def learn_features(args: argparse.Namespace) -> None:
@@ -211,6 +207,3 @@ def run(args: argparse.Namespace) -> None:
         "Step: median, on one thread.\n"
     )
     print(*sentences(rows), *save(args.out, {"energy": lambda x: picture(x, history)}), sep="\n")
-    if args.save:
-        stamp = machine.stamp("cpu", 1)
-        TABLE.upsert(RESULTS, [{**stamp, **row} for row, _ in found])

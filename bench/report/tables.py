@@ -7,7 +7,6 @@ from typing import Any
 
 from pandas import DataFrame
 
-from bench import demo
 from bench.cases import losses, models
 from bench.cases.shapes import GOALS, K30, LAYERS, ON_GPU, PAPER, SMALL, Shape
 from bench.cases.sweep import ACCURACY, CLOSE, DUPLICATES
@@ -289,19 +288,6 @@ def pictures(sweep: Sweep) -> str:
     )
 
 
-def training(sweep: Sweep) -> str:
-    rows, lines = demo.TABLE.newest(sweep.folder), []
-    last = [f"{layer}_last" for layer in demo.LAYERS]
-    for method, runs in rows.groupby("method", sort=False):
-        accuracy = f"{runs.accuracy.mean():.2f} ± {runs.accuracy.std():.2f}"
-        energies = [f"{x:.4f}" for x in runs[last].mean()]
-        lines.append([demo.METHODS[method], accuracy, *energies, f"{runs.step_ms.median():.1f}"])
-    headings = ["", "test accuracy, %", *(f"energy of {layer}" for layer in demo.LAYERS)]
-    table = block(rows, [*headings, "step, ms"], lines)
-    seeds, steps = rows.seed.nunique(), rows.steps.max()
-    return f"Mean ± deviation over {seeds} seeds of {steps} steps; {table}" if lines else NOTHING
-
-
 BLOCKS = {"speed": speed, "plots": pictures, "goals": goals, "slower": slower, "methods": methods}
 BLOCKS |= {"modes": modes, "accuracy": errors, "models": whole_models, "losses": named_losses}
 
@@ -310,4 +296,4 @@ def parts(folder: Path) -> dict[str, str]:
     """Make the text of each block, by its name."""
     cpu, cuda = Sweep(folder, "cpu"), Sweep(folder, "cuda")
     texts = {f"{name} cpu": part(cpu) for name, part in BLOCKS.items()}
-    return texts | {"shapes": shapes(cpu), "training": training(cpu), "speed cuda": speed(cuda)}
+    return texts | {"shapes": shapes(cpu), "speed cuda": speed(cuda)}
