@@ -17,7 +17,7 @@ FUZZ_CXX ?= clang++
 
 .PHONY: demo bench test test-long coverage docs test-versions test-install lint wheel dist hub-kernel sanitize fuzz compile-gpu clean
 
-# what the energy does to features and to a real network, into out/
+# what the energy does to features, to a real network and to its checkpoints, into out/
 demo: $(INSTALLED)
 	$(BIN)/python -m bench demo $(ARGS)
 

@@ -1,209 +1,197 @@
-"""`python -m bench demo`: what the energy does to features of photos, and in a real network.
+"""`python -m bench demo`: what the energy does to features, to a network, and to its checkpoints.
 
-Learns overcomplete features with and without it (`examples/overcomplete_ica.py`). Then trains a
-small convolutional network on scikit-learn's handwritten digits without a regularizer, with minimum
-hyperspherical energy (MHE) and with its compressive form (RP-CoMHE). Every sentence printed is
-computed from the numbers. What the operator costs, `python -m bench sweep` measures.
+Learns features of photos with and without it (`examples/overcomplete_ica.py`), trains a small
+network on handwritten digits with and without its compressive form, RP-CoMHE, and measures
+checkpoints by the command `comhe-ext energy`. Whether it helps accuracy, `bench/training` asks.
 """
 
 import argparse
+import copy
+import os
 import runpy
-import time
-from collections.abc import Iterator
+import shlex
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from pandas import DataFrame
+from pandas import DataFrame, Series
 from rich.progress import track
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 
 import comhe_ext
 from bench import ROOT
 from bench.cases.models import digits_network
 from bench.measure.store import Row
-from bench.report.theme import Theme, name_line, part_names, save
-from comhe_ext import bounds
-from comhe_ext.kernels.pair_functions import Riesz
+from bench.report.theme import Theme, save
+from comhe_ext import __main__ as command
 from comhe_ext.projections import RandomProjection
 
-METHODS = {"none": "no regularizer", "MHE": "MHE", "RP-CoMHE": "RP-CoMHE"}
-LAYERS = ("conv1", "conv2", "hidden", "output")
-TRAIN_IMAGES, BATCH, CONFIDENCE = 200, 50, 0.95
-# of each hidden layer's energy, as of the output layer's: with 1, the default, so short a training
-# hardly moves the energy of wide layers
+METHODS = PLAIN, COMHE = "plain training", "RP-CoMHE"
+TRAIN_IMAGES, BATCH = 200, 50
+# of each layer; with 1, the default of hidden ones, so short a training hardly moves wide layers
 WEIGHT = 10.0
+# of copied neurons, in deviations of the weights. The nearer copies are, the further they are
+# pushed in a step: with 0.05 they end nearly opposite, with 0.02 training diverges
+NOISE = 0.1
 
 
-# --- training -------------------------------------------------------------------------------------
+def train(model: nn.Module, method: str, seed: int, steps: int) -> tuple[float, list[Row]]:
+    """Train, and return the test accuracy in per cent, and records of the energies.
 
-
-def energies(model: nn.Module) -> dict[str, float]:
-    """Compute the unprojected energy of each layer: s = 2, mean over the pairs."""
-    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in LAYERS}
-    return {
-        name: float(comhe_ext.hyperspherical_energy(w.flatten(1), half_space=name != "output"))
-        for name, w in weights.items()
-    }
-
-
-def levels(name: str) -> dict[str, float]:
-    """Compute the energy of random vectors, and the lowest where so many vectors reach it."""
-    weight, pair = (
-        digits_network().get_parameter(f"{name}.weight"),
-        Riesz(half_space=name != "output"),
-    )
-    n, d = len(weight), weight[0].numel()
-    found = {"random": bounds.random_energy(n, d, pair)}
-    return found | ({"optimum": bounds.lowest_energy(n, d, pair)} if n <= d else {})
-
-
-def train(method: str, seed: int, steps: int, between: int) -> tuple[Row, DataFrame]:
-    """Train, and return the results, and the energies by the step.
-
-    The seed fixes the split, the first weights and the batches, whatever the method.
+    The seed fixes the split and the batches, whatever the method.
     """
-    digits = load_digits()
-    images = torch.from_numpy(digits.images / 16.0).float().unsqueeze(1)
-    labels = torch.from_numpy(digits.target).long()
-    options = {"train_size": TRAIN_IMAGES, "stratify": digits.target, "random_state": seed}
+    images, labels = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    images = images.float().view(-1, 1, 8, 8) / 16
+    options = {"train_size": TRAIN_IMAGES, "stratify": labels, "random_state": seed}
     train_set, test_set = map(torch.from_numpy, train_test_split(np.arange(len(labels)), **options))
-    torch.manual_seed(seed)
-    model, comhe = digits_network(), None
-    if method != "none":
-        projection = RandomProjection(seed=seed) if method == "RP-CoMHE" else None
-        comhe = comhe_ext.CoMHE(model, projection, output_layer="output", weight=WEIGHT)
+    projection, order = RandomProjection(seed=seed), torch.Generator().manual_seed(seed)
+    comhe = comhe_ext.CoMHE(model, projection, output_layer="output", weight=WEIGHT)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order, batches = torch.Generator().manual_seed(seed), list[Tensor]()
-    seconds, history = [], {}
-    for step in range(steps):
-        if step % between == 0:
-            history[step] = energies(model)
-        if not batches:
-            shuffled = train_set[torch.randperm(TRAIN_IMAGES, generator=order)]
-            batches = list(shuffled.split(BATCH))
-        batch = batches.pop()
-        start = time.perf_counter()
+    energies = {0: comhe.energies()}
+    for step in range(1, steps + 1):
+        batch = train_set[torch.randperm(TRAIN_IMAGES, generator=order)[:BATCH]]
         loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
-        if comhe is not None:
+        if method == COMHE:
             loss = loss + comhe()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seconds.append(time.perf_counter() - start)
         schedule.step()
-    history[steps] = energies(model)
+        if step % 10 == 0 or step == steps:
+            energies[step] = comhe.energies()
     model.eval()
     with torch.no_grad():
         hits = model(images[test_set]).argmax(1) == labels[test_set]
-    accuracy, step_ms = 100.0 * float(hits.float().mean()), 1e3 * float(np.median(seconds))
-    row = {"method": method, "seed": seed, "steps": steps, "accuracy": accuracy, "step_ms": step_ms}
-    row |= {f"{x}_first": history[0][x] for x in LAYERS}
-    row |= {f"{x}_last": history[steps][x] for x in LAYERS}
-    return row, DataFrame(history).T.assign(method=method)
+    return 100 * float(hits.float().mean()), [
+        {"method": method, "step": step, "layer": layer, **energy._asdict()}
+        for step, layers in energies.items()
+        for layer, energy in layers.items()
+    ]
 
 
-# --- what it shows --------------------------------------------------------------------------------
+def widen(model: nn.Module) -> nn.Sequential:
+    """Copy each hidden neuron and halve its outgoing weights: the outputs stay (Net2WiderNet).
+
+    Noise lets the copies part, for equal neurons have equal gradients.
+    """
+    state, generator = model.state_dict(), torch.Generator().manual_seed(0)
+    weight = state["hidden.weight"]
+    noise = NOISE * weight.std() * torch.randn(weight.shape, generator=generator)
+    state["hidden.weight"] = torch.cat([weight, weight + noise])
+    state["hidden.bias"] = state["hidden.bias"].repeat(2)
+    state["output.weight"] = state["output.weight"].repeat(1, 2) / 2
+    wide, neurons = digits_network(), 2 * len(weight)
+    wide.hidden, wide.output = nn.Linear(weight.shape[1], neurons), nn.Linear(neurons, 10)
+    wide.load_state_dict(state)
+    return wide
 
 
-def tables(rows: DataFrame) -> Iterator[DataFrame]:
-    by_method = rows.groupby("method", sort=False)
-    accuracies = by_method.accuracy.agg(["mean", "std", "min", "max"]).round(2)
-    yield accuracies.assign(**{"step, ms": by_method.step_ms.median().round(1)}).rename(METHODS)
-    known = DataFrame({name: levels(name) for name in LAYERS})
-    known.loc["before"] = [rows[f"{name}_first"].mean() for name in LAYERS]
-    last = by_method[[f"{name}_last" for name in LAYERS]].mean().set_axis(LAYERS, axis=1)
-    yield pd.concat([known, last.rename(METHODS)]).round(4)
+def save_checkpoint(model: nn.Module, folder: Path, name: str) -> str:
+    """Save a state_dict, by safetensors where that is installed, and return the path."""
+    if find_spec("safetensors"):
+        from safetensors.torch import save_file
+
+        save_file(model.state_dict(), file := folder / f"{name}.safetensors")
+    else:
+        torch.save(model.state_dict(), file := folder / f"{name}.pt")
+    return os.path.relpath(file)
 
 
-def sentences(rows: DataFrame) -> Iterator[str]:
-    """Put the paired differences of the seeds into sentences, in points of accuracy."""
-    accuracies = rows.pivot(index="seed", columns="method", values="accuracy")
-    for method in list(METHODS)[1:]:
-        differences, count = accuracies[method] - accuracies["none"], len(accuracies)
-        low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(CONFIDENCE)
-        verdict = f"no difference in accuracy that {count} seeds can show"
-        if low > 0 or high < 0:
-            verdict = f"{'more' if low > 0 else 'less'} accurate than without a regularizer"
-        yield (
-            f"{method}: {verdict} ({differences.mean():+.2f} points, {CONFIDENCE:.0%} interval of "
-            f"the paired difference {low:+.2f} to {high:+.2f})."
-        )
+def table(accuracies: DataFrame, history: DataFrame) -> str:
+    """Put accuracies and energies, means over the seeds, into lines."""
+    first, last = history[history.step == 0], history[history.step == history.step.max()]
+    lines = first.groupby("layer")[["random", "lowest"]].mean().T
+    lines.loc["before training"] = first.groupby("layer").energy.mean()
+    for method in METHODS:
+        lines.loc[method] = last[last.method == method].groupby("layer").energy.mean()
+    words = {x: f"{accuracies[x].mean():.2f} ± {accuracies[x].std():.2f}" for x in METHODS}
+    lines.insert(0, "test accuracy, %", Series(words))
+    return str(lines.rename_axis(columns=None).to_string(na_rep="", float_format="{:.4f}".format))
+
+
+def verdict(accuracies: DataFrame) -> str:
+    """Say whether the seeds show a difference in accuracy."""
+    test = stats.ttest_rel(accuracies[COMHE], accuracies[PLAIN])
+    low, high = test.confidence_interval(0.95)
+    found = f"{len(accuracies)} seeds show {'a' if low > 0 or high < 0 else 'no'} difference"
+    return f"{found}: {COMHE} gains {low:+.2f} to {high:+.2f} points of accuracy (95% interval)."
 
 
 def picture(theme: Theme, history: DataFrame) -> Figure:
     """Draw the energy of each layer over the steps, mean and deviation over the seeds."""
-    figure, panels = plt.subplots(2, 2, figsize=(10.4, 6.4), sharex=True)
-    figure.subplots_adjust(left=0.09, right=0.87, top=0.95, bottom=0.08, wspace=0.8)
-    colors = {"none": theme.faint, "MHE": theme.blue, "RP-CoMHE": theme.orange}
-    end = history.index.max()
-    for axes, layer in zip(panels.flat, LAYERS, strict=True):
-        names = []
-        for method, color in colors.items():
-            runs = history[history.method == method].groupby(level=0)[layer]
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    for axes, (layer, part) in zip(panels.flat, history.groupby("layer"), strict=True):
+        for method, color in zip(METHODS, (theme.blue, theme.orange), strict=True):
+            runs = part[part.method == method].groupby("step").energy
             mean, off = runs.mean(), runs.std()
-            axes.plot(mean, color=color, linewidth=1.8)
-            band = {"color": color, "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(mean.index, mean - off, mean + off, **band)
-            names.append(name_line(axes, end, mean[end], METHODS[method], color, "right"))
-        for label, level in levels(layer).items():
-            axes.axhline(level, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
-            names.append(name_line(axes, end, level, label, theme.ink, "right"))
-        axes.set_title(f"{layer}, {'full' if layer == 'output' else 'half'} space", fontsize=10)
-        axes.set_xlim(0, end)
+            axes.plot(mean, color=color, label=method)
+            axes.fill_between(mean.index, mean - off, mean + off, color=color, alpha=0.2, lw=0)
+        for level, style in (("random", "--"), ("lowest", ":")):
+            axes.axhline(part[level].mean(), color=theme.ink, lw=1, linestyle=style, label=level)
+        axes.set(title=layer, xlim=(0, history.step.max()))
         axes.ticklabel_format(axis="y", useOffset=False)
-        axes.grid(visible=False)
-        part_names(figure, names)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     figure.supxlabel("training step", fontsize=10)
-    figure.supylabel("energy, mean over pairs", fontsize=10)
+    figure.supylabel("energy, half space but for the output", fontsize=10)
     return figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps: a check")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "out", metavar="FOLDER", help="default: out"
-    )
-
-
-def learn_features(args: argparse.Namespace) -> None:
-    """Show which features of photos are copies of others, without a regularizer and with."""
-    print(
-        "256 features of 8 x 8 patches of two photos, in 64 dimensions. Nothing but a regularizer\n"
-        "keeps one from becoming the copy of another.\n"
-    )
-    example = runpy.run_path(str(ROOT / "examples" / "overcomplete_ica.py"))
-    args.out.mkdir(parents=True, exist_ok=True)
-    picture = str(args.out / "features.png")
-    effort = ["--steps", "3", "--patches", "1000"] if args.quick else []
-    example["main"]([*effort, "--picture", picture])
-    print(picture, end="\n\n")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder; default: out")
 
 
 def run(args: argparse.Namespace) -> None:
-    seeds, steps, between = (2, 6, 3) if args.quick else (6, 150, 10)
+    seeds, steps = (2, 6) if args.quick else (8, 150)
+    effort = ["--steps", "3", "--patches", "1000"] if args.quick else []
     torch.set_num_threads(1)  # the network is small: more threads would wait for each other
-    learn_features(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    print("1. Features of photos: which of 256, in 64 dimensions, become copies of others\n")
+    example = runpy.run_path(str(ROOT / "examples" / "overcomplete_ica.py"))
+    example["main"]([*effort, "--picture", file := os.path.relpath(args.out / "features.png")])
+    print(file)
+
+    print(f"\n2. A network: {TRAIN_IMAGES} of scikit-learn's digits, the others are for the test\n")
+    accuracies, records, models = DataFrame(columns=METHODS, dtype=float), [], []
+    for seed, method in track([*product(range(seeds), METHODS)], "training"):
+        torch.manual_seed(seed)
+        models.append(digits_network())
+        accuracies.loc[seed, method], found = train(models[-1], method, seed, steps)
+        records += found
+    history = DataFrame(records)
+    print(f"\n{table(accuracies, history)}\n\n{verdict(accuracies)}")
+    print("Energies: half space but for the output; random: of random directions; lowest: a bound.")
+    (energy,) = save(args.out, {"energy": lambda theme: picture(theme, history)})
+    print(os.path.relpath(energy))
+
     print(
-        f"scikit-learn's digits, {TRAIN_IMAGES} for training and the others for the test; {seeds} "
-        f"seeds, {steps} steps of {BATCH}.\nThe three start from the same weights and see the same "
-        f"batches; each layer's energy has weight {WEIGHT:g}.\n"
+        f"\n3. Checkpoints of a layer widened by copies (Net2WiderNet, Chen et al., 2016)\n\n"
+        f"before: a network from {PLAIN} as above, with a copy of each hidden neuron, noise "
+        f"{NOISE:.0%}.\nplain, comhe: {steps} steps of {PLAIN} or of {COMHE} from there.\n"
     )
-    runs = [(method, seed) for seed in range(seeds) for method in METHODS]
-    found = [train(*run, steps, between) for run in track(runs, "training")]
-    rows, history = DataFrame([row for row, _ in found]), pd.concat([h for _, h in found])
-    for title, table in zip(("Test accuracy, %", "Energies"), tables(rows), strict=True):
-        print(f"\n{title}\n{table.to_string(na_rep='-')}")
+    before = widen(models[0])
+    plain, comhe = copy.deepcopy(before), copy.deepcopy(before)
+    hits = [train(x, y, 0, steps)[0] for x, y in zip((plain, comhe), METHODS, strict=True)]
+    files, near = [], []
+    for name, model in (("before", before), ("plain", plain), ("comhe", comhe)):
+        files.append(save_checkpoint(model, args.out, name))
+        weight = model.get_parameter("hidden.weight").detach()
+        angles = comhe_ext.nearest(weight, angular=True, half_space=True)[0].rad2deg()
+        near.append(f"{int((angles < 10).sum())} {name}")
+    options = ["--exclude", "norm*", "--exclude", "*.bias"]
+    print(f"$ comhe-ext energy {shlex.join(files)} \\\n    {shlex.join(options)}", flush=True)
+    command.run(["energy", *files, *options])
     print(
-        "\nEnergies: s = 2, mean over pairs and seeds; half space, but for the output. Optimum:\n"
-        "the regular simplex, in half space orthogonal vectors; - where more rows do not fit.\n"
-        "Step: median, on one thread.\n"
+        f"\nHidden neurons within 10 degrees of another or its opposite: {', '.join(near)}.\n"
+        f"Test accuracy of this one network: {hits[0]:.1f}% plain, {hits[1]:.1f}% comhe.\n"
+        "On your own: comhe-ext energy before.safetensors after.safetensors (or .pt, .bin)"
     )
-    print(*sentences(rows), *save(args.out, {"energy": lambda x: picture(x, history)}), sep="\n")
