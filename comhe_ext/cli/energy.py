@@ -312,23 +312,21 @@ def _print_side_by_side(reports: Sequence[tuple[str, Sequence[LayerReport]]]) ->
         print(f"  {number}: {screen.printable(label)}")
     found = [{layer.name: layer for layer in layers} for _, layers in reports]
     names = dict.fromkeys(name for layers in found for name in layers)
-    headers = ["layer"]
-    for what in ("energy", "half"):
-        headers.append(f"{what} 1")
+    # a table for each space: the two beside each other would be wider than a screen
+    for field, title in (("energy", "energy"), ("half_space", "half-space energy")):
+        headers = [title, "1"]
         for number in range(2, len(reports) + 1):
-            headers += [f"{what} {number}", "change"]
-    rows = []
-    for name in names:
-        cells = [name]
-        for field in ("energy", "half_space"):
+            headers += [str(number), "change"]
+        rows = []
+        for name in names:
             energies = [getattr(layers.get(name), field, None) for layers in found]
             first, *others = (None if x is None else x.value for x in energies)
-            cells.append("-" if first is None else _number(first))
+            cells = [name, "-" if first is None else _number(first)]
             for value in others:
-                cells.append("-" if value is None else _number(value))
-                cells.append(_change(first, value))
-        rows.append(cells)
-    screen.print_table(headers, rows)
+                cells += ["-" if value is None else _number(value), _change(first, value)]
+            rows.append(cells)
+        print()
+        screen.print_table(headers, rows)
 
 
 def _change(first: float | None, value: float | None) -> str:

@@ -306,13 +306,15 @@ def two(tmp_path):
 def test_checkpoints_are_set_side_by_side(two, capsys):
     assert run(["energy", *map(str, two)]) == 0
     text = capsys.readouterr().out
-    table = text[text.index("side by side") :].splitlines()
-    assert table[1:3] == ["  1: before/model.pt", "  2: after/model.pt"]
-    cells = {line.split()[0]: line.split()[1:] for line in table[4:]}
-    # an orthogonal map keeps the energy
-    assert abs(float(cells["2.weight"][2].rstrip("%"))) <= 1e-4
-    assert abs(float(cells["0.weight"][2].rstrip("%"))) > 1e-2
-    assert cells["3.weight"][1:3] == ["-", "-"]
+    head, *tables = text[text.index("side by side") :].split("\n\n")
+    assert head.splitlines()[1:] == ["  1: before/model.pt", "  2: after/model.pt"]
+    assert [table.split("  ")[0] for table in tables] == ["energy", "half-space energy"]
+    for table in tables:
+        cells = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:]}
+        # an orthogonal map keeps the energy
+        assert abs(float(cells["2.weight"][2].rstrip("%"))) <= 1e-4
+        assert abs(float(cells["0.weight"][2].rstrip("%"))) > 1e-2
+        assert cells["3.weight"][1:3] == ["-", "-"]
 
 
 def test_csv_holds_the_fields_of_json(two, capsys):
