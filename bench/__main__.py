@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         listed: dict[str, Any] = {"nargs": "+", "default": (), "metavar": "NAME"}
         command.add_argument("--cases", **listed, help=", ".join(filter(None, names)))
         command.add_argument("--methods", **listed)
-    command = add("plot", "draw the results, light and dark")
+    command = add("plot", "draw the results")
     command.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     command = add("readme", "put bench/results into README.md and docs")
     command.add_argument("--check", action="store_true", help="change nothing, fail if it would")

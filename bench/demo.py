@@ -29,7 +29,7 @@ from bench import RESULTS, ROOT
 from bench.cases.models import digits_network
 from bench.measure import machine
 from bench.measure.store import Row, Table
-from bench.report.theme import Theme, name_line, part_names, save
+from bench.report.theme import save
 from comhe_ext import bounds
 from comhe_ext.kernels.pair_functions import Riesz
 from comhe_ext.projections import RandomProjection
@@ -141,31 +141,22 @@ def sentences(rows: DataFrame) -> Iterator[str]:
         )
 
 
-def picture(theme: Theme, history: DataFrame) -> Figure:
+def picture(history: DataFrame) -> Figure:
     """Draw the energy of each layer over the steps, mean and deviation over the seeds."""
     figure, panels = plt.subplots(2, 2, figsize=(10.4, 6.4), sharex=True)
-    figure.subplots_adjust(left=0.09, right=0.87, top=0.95, bottom=0.08, wspace=0.8)
-    colors = {"none": theme.faint, "MHE": theme.blue, "RP-CoMHE": theme.orange}
-    end = history.index.max()
     for axes, layer in zip(panels.flat, LAYERS, strict=True):
-        names = []
-        for method, color in colors.items():
+        for method, label in METHODS.items():
             runs = history[history.method == method].groupby(level=0)[layer]
             mean, off = runs.mean(), runs.std()
-            axes.plot(mean, color=color, linewidth=1.8)
-            band = {"color": color, "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(mean.index, mean - off, mean + off, **band)
-            names.append(name_line(axes, end, mean[end], METHODS[method], color, "right"))
-        for label, level in levels(layer).items():
-            axes.axhline(level, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
-            names.append(name_line(axes, end, level, label, theme.ink, "right"))
-        axes.set_title(f"{layer}, {'full' if layer == 'output' else 'half'} space", fontsize=10)
-        axes.set_xlim(0, end)
+            (line,) = axes.plot(mean, label=label)
+            axes.fill_between(mean.index, mean - off, mean + off, color=line.get_color(), alpha=0.2)
+        for (label, level), style in zip(levels(layer).items(), ("--", ":"), strict=False):
+            axes.axhline(level, color="black", linewidth=0.8, linestyle=style, label=label)
+        axes.set_title(f"{layer}, {'full' if layer == 'output' else 'half'} space")
         axes.ticklabel_format(axis="y", useOffset=False)
-        axes.grid(visible=False)
-        part_names(figure, names)
-    figure.supxlabel("training step", fontsize=10)
-    figure.supylabel("energy, mean over pairs", fontsize=10)
+        axes.legend()
+    figure.supxlabel("training step")
+    figure.supylabel("energy, mean over pairs")
     return figure
 
 
@@ -210,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
         "the regular simplex, in half space orthogonal vectors; - where more rows do not fit.\n"
         "Step: median, on one thread.\n"
     )
-    print(*sentences(rows), *save(args.out, {"energy": lambda x: picture(x, history)}), sep="\n")
+    print(*sentences(rows), *save(args.out, {"energy": lambda: picture(history)}), sep="\n")
     if args.save:
         stamp = machine.stamp("cpu", 1)
         TABLE.upsert(RESULTS, [{**stamp, **row} for row, _ in found])

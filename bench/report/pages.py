@@ -7,8 +7,7 @@ from pathlib import Path
 from bench import ROOT
 from bench.report import tables
 
-# a folder's file must find the pictures of bench/results
-TO_ROOT = {ROOT / "README.md": "", **dict.fromkeys(sorted((ROOT / "docs").glob("*.md")), "../")}
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def filled(texts: Mapping[Path, str], folder: Path) -> dict[Path, str]:
@@ -21,8 +20,7 @@ def filled(texts: Mapping[Path, str], folder: Path) -> dict[Path, str]:
             raise ValueError(f"one page must have the block {name!r}, {len(pages)} have it")
         (page,) = pages
         pattern = rf"(?<=^<!-- {name} -->\n).*?(?=^<!-- end {name} -->$)"
-        text = f"\n{part.replace(tables.TO_ROOT, TO_ROOT.get(page, ''))}\n\n"
-        text = text.replace("\\", r"\\")  # which re.subn reads
+        text = f"\n{part}\n\n".replace("\\", r"\\")  # which re.subn reads
         made[page], count = re.subn(pattern, text, made[page], flags=re.S | re.M)
         if count != 1:
             raise ValueError(f"{page.name} must have the block {name!r} once, with an end")
@@ -33,7 +31,7 @@ def filled(texts: Mapping[Path, str], folder: Path) -> dict[Path, str]:
 
 
 def read() -> dict[Path, str]:
-    return {page: page.read_text() for page in TO_ROOT}
+    return {page: page.read_text() for page in PAGES}
 
 
 def update(folder: Path) -> None:

@@ -12,12 +12,10 @@ from bench.cases import losses, models
 from bench.cases.shapes import GOALS, K30, LAYERS, ON_GPU, PAPER, SMALL, Shape
 from bench.cases.sweep import ACCURACY, CLOSE, DUPLICATES
 from bench.peers.energies import METHODS
-from bench.report import plots
 from bench.report.results import CASE, Sweep, key, newest
 
 NOTHING = "Nothing measured yet."
 NO_GPU = "**Nothing has run on a GPU yet.** No number here is from one."
-TO_ROOT = "TO_ROOT/"  # stands for the way from a page to the root
 
 
 def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -277,18 +275,6 @@ def beside(mine: Any, other: Any) -> str:
     return f"{f'**{words}**' if ratio < 1 else words}, {number(other.peak_mib)} MiB"
 
 
-def pictures(sweep: Sweep) -> str:
-    names = [name for name in plots.figures(sweep.folder) if name.endswith(sweep.device)]
-    folder = f"{TO_ROOT}bench/results/plots"
-    return "\n\n".join(
-        "<picture>\n"
-        f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.png">\n'
-        f'  <img alt="{plots.ALTERNATIVES[name.split("-")[0]]}" src="{folder}/{name}-light.png">\n'
-        "</picture>"
-        for name in names
-    )
-
-
 def training(sweep: Sweep) -> str:
     rows, lines = demo.TABLE.newest(sweep.folder), []
     last = [f"{layer}_last" for layer in demo.LAYERS]
@@ -302,7 +288,7 @@ def training(sweep: Sweep) -> str:
     return f"Mean ± deviation over {seeds} seeds of {steps} steps; {table}" if lines else NOTHING
 
 
-BLOCKS = {"speed": speed, "plots": pictures, "goals": goals, "slower": slower, "methods": methods}
+BLOCKS = {"speed": speed, "goals": goals, "slower": slower, "methods": methods}
 BLOCKS |= {"modes": modes, "accuracy": errors, "models": whole_models, "losses": named_losses}
 
 

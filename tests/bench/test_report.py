@@ -14,7 +14,7 @@ from bench import RESULTS, ROOT
 from bench.cases import losses, sweep
 from bench.measure import machine
 from bench.peers.energies import METHODS
-from bench.report import pages, plots, tables, theme
+from bench.report import pages, plots, tables
 
 
 @pytest.fixture(scope="module")
@@ -51,29 +51,23 @@ def results(tmp_path_factory):
 
 def test_plots_need_nothing_but_the_results(results):
     written = plots.draw(results)
-    names = {path.name for path in written}
-    assert names == {
-        f"{name}-cpu-{theme}.png"
-        for name in ("time", "memory", "speed", "accuracy")
-        for theme in ("light", "dark")
-    }
+    assert [path.name for path in written] == ["sweep-cpu.png"]
     first = {path: path.read_bytes() for path in written}
     for path, picture in first.items():
         assert len(picture) < 120_000, path
         with Image.open(path) as image:
             assert image.width > 1200
             assert len(image.convert("L").getcolors()) > 8
-    one = next(path for path in written if path.name == "time-cpu-dark.png")
-    theme.save(results / "plots", {one.stem: plots.figures(results)["time-cpu"]}, theme.DARK)
-    assert one.read_bytes() == first[one]
+    again = plots.draw(results)
+    assert {path: path.read_bytes() for path in again} == first
 
 
 def test_a_few_results_make_fewer_pictures(results, tmp_path):
     rows = sweep.STUDY.table.read(results)
     few = rows[rows["rows"] == 512].to_dict("records")
     sweep.STUDY.table.upsert(tmp_path, few)
-    assert set(plots.figures(tmp_path)) == {"time-cpu", "memory-cpu"}
-    assert len(plots.draw(tmp_path)) == 4
+    assert set(plots.figures(tmp_path)) == {"sweep-cpu"}
+    assert len(plots.draw(tmp_path)) == 1
     assert plots.draw(tmp_path / "empty") == []
 
 
@@ -122,13 +116,8 @@ def test_pages_are_rewritten_between_their_markers_only(results):
     assert once[readme].endswith("-->\nb\n")
     assert once[page].endswith("-->\nc\n")
     assert pages.filled(once, results) == once
-    assert once[readme].count('src="bench/results') == 4
-    # a page below the root finds the pictures, too
-    pictures = "<!-- plots cpu -->\nold\n<!-- end plots cpu -->\n"
-    cut = texts[readme].replace(pictures, "")
-    moved = {readme: cut, page: texts[page] + pictures}
-    assert pages.filled(moved, results)[page].count('src="../bench/results') == 4
-    with pytest.raises(ValueError, match="must have the block 'plots cpu', 0 have it"):
+    cut = texts[readme].replace("<!-- goals cpu -->\nold\n<!-- end goals cpu -->\n", "")
+    with pytest.raises(ValueError, match="must have the block 'goals cpu', 0 have it"):
         pages.filled({**texts, readme: cut}, results)
     with pytest.raises(ValueError, match="has the unknown blocks magic"):
         pages.filled({**texts, page: f"{texts[page]}<!-- magic -->\n<!-- end magic -->\n"}, results)
@@ -140,11 +129,10 @@ def test_pages_are_rewritten_between_their_markers_only(results):
 def test_pages_hold_the_committed_results():
     assert pages.stale(RESULTS) == [], "run python -m bench readme"
     for page, text in pages.read().items():
-        for picture in re.findall(r'"([^"]*bench/results/plots/[^"]+)"', text):
+        for picture in re.findall(r"\]\(([^)]*bench/results/plots/[^)]+)\)", text):
             assert (page.parent / picture).exists(), "run python -m bench plot"
 
 
-def test_all_methods_are_drawn_or_named():
-    assert set(plots.COLORS) | set(plots.BARS) <= set(METHODS)
+def test_all_methods_are_named():
     shown = {method for methods in tables.COLUMNS.values() for method in methods}
     assert shown == {name for name, method in METHODS.items() if method.backend is None}
