@@ -1,8 +1,8 @@
 """Everything there is to know about the Triton backend on the GPU of this machine, in one command.
 
-    python -m bench.gpu.suite --minutes 10     stops in time, a later run does the rest
-    python -m bench.gpu.suite --only "speed|tests" --fresh     forgets earlier results
-    TRITON_INTERPRET=1 python -m bench.gpu.suite     a dry run, no GPU needed
+    python -m tools.gpu_suite --minutes 10     stops in time, a later run does the rest
+    python -m tools.gpu_suite --only "speed|tests" --fresh     forgets earlier results
+    TRITON_INTERPRET=1 python -m tools.gpu_suite     a dry run, no GPU needed
 
 Stages: speed at the goals, by replay of CUDA graphs too, with errors and memory; tests of what only
 a GPU shows (graphs, streams, addresses above 2^31, ...); sanitizer; all other tests; and last the
@@ -81,6 +81,7 @@ def run(name: str, command: list[str], seconds: float) -> dict[str, object] | No
 
 
 def main() -> int:
+    """Run the stages that have not succeeded yet, as far as the time allows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=60.0, help="start no stage after so long")
     parser.add_argument("--only", default="", metavar="REGEX", help="stages with this in the name")
