@@ -13,14 +13,14 @@ import torch
 from rich.console import Console
 
 from bench import RESULTS, ROOT, demo
-from bench.cases import host_time, losses, models, projections, sampled, sweep
+from bench.cases import losses, models, projections, sampled, sweep
 from bench.measure import machine
 from bench.measure.contest import Rules
 from bench.measure.study import LEFT_OVER, Options, Study
 from bench.report import pages, plots
 
 ALL = (sweep.STUDY, sweep.ACCURACY, models.STUDY, losses.STUDY)
-STUDIES = {s.name: s for s in (*ALL, sampled.STUDY, projections.STUDY, host_time.STUDY)}
+STUDIES = {s.name: s for s in (*ALL, sampled.STUDY, projections.STUDY)}
 
 
 def count(text: str) -> int:

@@ -1,7 +1,6 @@
 """The benchmark measures what it says it measures, survives what fails, and keeps what it wrote."""
 
 import operator
-import os
 import signal
 import sys
 from functools import partial
@@ -15,7 +14,7 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.__main__ import STUDIES, main
-from bench.cases import host_time, losses, sweep
+from bench.cases import losses, sweep
 from bench.cases.shapes import Shape
 from bench.measure import contest
 from bench.measure.contest import Contest, Entry, Rules
@@ -113,21 +112,6 @@ def test_what_cannot_run_fit_or_end_is_not_tried(tmp_path):
     missing = Entry(MAKE["good"], unavailable="not here")
     row = held.hold({"good": missing})["good"]
     assert (row["status"], row["note"]) == ("unavailable", "not here")
-
-
-def test_every_layer_of_a_call_is_counted(tmp_path):
-    pytest.importorskip("triton")
-    if "TRITON_INTERPRET" in os.environ:
-        pytest.skip("needs the compiler's launcher")
-    case = {"case": "128 x 40"}
-    options = Options("cpu", 1, tmp_path, Console())
-    entries = host_time.entries(case, options)
-    layers = {name: entries[name] for name in entries if name.startswith("triton")}
-    assert len(layers) == 3
-    rows = Contest("cpu", 1, Rules(limit=ENDLESS, rounds=1), tmp_path).hold(layers)
-    for row in rows.values():
-        assert row["launches"] == 5  # normalize, pairwise, near_pairs, finish, total
-        assert row["wall_ms"] > 0
 
 
 # --- studies --------------------------------------------------------------------------------------
