@@ -199,7 +199,6 @@ setup(
         "bench": [
             *DEMO,
             "pykeops>=2.3,<2.4",
-            "pytest-benchmark>=5,<6",
             "pytorch-metric-learning>=2.9,<3",
         ],
         # what `make dist` checks a release with
