@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bench import RESULTS, ROOT, demo
 from bench.cases import losses, models, projections, sampled, sweep
 from bench.measure import machine
 from bench.measure.contest import Rules
 from bench.measure.study import LEFT_OVER, Options, Study
+from bench.peers import OURS
 from bench.report import pages, plots
 
-ALL = (sweep.STUDY, sweep.ACCURACY, models.STUDY, losses.STUDY)
-STUDIES = {s.name: s for s in (*ALL, sampled.STUDY, projections.STUDY)}
+ALL = (sweep.STUDY, sweep.ACCURACY, models.STUDY, losses.STUDY, projections.STUDY, sampled.STUDY)
+STUDIES = {study.name: study for study in ALL}
 
 
 def count(text: str) -> int:
@@ -39,13 +39,15 @@ def make_parser() -> argparse.ArgumentParser:
     def add(name: str, words: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=words, description=words)
 
-    add_measuring(add("all", f"{', '.join(s.name for s in ALL)}, then plot and readme"))
-    for study in STUDIES.values():
-        command = add(study.name, study.words)
+    minutes = sum(study.minutes for study in ALL)
+    add_measuring(add("all", f"all studies, then plot and readme; about {minutes} minutes"))
+    for study in ALL:
+        command = add(study.name, f"{study.words}; about {study.minutes} minutes")
         add_measuring(command, study.devices)
-        names = [*study.groups("cpu"), study.form]
+        form = ["SETSxROWSxDIM"] if study.parse else []
         listed: dict[str, Any] = {"nargs": "+", "default": (), "metavar": "NAME"}
-        command.add_argument("--cases", **listed, help=", ".join(filter(None, names)))
+        names = ", ".join([*study.groups("cpu", False), *form])
+        command.add_argument("--cases", **listed, help=names)
         command.add_argument("--methods", **listed)
     command = add("plot", "draw the results")
     command.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
@@ -58,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_measuring(
     command: argparse.ArgumentParser, devices: Sequence[str] = ("cpu", "cuda")
 ) -> None:
-    over = f"stop after so long; exit status {LEFT_OVER} if something is left over"
+    over = f"begin no case after so long; exit status {LEFT_OVER} if something is left over"
     command.add_argument("--device", choices=devices, default="cpu")
     command.add_argument("--threads", type=count, metavar="N")
     command.add_argument("--quick", action="store_true", help="a check; results in out/quick")
@@ -69,19 +71,13 @@ def add_measuring(
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    rules = Rules(
-        limit=args.limit or (10.0 if args.quick else Rules.limit),
-        budget=1.0 if args.quick else Rules.budget,
-        rounds=3 if args.quick else Rules.rounds,
-        deadline=time.monotonic() + 60.0 * args.budget_minutes,
-    )
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    rules = Rules(budget=1.0, rounds=3, limit=10.0) if args.quick else Rules()
     return Options(
         device=args.device,
         threads=args.threads or torch.get_num_threads(),
         out=args.out or (ROOT / "out" / "quick" if args.quick else RESULTS),
-        console=console,
-        rules=rules,
+        rules=replace(rules, limit=args.limit or rules.limit),
+        deadline=time.monotonic() + 60.0 * args.budget_minutes,
         methods=getattr(args, "methods", ()),
         resume=args.resume,
         quick=args.quick,
@@ -91,9 +87,21 @@ def options_of(args: argparse.Namespace) -> Options:
 def measure(study: Study, options: Options, threads: int | None, cases: Sequence[str] = ()) -> int:
     """Measure a study with its own number of threads where none is given."""
     options = replace(options, threads=threads or study.threads or options.threads)
-    if study.name == "sweep":
+    if study is sweep.STUDY:
         machine.measure_peak(options.device, options.threads, options.out)
     return study.measure(options, cases)
+
+
+def measure_all(options: Options, threads: int | None) -> int:
+    studies = [study for study in ALL if options.device in study.devices]
+    left = sum(measure(study, options, threads) for study in studies)
+    if options.device == "cpu" and not options.quick:
+        # how much faster ours is on all threads
+        left += measure(sweep.STUDY, replace(options, methods=OURS[:1]), options.threads, ["main"])
+    plots.draw(options.out)
+    if options.out == RESULTS:
+        pages.update(RESULTS)
+    return left
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,8 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pages.update(RESULTS)
         return 0
     if args.command == "plot":
-        for path in plots.draw(args.results):
-            print(path)
+        print(*plots.draw(args.results), sep="\n")
         return 0
     if args.command == "readme":
         if not args.check:
@@ -118,21 +125,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
     options = options_of(args)
-    if args.command != "all":
+    if args.command == "all":
+        left = measure_all(options, args.threads)
+    else:
+        study = STUDIES[args.command]
         try:
-            STUDIES[args.command].check(args.cases, options)
+            study.check(args.cases, options)
         except ValueError as error:
             parser.error(str(error))
-        left = measure(STUDIES[args.command], options, args.threads, args.cases)
-    else:
-        left = sum(measure(study, options, args.threads) for study in ALL)
-        if options.device == "cpu" and not args.quick:  # the goals on all threads, too
-            left += measure(sweep.STUDY, options, torch.get_num_threads(), ["goals"])
-        plots.draw(options.out)
-        if options.out == RESULTS:
-            pages.update(RESULTS)
+        left = measure(study, options, args.threads, args.cases)
     if left > 0:
-        options.console.print(f"{left} left over: run again with --resume")
+        print(f"{left} left over: run again with --resume")
         return LEFT_OVER
     return 0
 

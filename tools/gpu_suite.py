@@ -4,11 +4,11 @@
     python -m tools.gpu_suite --only "speed|tests" --fresh     forgets earlier results
     TRITON_INTERPRET=1 python -m tools.gpu_suite     a dry run, no GPU needed
 
-Stages: speed at the goals, by replay of CUDA graphs too, with errors and memory; tests of what only
-a GPU shows (graphs, streams, addresses above 2^31, ...); sanitizer; all other tests; and last the
-benchmark of all methods. Its rows go where `python -m bench` keeps them, what came of each stage to
-bench/results/gpu-<name>.json. A stage that fails says so there and in the exit status, and is tried
-again by the next run; one that runs into the limit is left to it.
+Stages: speed at the main shapes, by replay of CUDA graphs too, with errors and memory; tests of
+what only a GPU shows (graphs, streams, addresses above 2^31, ...); sanitizer; all other tests; and
+last the benchmark of all methods. Its rows go where `python -m bench` keeps them, what came of each
+stage to bench/results/gpu-<name>.json. A stage that fails says so there and in the exit status, and
+is tried again by the next run; one that runs into the limit is left to it.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def stages(results: Path) -> dict[str, list[str]]:
     if DRY:  # these tests are skipped
         return of_gpu
     cuda = ["--device", "cuda", "--resume", f"--out={results}"]
-    found = {"speed": [*bench, "sweep", *cuda, "--cases", "goals", "half space"], **of_gpu}
+    found = {"speed": [*bench, "sweep", *cuda, "--cases", "main", "half space"], **of_gpu}
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for tool in ("memcheck", "racecheck"):
         options = [f"--tool={tool}", "--error-exitcode=9", *pytest, "tests/kernels/test_gpu.py"]

@@ -1,12 +1,18 @@
-"""Named losses, nearest rows and cross sets beside what people write; value and gradient."""
+"""Named losses, nearest rows and cross sets beside what people write; value and gradient.
 
-import re
+Beside ours stand the formula with the whole matrix of cosines, the same in row blocks that backward
+computes again, and what is published or usual for the loss.
+"""
+
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 import comhe_ext
 from bench.measure.contest import Entry
@@ -14,9 +20,122 @@ from bench.measure.errors import errors, judged
 from bench.measure.store import Row
 from bench.measure.study import Case, Options, Study
 from bench.measure.worker import Call, Result
-from bench.peers import losses as peers
-from bench.peers.losses import Formula, dense, distance, in_row_blocks, largest, mean_of_others
+from bench.peers import block_rows
 from comhe_ext import Laplace, Riesz, losses, testing
+
+# --- the formulas ---------------------------------------------------------------------------------
+
+Sets = tuple[Tensor, Tensor, Tensor]  # unit rows, unit columns, each row's own column
+
+
+def among_themselves(x: Tensor) -> Sets:
+    unit = normalize(x)
+    return unit, unit, torch.arange(len(x), device=x.device)
+
+
+def classes_of_batch(weight: Tensor, labels: Tensor) -> Sets:
+    unit = normalize(weight)
+    return unit[labels], unit, labels
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A loss by its definition: a function of each row's cosines, and one of what that gave."""
+
+    of_row: Callable[[Tensor], Tensor]  # [n, M] -> [n]
+    of_rows: Callable[[Tensor], Tensor] = torch.mean
+    own: float = -math.inf  # stands for the cosine of a row with its own column, to leave it out
+    sets: Callable[..., Sets] = among_themselves
+
+    def block(self, rows: Tensor, columns: Tensor, own: Tensor) -> Tensor:
+        cosines, index = rows @ columns.mT, torch.arange(len(rows), device=rows.device)
+        cosines.index_put_((index, own), cosines.new_tensor(self.own))
+        return self.of_row(cosines)
+
+
+def dense(formula: Formula, *inputs: Tensor) -> Tensor:
+    return formula.of_rows(formula.block(*formula.sets(*inputs)))
+
+
+def in_row_blocks(formula: Formula, *inputs: Tensor) -> Tensor:
+    """Compute a formula a block of rows at a time, each again in backward instead of kept."""
+    rows, columns, own = formula.sets(*inputs)
+    size = block_rows(columns)
+    values = [
+        checkpoint(formula.block, block, columns, index, use_reentrant=False)
+        for block, index in zip(rows.split(size), own.split(size), strict=True)
+    ]
+    return formula.of_rows(torch.cat(values))
+
+
+def mean_of_others(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make the mean over the other columns of a function of the cosine, 0 at minus infinity."""
+    return lambda cosines: function(cosines).sum(1) / (cosines.shape[1] - 1)
+
+
+def largest(cosines: Tensor) -> Tensor:
+    return cosines.max(1).values
+
+
+def distance(cosines: Tensor) -> Tensor:
+    return (2.0 - 2.0 * cosines).sqrt()
+
+
+def gram_matrices(student: Tensor, teacher: Tensor) -> Tensor:
+    ours, theirs = normalize(student, dim=-1), normalize(teacher, dim=-1)
+    return (ours @ ours.mT - theirs @ theirs.mT).square().mean()
+
+
+# --- what is published or usual -------------------------------------------------------------------
+
+
+def by_pdist(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(torch.nn.functional.pdist(normalize(x)))
+
+
+def uniformity_keops(x: Tensor) -> Tensor:
+    from pykeops.torch import LazyTensor
+
+    unit, n = normalize(x), len(x)
+    r2 = LazyTensor(unit[:, None]).sqdist(LazyTensor(unit[None]))
+    return (((-2.0 * r2).exp().sum(1).sum() - n) / (n * (n - 1))).log()
+
+
+def koleo_published(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """DINOv2's: the nearest by the matrix of products, then the distance to it alone."""
+    unit = normalize(x, eps=eps)
+    with torch.no_grad():
+        products = unit @ unit.T
+        index = products.fill_diagonal_(-1).max(1).indices
+    distances = torch.nn.PairwiseDistance(2, eps=eps)(unit, unit[index])
+    return -(distances + eps).log().mean()
+
+
+def minimal_angle_published(w: Tensor) -> Tensor:
+    """MMA's own code."""
+    unit = normalize(w)
+    cosine = unit @ unit.T
+    cosine = cosine - 2.0 * torch.diag(torch.diag(cosine))
+    return -torch.acos(cosine.max(dim=1)[0].clamp(-0.99999, 0.99999)).mean()
+
+
+def regular_face_published(w: Tensor) -> Tensor:
+    from pytorch_metric_learning.regularizers import RegularFaceRegularizer
+
+    return RegularFaceRegularizer()(w)
+
+
+def nearest_keops(x: Tensor) -> Tensor:
+    """Take the second of the two nearest: the first is the row itself."""
+    from pykeops.torch import LazyTensor
+
+    unit = normalize(x)
+    rows = unit.detach()
+    r2 = LazyTensor(rows[:, None]).sqdist(LazyTensor(rows[None]))
+    return (unit - unit[r2.argKmin(2, dim=1)[:, 1]]).norm(dim=1).mean()
+
+
+# --- what is compared -----------------------------------------------------------------------------
 
 OURS = "comhe_ext"
 Value = Callable[..., Tensor]  # of the inputs
@@ -63,7 +182,7 @@ def of_pairs(
 
 def of_function(pair: Laplace | Riesz, of_distance: Callable[[Tensor], Tensor]) -> Loss:
     formula = Formula(mean_of_others(lambda c: of_distance(distance(c))))
-    pdist = partial(peers.by_pdist, lambda r: of_distance(r).mean())
+    pdist = partial(by_pdist, lambda r: of_distance(r).mean())
     return of_pairs(partial(comhe_ext.pair_energy, pair=pair), formula, pdist=pdist)
 
 
@@ -75,36 +194,33 @@ LOSSES = {
     "uniformity": of_pairs(
         losses.uniformity,
         Formula(mean_of_others(lambda c: (4.0 * c - 4.0).exp()), lambda x: x.mean().log()),
-        pdist=partial(peers.by_pdist, lambda r: r.pow(2).mul(-2).exp().mean().log()),
-        cdist=peers.uniformity_cdist,
-        keops=peers.uniformity_keops,
+        pdist=partial(by_pdist, lambda r: r.pow(2).mul(-2).exp().mean().log()),
+        keops=uniformity_keops,
     ),
     "koleo": of_pairs(
         losses.koleo,
         Formula(largest, lambda c: -(distance(c) + 1e-8).log().mean()),
         ALL,
-        published=peers.koleo_published,
+        published=koleo_published,
     ),
     "minimal_angle": of_pairs(
         losses.minimal_angle,
         Formula(largest, lambda c: -c.arccos().mean()),
-        published=peers.minimal_angle_published,
+        published=minimal_angle_published,
     ),
     "regular_face": of_pairs(
-        losses.regular_face, Formula(largest), published=peers.regular_face_published
+        losses.regular_face, Formula(largest), published=regular_face_published
     ),
     "nearest": of_pairs(
         lambda x: comhe_ext.nearest(x)[0].mean(),
         Formula(largest, lambda c: distance(c).mean()),
-        cdist=peers.nearest_cdist,
-        keops=peers.nearest_keops,
+        keops=nearest_keops,
     ),
     "sphereface_plus": of_pairs(
         losses.sphereface_plus,
-        Formula(mean_of_others(riesz_2), sets=peers.classes_of_batch),
+        Formula(mean_of_others(riesz_2), sets=classes_of_batch),
         (HEAD,),
         classes_and_labels,
-        cdist=peers.sphereface_plus_cdist,
     ),
     "row energies": of_pairs(
         lambda x: comhe_ext.pair_energy(x, reduction="rows").log().mean(),
@@ -114,7 +230,7 @@ LOSSES = {
         losses.frame_potential, Formula(mean_of_others(torch.square), own=0.0), ALL
     ),
     "gram": Loss(
-        {OURS: lambda *z: losses.gram(*z).mean(), "dense": peers.gram_matrices},
+        {OURS: lambda *z: losses.gram(*z).mean(), "dense": gram_matrices},
         ((4, 784, 1024),),
         two_networks,
     ),
@@ -151,22 +267,14 @@ def check(name: str, shape: Shape, device: str, result: Result) -> Row:
     return judged(errors(result, truth(name, shape, device)))
 
 
-def case_of(name: str, shape: Shape) -> Case:
-    return {"loss": name, "shape": "x".join(map(str, shape))}
-
-
-def parse(text: str) -> Case:
-    """Read a loss and the shape of its inputs, as koleo:4096x64."""
-    name, _, shape = text.partition(":")
-    if name not in LOSSES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise ValueError(f"a case must be written LOSS:SHAPE, as koleo:4096x64, got {text!r}")
-    return {"loss": name, "shape": shape}
-
-
-def groups(device: str) -> dict[str, list[Case]]:
-    cases = {name: [case_of(name, x) for x in loss.shapes] for name, loss in LOSSES.items()}
-    small = {name: tuple(min(n, 64) for n in loss.shapes[0]) for name, loss in LOSSES.items()}
-    return cases | {"quick": [case_of(name, shape) for name, shape in small.items()]}
+def groups(device: str, quick: bool) -> dict[str, list[Case]]:
+    shapes = {name: loss.shapes for name, loss in LOSSES.items()}
+    if quick:
+        shapes = {name: [tuple(min(n, 64) for n in some[0])] for name, some in shapes.items()}
+    return {
+        name: [{"loss": name, "shape": "x".join(map(str, shape))} for shape in some]
+        for name, some in shapes.items()
+    }
 
 
 def entries(case: Case, options: Options) -> dict[str, Entry]:
@@ -176,7 +284,6 @@ def entries(case: Case, options: Options) -> dict[str, Entry]:
         method: Entry(
             partial(make_call, name, shape, method, device),
             partial(check, name, shape, device),
-            compiles=method == "keops",
         )
         for method in LOSSES[name].methods
         if method != "keops" or not options.quick
@@ -184,10 +291,8 @@ def entries(case: Case, options: Options) -> dict[str, Entry]:
 
 
 STUDY = Study(
-    *("losses", "named losses and nearest rows beside what people write"),
+    *("losses", "named losses and nearest rows beside what people write", 6),
     key=("loss", "shape"),
     groups=groups,
     entries=entries,
-    form="LOSS:SHAPE",
-    parse=parse,
 )

@@ -32,17 +32,19 @@ class Shape(NamedTuple):
         return Shape(*map(int, match.groups()))
 
 
-# the goals of the project, for one thread of a processor and for a large GPU
-K30 = [Shape(1, 4096, 30), Shape(16, 2048, 30), Shape(1, 16384, 30)]
-WIDE = [Shape(1, 4096, 256), Shape(1, 4096, 1024)]
-ON_GPU = [Shape(1, 16384, 32), Shape(1, 4096, 128), Shape(1, 131072, 64), Shape(1, 1_000_000, 64)]
-GOALS = {"cpu": K30 + WIDE, "cuda": ON_GPU}
-# few rows, and many small sets: they show the fixed cost of a call
-FEW, MANY_SETS = Shape(1, 128, 40), Shape(1000, 64, 40)
-SMALL = {
-    "cpu": [Shape(1, 1024, 30), FEW, MANY_SETS],
-    "cuda": [Shape(1, 1024, 32), FEW, MANY_SETS],
+# those that the project has goals for, on one thread of a processor and on a large GPU
+MAIN = {
+    "cpu": [
+        *(Shape(1, 4096, 30), Shape(16, 2048, 30), Shape(1, 16384, 30)),
+        *(Shape(1, 4096, 256), Shape(1, 4096, 1024)),
+    ],
+    "cuda": [
+        *(Shape(1, 16384, 32), Shape(1, 4096, 128)),
+        *(Shape(1, 131072, 64), Shape(1, 1_000_000, 64)),
+    ],
 }
+# few rows, and many small sets: they show the fixed cost of a call
+SMALL = [Shape(1, 1024, 30), Shape(1, 128, 40), Shape(1000, 64, 40)]
 # layers as CoMHE sees them: projected to 40 dimensions, and two unprojected
 LAYERS = {
     Shape(20, 2048, 40): "ResNet-50 stage 5",

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 import comhe_ext
-from bench.cases.shapes import GOALS, LAYERS, PAPER, QUICK, SCALING, SCALING_DIM, SMALL, Shape
+from bench.cases.shapes import LAYERS, MAIN, PAPER, QUICK, SCALING, SCALING_DIM, SMALL, Shape
 from bench.measure.contest import Entry
 from bench.measure.errors import errors, judged
 from bench.measure.store import Row
 from bench.measure.study import Case, Options, Study
 from bench.measure.worker import Call, Result
-from bench.peers.energies import METHODS, Mode, naive_energy, replayed, run
+from bench.peers import METHODS, Mode, naive_energy, replayed, run
 from comhe_ext import testing
 
 # more would take the definition minutes
@@ -27,13 +27,13 @@ def shape_of(case: Case) -> Shape:
     return Shape(case["sets"], case["rows"], case["dim"])
 
 
-def groups(device: str) -> dict[str, list[Case]]:
-    lists = {"goals": GOALS[device], "small": SMALL[device], "layers": list(LAYERS)}
-    lists |= {"scaling": SCALING[device], "quick": QUICK}
+def groups(device: str, quick: bool) -> dict[str, list[Case]]:
+    lists = {"main": MAIN[device], "small": SMALL, "layers": list(LAYERS)}
+    lists = {"quick": QUICK} if quick else {**lists, "scaling": SCALING[device]}
     cases = {name: [case_of(shape) for shape in shapes] for name, shapes in lists.items()}
-    one = Shape(1, 4096, SCALING_DIM[device])
-    cases["modes"] = [case_of(one, "energy"), case_of(one, "second order")]
-    if device == "cuda":
+    if not quick:
+        one = Shape(1, 4096, SCALING_DIM[device])
+        cases["modes"] = [case_of(one, "energy"), case_of(one, "second order")]
         cases["half space"] = [case_of(PAPER, "half space")]
     return cases
 
@@ -76,27 +76,21 @@ def entries(case: Case, options: Options) -> dict[str, Entry]:
         name: Entry(
             partial(make_call, name, shape, mode, device),
             partial(check, shape, mode, device),
-            *(method.compiles, method.environment, method.version()),
-            unavailable=method.unavailable(device),
-            needs=method.matrices * 4.0 * shape.sets * shape.rows**2,
-            work=shape.pairs,
-            alike=(mode, shape.dim),
+            method.environment,
         )
         for name, method in METHODS.items()
         if device in method.devices
         and mode in method.modes
-        and (shape.sets > 1 or not method.only_batches)
         # compiling would take most of so short a run
         and not (options.quick and method.compiles)
     }
 
 
 STUDY = Study(
-    *("sweep", "time, memory and error of every method at every shape"),
+    *("sweep", "time, memory and error of every method at every shape", 35),
     key=("sets", "rows", "dim", "mode"),
     groups=groups,
     entries=entries,
-    form="SETSxROWSxDIM",
     parse=lambda text: case_of(Shape.parse(text)),
 )
 
@@ -141,20 +135,18 @@ def close_entries(case: Case, options: Options) -> dict[str, Entry]:
         m: Entry(
             partial(make_close_call, m, name, device),
             partial(check_close, name, device),
-            *(method.compiles, method.environment, method.version()),
+            method.environment,
             timed=False,
-            unavailable=method.unavailable(device),
         )
         for m, method in METHODS.items()
-        if device in method.devices
-        and not (method.only_batches or method.graph or (options.quick and method.compiles))
+        if device in method.devices and not (method.graph or (options.quick and method.compiles))
     }
 
 
 ACCURACY = Study(
-    *("accuracy", "errors on far, close and equal rows"),
+    *("accuracy", "errors on far, close and equal rows", 3),
     key=("case",),
-    groups=lambda device: {case: [{"case": case}] for case in CLOSE},
+    groups=lambda device, quick: {case: [{"case": case}] for case in CLOSE},
     entries=close_entries,
     threads=None,
 )

@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+import timeit
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -116,10 +116,13 @@ def fma_peak(threads: int) -> float:
         subprocess.run(["cc", *flags, source, "-o", library], check=True, capture_output=True)
         peak = ctypes.CDLL(str(library)).peak
     peak.argtypes, peak.restype = [ctypes.c_long], ctypes.c_float
+    # by the clock that methods are timed by
     clock = time.process_time if threads == 1 else time.perf_counter
     with ThreadPoolExecutor(threads) as pool:
-        seconds = shortest(lambda: list(pool.map(peak, [TURNS] * threads)), clock)
-    return threads * TURNS * 24 * (width // 4) * 2 / seconds
+        calls = timeit.repeat(
+            lambda: list(pool.map(peak, [TURNS] * threads)), timer=clock, number=1, repeat=REPEATS
+        )
+    return threads * TURNS * 24 * (width // 4) * 2 / min(calls)
 
 
 def matrix_peak() -> float:
@@ -131,14 +134,4 @@ def matrix_peak() -> float:
         torch.mm(left, right)
         torch.cuda.synchronize()
 
-    return 2 * n**3 / shortest(product, time.perf_counter)
-
-
-def shortest(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Time the fastest of several calls in seconds, by the clock that methods are timed by."""
-    seconds = []
-    for _ in range(REPEATS):
-        start = clock()
-        call()
-        seconds.append(clock() - start)
-    return min(seconds)
+    return 2 * n**3 / min(timeit.repeat(product, number=1, repeat=REPEATS))

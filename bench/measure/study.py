@@ -1,16 +1,18 @@
 """The engine of the benchmark: a study's cases, by its methods, into its file of results."""
 
+import math
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from bench.measure import machine
-from bench.measure.contest import Contest, Entry, OutOfTime, Rules
+from bench.measure.contest import Entry, Rules, hold
 from bench.measure.store import FIGURES, Row, Table
 
 LEFT_OVER = 3  # exit status when the time is up before the end
@@ -24,8 +26,8 @@ class Options:
     device: str
     threads: int
     out: Path
-    console: Console
     rules: Rules = field(default_factory=Rules)
+    deadline: float = math.inf  # of `time.monotonic`, after which no case begins
     methods: Sequence[str] = ()  # all, if empty
     resume: bool = False  # skip what has been measured
     quick: bool = False
@@ -35,16 +37,16 @@ class Options:
 class Study:
     """A question: its cases, and for each of them what takes part, by method.
 
-    `groups` has the cases of a device under the names that the command line takes; all are
-    measured by default, but for the group "quick". `parse` reads other cases, written as `form`.
+    `groups` has the cases of a device, of few and small ones for a quick run, under the names that
+    the command line takes. `parse` reads other cases.
     """
 
     name: str
     words: str
+    minutes: int  # of two quiet cores, about
     key: tuple[str, ...]
-    groups: Callable[[str], Mapping[str, Sequence[Case]]]
+    groups: Callable[[str, bool], Mapping[str, Sequence[Case]]]
     entries: Callable[[Case, Options], Mapping[str, Entry]]
-    form: str = ""
     parse: Callable[[str], Case] | None = None
     threads: int | None = 1  # None: as many as PyTorch takes
     values: tuple[str, ...] = ()  # columns beside the usual ones
@@ -52,15 +54,13 @@ class Study:
 
     @property
     def table(self) -> Table:
-        return Table(self.name.replace("-", "_"), (*self.key, "method"), (*FIGURES, *self.values))
+        return Table(self.name, (*self.key, "method"), (*FIGURES, *self.values))
 
     def cases(self, names: Sequence[str], options: Options) -> list[Case]:
         """List the cases of these names, each once; ValueError if there is no such case."""
-        groups = self.groups(options.device)
-        quick = ["quick"] if options.quick and "quick" in groups else []
-        names = names or quick or [name for name in groups if name != "quick"]
+        groups = self.groups(options.device, options.quick)
         found: list[Case] = []
-        for name in names:
+        for name in names or groups:
             if name not in groups and self.parse is None:
                 raise ValueError(f"{name!r} is none of {', '.join(groups)}")
             cases = groups[name] if name in groups else [self.parse(name)]  # type: ignore[misc]
@@ -80,37 +80,31 @@ class Study:
 
     def measure(self, options: Options, names: Sequence[str] = ()) -> int:
         """Measure cases, store each once it is complete, and return how many are left over."""
-        stamp, console = machine.stamp(options.device, options.threads), options.console
+        stamp = machine.stamp(options.device, options.threads)
 
         def wanted(case: Case) -> bool:
             keys = [{**stamp, **case, "method": m} for m in self.taking_part(case, options)]
             return bool(keys) and not (options.resume and not self.table.lacks(options.out, keys))
 
         cases = list(filter(wanted, self.cases(names, options)))
-        console.print(
-            f"{self.name}: {len(cases)} cases, {stamp['machine']}, threads: {options.threads}, "
-            f"PyTorch {stamp['torch']}, comhe_ext {stamp['comhe_ext']} at {stamp['commit'] or '?'}"
+        expected = "" if names or options.quick else f", about {self.minutes} minutes"
+        print(
+            f"{self.name}: {len(cases)} cases{expected}; {stamp['machine']}, threads: "
+            f"{options.threads}, PyTorch {stamp['torch']}, comhe_ext at {stamp['commit'] or '?'}"
         )
-        columns = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()
-        words = TextColumn("{task.description}")
-        progress = Progress(*columns, words, console=console, disable=not console.is_terminal)
-        with TemporaryDirectory() as caches, progress:
-            contest = Contest(options.device, options.threads, options.rules, Path(caches))
+        where = options.device, options.threads, options.rules
+        with TemporaryDirectory() as caches, Progress(disable=not sys.stdout.isatty()) as progress:
             task = progress.add_task("", total=len(cases))
             for index, case in enumerate(cases):
-                title = " ".join(str(value) for value in case.values())
-
-                def say(words: str, title: str = title) -> None:
-                    progress.update(task, description=f"{title} {words}")
-
-                try:
-                    rows = contest.hold(self.taking_part(case, options), say)
-                except OutOfTime:
+                if time.monotonic() >= options.deadline:
                     return len(cases) - index
+                title = " ".join(map(str, case.values()))
+                progress.update(task, description=title)
+                rows = hold(self.taking_part(case, options), *where, Path(caches))
                 self.table.upsert(
                     options.out, [{**stamp, **case, "method": m, **row} for m, row in rows.items()]
                 )
-                console.print(f"{title}: " + ", ".join(f"{m} {brief(r)}" for m, r in rows.items()))
+                print(f"{title}: " + ", ".join(f"{m} {brief(row)}" for m, row in rows.items()))
                 progress.advance(task)
         return 0
 

@@ -6,12 +6,12 @@ one works while the others sleep.
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import re
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -35,9 +35,9 @@ class Job(NamedTuple):
     """What a process should call: `make`, which can be pickled, loads it and returns the call."""
 
     make: Callable[[], Call]
-    device: str = "cpu"
-    threads: int = 1
-    environment: Mapping[str, str] = {}
+    device: str
+    threads: int
+    environment: Mapping[str, str]
 
 
 class Turn(NamedTuple):
@@ -52,7 +52,7 @@ class Turn(NamedTuple):
 class Reply(NamedTuple):
     wall: float  # seconds a call
     cpu: float  # of all threads
-    peak: int  # bytes above what was held before; at least a page, so that ratios exist
+    peak: float  # bytes above what was held before; at least a page, so that ratios exist
 
 
 class Lost(Exception):
@@ -72,10 +72,8 @@ class Worker:
         self.process = CONTEXT.Process(target=_serve, args=(theirs, job))
         self.process.start()
         theirs.close()
-        self.busy = False
 
     def ask(self, turn: Turn, limit: float) -> Reply:
-        self.busy = True
         try:
             self.connection.send(turn)
             if not self.connection.poll(min(limit, LONGEST)):
@@ -86,26 +84,22 @@ class Worker:
             if self.process.exitcode == -signal.SIGKILL:
                 raise Lost("out of memory", "ended by the system, short of memory") from None
             raise Lost("failed", f"the process ended with {self.process.exitcode}") from None
-        self.busy = False
         if isinstance(answer, Lost):
             raise answer
         return answer
 
     def close(self) -> None:
-        """End the process: it ends by itself if it waits for a turn, else it is killed."""
+        """End the process, together with compilers that it may have started."""
         self.connection.close()
-        self.process.join(0.0 if self.busy else 10.0)
-        if self.process.exitcode is None and self.process.pid is not None:
-            try:
-                # together with compilers that it may have started
+        if self.process.is_alive() and self.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # not yet a group of its own
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                self.process.kill()  # not yet a group of its own
-            self.process.join()
+            self.process.kill()
+        self.process.join()
 
 
 def _serve(connection: Connection, job: Job) -> None:
-    """Serve as the process: make calls until told to end."""
+    """Serve as the process: make calls until it is ended."""
     os.setsid()
     # compilers write much, which would break the progress bar on the screen
     sink = os.open(os.devnull, os.O_WRONLY)
@@ -124,11 +118,9 @@ def _serve(connection: Connection, job: Job) -> None:
                 call = call or job.make()
                 connection.send(_take(call, turn, job.device, start))
             except Exception as error:
-                words = str(error).strip().splitlines() or [""]
-                signs = ("can't allocate memory", "not enough memory")
                 short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-                short = short or any(sign in str(error) for sign in signs)
-                note = f"{type(error).__name__}: {words[0]}"[:200]
+                short |= bool(re.search("can't allocate|not enough memory", str(error)))
+                note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 connection.send(Lost("out of memory" if short else "failed", note))
                 return
 
@@ -143,7 +135,7 @@ def _take(call: Call, turn: Turn, device: str, start: tuple[float, float]) -> Re
         call()
     if turn.memory and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # of GNU's allocator
         libc.malloc_trim(0)
-    before = _resident_bytes(device, reset=True)
+    before = _peak_bytes(device, reset=True)
     if turn.warm or turn.memory:
         wait()
         start = _clocks()
@@ -151,7 +143,7 @@ def _take(call: Call, turn: Turn, device: str, start: tuple[float, float]) -> Re
         result = call()
     wait()
     wall, cpu = ((b - a) / turn.calls for a, b in zip(start, _clocks(), strict=True))
-    peak = max(_resident_bytes(device, reset=False) - before, resource.getpagesize())
+    peak = max(_peak_bytes(device) - before, resource.getpagesize())
     if turn.save is not None:
         torch.save([part if part is None else part.cpu() for part in result], turn.save)
     if device == "cuda":
@@ -159,20 +151,19 @@ def _take(call: Call, turn: Turn, device: str, start: tuple[float, float]) -> Re
     return Reply(wall, cpu, peak)
 
 
-def _resident_bytes(device: str, reset: bool) -> int:
+def _peak_bytes(device: str, reset: bool = False) -> float:
     """Read the peak of memory since the last reset; with `reset`, what is held now."""
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
+    if not (status := Path("/proc/self/status")).exists():
+        return math.nan  # only Linux tells
     if reset:
         # where that is not allowed, what was held at an earlier time hides what is smaller
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-    if (status := Path("/proc/self/status")).exists():
-        return int(re.findall(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return int(re.findall(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)[0]) * 1024
 
 
 def _give_way() -> None:

@@ -11,7 +11,7 @@ from pandas import DataFrame
 
 from bench.cases import sampled
 from bench.cases.shapes import SCALING_DIM
-from bench.peers.energies import METHODS
+from bench.peers import METHODS
 from bench.report.results import Sweep, newest
 from bench.report.theme import save
 from comhe_ext.testing.kinds import KINDS

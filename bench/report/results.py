@@ -1,6 +1,5 @@
 """The newest results beside each other: one machine, one clock, how many times as long."""
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +11,10 @@ from bench.cases.shapes import Shape
 from bench.cases.sweep import STUDY as SWEEP
 from bench.measure.machine import PEAKS
 from bench.measure.store import Table
-from bench.peers.energies import METHODS, OURS, PEERS
+from bench.peers import METHODS, OURS, PEERS
 
 CASE = ["sets", "rows", "dim", "mode"]
+Key = tuple[int, int, int, str]
 
 
 def newest(
@@ -42,17 +42,14 @@ class Sweep:
     ) -> None:
         self.folder, self.device = folder, device
         threads = threads or (1 if device == "cpu" else None)
-        rows = newest(SWEEP.table, folder, device, threads, machine)
-        self.rows = rows[rows.method.isin(METHODS)]  # one may have been renamed since
-        self.machine = rows.machine.iloc[0] if len(rows) else ""
-        peaks = newest(PEAKS, folder, device, threads, self.machine or "none").flops.dropna()
-        self.peak = float(peaks.iloc[-1]) if len(peaks) else None
+        self.rows = newest(SWEEP.table, folder, device, threads, machine)
+        self.machine = self.rows.machine.iloc[0] if len(self.rows) else "none"
+        self.peaks = newest(PEAKS, folder, device, threads, self.machine).flops.dropna()
 
     def table(self, column: str) -> DataFrame:
         """Lay a column out, cases by methods in the order of the registry."""
-        return self.rows.pivot(index=CASE, columns="method", values=column).reindex(
-            columns=list(METHODS)
-        )
+        table = self.rows.pivot(index=CASE, columns="method", values=column)
+        return table.reindex(columns=list(METHODS))
 
     @cached_property
     def ms(self) -> DataFrame:
@@ -68,33 +65,15 @@ class Sweep:
         """How many times as long each peer takes."""
         return self.ms.loc[self.ours.index, PEERS].div(self.ours, axis=0)
 
-    def has(self, shape: Shape) -> bool:
-        return key(shape) in self.ours.index
+    @cached_property
+    def shares(self) -> Series:
+        """The shares of the peak that are useful work."""
+        flop = Series([Shape(*case[:3]).flop for case in self.ours.index], self.ours.index)
+        wanted = flop.where(flop.index.get_level_values("mode") == "gradient")
+        return (
+            wanted / (1e-3 * self.ours) / (self.peaks.iloc[-1] if len(self.peaks) else float("nan"))
+        )
 
-    def over(self, shape: Shape, *peers: str) -> float:
-        """Compute how many times as long the fastest of some peers takes."""
-        if not self.has(shape):
-            return math.nan
-        return float(self.ratios.loc[key(shape), list(peers)].min())
-
-    def share(self, shape: Shape) -> float:
-        """Compute the share of the peak that is useful work."""
-        if self.peak is None or not self.has(shape):
-            return math.nan
-        return float(shape.flop / (1e-3 * self.ours[key(shape)]) / self.peak)
-
-    def value(self, shape: Shape, column: str, mode: str = "gradient", method: str = "") -> float:
-        """Read a column of our own row, or of a method's."""
-        table = self.table(column)
-        if key(shape, mode) not in table.index:
-            return math.nan
-        return float(table.loc[key(shape, mode), [method] if method else OURS].bfill().iloc[0])
-
-    def of(self, shapes: Sequence[Shape]) -> DataFrame:
-        """Select the rows of some shapes, energy and gradient."""
-        wanted = pd.MultiIndex.from_tuples([key(shape) for shape in shapes])
-        return self.rows[self.rows.set_index(CASE).index.isin(wanted)]
-
-
-def key(shape: Shape, mode: str = "gradient") -> tuple[int | str, ...]:
-    return (*shape, mode)
+    def of(self, cases: Sequence[Key]) -> DataFrame:
+        """Select the rows of some cases."""
+        return self.rows[pd.MultiIndex.from_frame(self.rows[CASE]).isin(cases)]

@@ -1,39 +1,59 @@
 """The tables of README.md and docs out of the results, as Markdown."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 from pandas import DataFrame
 
 from bench import demo
-from bench.cases import losses, models
-from bench.cases.shapes import GOALS, K30, LAYERS, ON_GPU, PAPER, SMALL, Shape
+from bench.cases import losses, models, projections, sampled
+from bench.cases.shapes import LAYERS, MAIN, SMALL, Shape
 from bench.cases.sweep import ACCURACY, CLOSE, DUPLICATES
-from bench.peers.energies import METHODS
-from bench.report.results import CASE, Sweep, key, newest
+from bench.peers import METHODS, OURS, PEERS
+from bench.report.results import Key, Sweep, newest
 
-NOTHING = "Nothing measured yet."
+NOTHING = "Not measured yet."
 NO_GPU = "**Nothing has run on a GPU yet.** No number here is from one."
+# what is shown in place of a time
+REASONS = {"ok": "", "out of memory": "memory", "timeout": "time"}
+# of the short table; one where we lose
+SHORT = [Shape(1, 128, 40), Shape(1, 4096, 30), Shape(20, 2048, 40), Shape(1, 3072, 768)]
+SHORT += [Shape(1, 50257, 40)]
 
 
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    # words to the left, numbers to the right
-    rule = ["---"] + ["---:"] * (len(headings) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines))
+def block(rows: DataFrame, table: DataFrame) -> str:
+    """Write a table, words to the left and numbers to the right, and say what rows it is of."""
+    if rows.empty:
+        return NOTHING
+    sides = ["left"] + ["right"] * (len(table.columns) - 1)
+    text = table.fillna("").to_markdown(index=False, disable_numparse=True, colalign=sides)
+    return f"{caption(rows)}.\n\n{text}"
 
 
-def block(rows: DataFrame, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Make a table, and say what rows it is of."""
-    return f"{caption(rows)}.\n\n{markdown(headings, lines)}" if lines else NOTHING
+def caption(rows: DataFrame) -> str:
+    """Say where and with what rows were measured."""
+
+    def all_of(column: str) -> str:
+        return ", ".join(map(str, rows[column].unique()))
+
+    threads = "" if rows.device.iloc[0] == "cuda" else f", threads: {all_of('threads')}"
+    versions = f"PyTorch {all_of('torch')}, comhe_ext {all_of('comhe_ext')} at {all_of('commit')}"
+    return f"{rows.machine.iloc[0]}{threads}; {versions}"
 
 
-def number(value: float, unit: str = "") -> str:
-    """Write three digits and a unit, or nothing for what was not measured."""
+def number(value: float) -> str:
+    """Write three digits, or nothing for what was not measured."""
     if math.isnan(value):
         return ""
-    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + unit
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(ratio: float) -> str:
+    """Write how many times as long something takes, bold if that is less long."""
+    text = f"{number(ratio)}×" if ratio == ratio else ""
+    return f"**{text}**" if ratio < 1 else text
 
 
 def error(value: float) -> str:
@@ -42,258 +62,215 @@ def error(value: float) -> str:
     return f"{value:.0e}" if math.isfinite(value) else "not finite"
 
 
-def caption(rows: DataFrame) -> str:
-    """Say where and with what rows were measured."""
-
-    def all_of(column: str) -> str:
-        return ", ".join(str(x) for x in dict.fromkeys(rows[column]))
-
-    threads = "" if rows.device.iloc[0] == "cuda" else f", threads: {all_of('threads')}"
-    versions = f"PyTorch {all_of('torch')}, comhe_ext {all_of('comhe_ext')} at {all_of('commit')}"
-    return f"{rows.machine.iloc[0]}{threads}; {versions}"
-
-
 # --- the sweep ------------------------------------------------------------------------------------
 
-# heading -> the methods whose fastest is shown
-COLUMNS = {"naive": ["naive"], "naive, set by set": ["naive-by-set"], "row blocks": ["row-blocks"]}
-COLUMNS |= {"checkpoint": ["checkpoint"], "pdist": ["pdist"], "cdist": ["cdist-mm", "cdist-direct"]}
-COLUMNS |= {
-    "torch.compile": ["compile"],
-    "KeOps": ["keops"],
-    "KeOps, one sweep": ["keops-analytic"],
-}
-COLUMNS |= {"the same, native flags": ["keops-native"]}
-REASONS = {"out of memory": "memory", "timeout": "time", "unavailable": "-", "nan": ""}
-WORDS = {"gradient": "energy + gradient"}
-CLOSEST = 5
-# of the short table; one where we lose
-SHAPES = [Shape(1, 128, 40), Shape(1, 4096, 30), Shape(20, 2048, 40), Shape(1, 3072, 768)]
-SHAPES += [Shape(1, 50257, 40)]
 
-
-def speed(sweep: Sweep) -> str:
-    wanted = [*GOALS[sweep.device], *SMALL[sweep.device], *LAYERS]
-    wanted = [shape for shape in wanted if sweep.has(shape)]
-    if not wanted:
-        return NO_GPU if sweep.device == "cuda" else NOTHING
-    status = sweep.table("status")
-    columns = {h: ms for h, ms in COLUMNS.items() if status[ms].notna().any(axis=None)}
-    lines = []
-    for shape in wanted:
-        share = sweep.share(shape)
-        cells = [number(sweep.ours[key(shape)]), "" if math.isnan(share) else f"{share:.0%}"]
-        cells += [ratio(sweep, shape, *methods) for methods in columns.values()]
-        lines.append([name_of(shape), *cells])
-    headings = ["rows × k", "comhe_ext, ms", "of the peak", *columns]
-    return block(sweep.of(wanted), headings, lines)
-
-
-def ratio(sweep: Sweep, shape: Shape, *methods: str) -> str:
-    """Say how many times as long the fastest of some methods takes, or why none ran."""
-    why = str(sweep.table("status").loc[key(shape), methods[0]])
-    return number(sweep.over(shape, *methods), "×") or REASONS.get(why, "")
-
-
-def shapes(sweep: Sweep) -> str:
-    """Make the short table: beside the naive formula, and beside the best of all others."""
-    lines = []
-    for shape in filter(sweep.has, SHAPES):
-        naive, ratios = ratio(sweep, shape, "naive"), sweep.ratios.loc[key(shape)]
-        best = number(ratios.min(), "×") if ratios.min() >= 1 else f"**{number(ratios.min())}×**"
-        ours, theirs = (number(sweep.value(shape, "peak_mib", method=m)) for m in ("", "naive"))
-        cells = [number(sweep.ours[key(shape)]), naive, best, METHODS[ratios.idxmin()].label]
-        lines.append([name_of(shape), *cells, ours, theirs or naive])
-    headings = ["rows × k", "comhe_ext, ms", "naive", "best peer", "which is", "our peak, MiB"]
-    return block(sweep.of(SHAPES), [*headings, "naive's"], lines)
-
-
-def name_of(shape: Shape) -> str:
+def name_of(case: Key) -> str:
+    shape, mode = Shape(*case[:3]), case[3]
+    if mode != "gradient":
+        return f"{shape}, {mode}"
     return f"{shape}, {LAYERS[shape]}" if shape in LAYERS else str(shape)
 
 
-def slower(sweep: Sweep) -> str:
-    """List every case in which a peer was faster, and those where one came closest."""
-    found = sweep.ratios.stack().dropna().sort_values(kind="stable")
-    if found.empty:
-        return NOTHING
-
-    def words(entries: Any) -> str:
-        return "\n".join(
-            f"- {Shape(*case[:3])}, {WORDS.get(case[3], case[3])}: "
-            f"{METHODS[case[4]].label} takes {ratio:.2f} times as long."
-            for case, ratio in entries.items()
-        )
-
-    lost = found[found < 1]
-    count, cases = (rows.reset_index()[CASE].drop_duplicates() for rows in (lost, found))
-    text = f"Of {len(cases)} cases, a peer was faster in {len(count)}" + (":" if len(lost) else ".")
-    closest = found[len(lost) : len(lost) + CLOSEST]
-    parts = [text, words(lost), "The next closest:", words(closest)]
-    return "\n\n".join(part for part in parts if part)
+def speed(sweep: Sweep, shapes: Sequence[Shape], modes: bool = False) -> str:
+    """Lay out our times, and how many times as long each peer takes, or why it has none."""
+    cases = [case for shape in shapes if (case := (*shape, "gradient")) in sweep.ours.index]
+    cases += [case for case in sweep.ours.index if modes and case[3] != "gradient"]
+    two = Sweep(sweep.folder, sweep.device, 2, sweep.machine)
+    faster = sweep.table("wall_ms")[OURS[0]] / two.table("wall_ms")[OURS[0]]
+    why = sweep.table("status")[PEERS].replace(REASONS)
+    figures = {
+        "comhe_ext, ms": sweep.ours.map(number),
+        "% of the peak": sweep.shares.mul(100).map(number),
+        "two threads over one": faster.map(times),
+        **{METHODS[x].label: sweep.ratios[x].map(times).mask(sweep.ratios[x].isna(), why[x])
+           for x in PEERS},
+    }  # fmt: skip
+    table = DataFrame(figures).fillna("").loc[cases]
+    table = table.loc[:, table.ne("").any()]
+    table.insert(0, "rows × k", [name_of(case) for case in cases])
+    found = block(sweep.of(cases), table)
+    return NO_GPU if found == NOTHING and sweep.device == "cuda" else found
 
 
 def methods(sweep: Sweep) -> str:
     """Make the table of all methods at one shape, the first."""
-    shape = GOALS[sweep.device][0]
-    rows, lines = sweep.of([shape]).set_index("method"), []
-    for name, method in METHODS.items():
-        if name not in rows.index:
-            continue
-        row, label = rows.loc[name], method.label
-        if method.backend is not None:
-            label = f"comhe_ext, backend `{method.backend}`" + ", CUDA graph" * method.graph
-        elif method.package != "torch":
-            label += f" {row.version}"
-        if row.status != "ok":
-            lines.append([label, f"{row.status}: {row.note}", *[""] * 5])
-            continue
-        first = number(row.first_s) + " (compiles)" * (row.compiled == "yes")
-        wall = f"{number(row.wall_min_ms)} to {number(row.wall_max_ms)}"
-        off = error(row.value_error), error(row.gradient_error)
-        lines.append([label, number(row.ms), wall, first, number(row.peak_mib), *off])
-    headings = ["", "time, ms", "wall clock, ms", "first call, s", "peak, MiB"]
-    table = block(rows, [*headings, "energy error", "gradient error"], lines)
-    return f"{shape}; {table}" if lines else NOTHING
-
-
-def modes(sweep: Sweep) -> str:
-    rows, lines = sweep.rows[sweep.rows["mode"] != "gradient"], []
-    for case, ours in sweep.ours.items():
-        if case[3] != "gradient" and (ratios := sweep.ratios.loc[case].dropna()).size:
-            peer = number(ratios.min(), "×"), METHODS[ratios.idxmin()].label
-            cells = [number(ours), number(ratios.get("naive", math.nan), "×"), *peer]
-            lines.append([f"{case[3]}, {Shape(*case[:3])}", *cells])
-    return block(rows, ["", "comhe_ext, ms", "naive", "fastest peer", "which is"], lines)
-
-
-# --- the goals ------------------------------------------------------------------------------------
-
-Goal = tuple[str, str, float, str, float]  # words, at least or at most, bound, unit, reached
-
-
-def goals_of(sweep: Sweep) -> Iterator[Goal]:
-    """List the goals of the project for one thread of a processor, and for a large GPU."""
-    if sweep.device == "cuda":
-        bounds = zip([*ON_GPU, PAPER], (180, 50, 17_000, 1_000_000, 320), strict=True)
-        for shape, most in bounds:
-            mode = "half space" if shape == PAPER else "gradient"
-            reached = 1e3 * sweep.value(shape, "wall_ms", mode, "comhe-graph")
-            yield f"{shape}, {mode}", "most", most, " µs", reached
-        return
-
-    def over(words: str, bounds: Mapping[Shape, float], *peers: str) -> Iterator[Goal]:
-        for shape, least in bounds.items():
-            yield f"{shape}, over {words}", "least", least, " times", sweep.over(shape, *peers)
-
-    shapes, large = GOALS["cpu"], K30[-1]
-    yield from over("naive", dict(zip(shapes, (25, 25, 60, 5, 3), strict=True)), "naive")
-    best = ("pdist", "cdist-mm", "cdist-direct")
-    yield from over("the best of pdist and cdist", dict.fromkeys(K30, 10.0), *best)
-    yield from over("torch.compile", dict.fromkeys(shapes, 4.0), "compile")
-    yield from over("KeOps as shipped", dict.fromkeys(K30, 25.0), "keops")
-    for shape in [*shapes[:1], *shapes[2:]]:
-        yield f"{shape}, of the peak", "least", 65, " %", 100 * sweep.share(shape)
-    yield f"{large}, memory", "most", 16, " MiB", sweep.value(large, "peak_mib")
-    yield f"{large}, energy's error", "most", 1e-6, "", sweep.value(large, "value_error")
-    yield f"{large}, gradient's error", "most", 2e-6, "", sweep.value(large, "gradient_error")
-    two = Sweep(sweep.folder, "cpu", 2, sweep.machine)
-    for shape in shapes:
-        times = sweep.value(shape, "wall_ms") / two.value(shape, "wall_ms")
-        yield f"{shape}, two threads over one", "least", 1.9, " times", times
-
-
-def goals(sweep: Sweep) -> str:
-    lines = []
-    for words, kind, bound, unit, reached in goals_of(sweep):
-        shown = f"{reached:.1e}" if reached < 1e-3 else number(reached)
-        met = reached >= bound if kind == "least" else reached <= bound
-        cells = [f"{shown}{unit}", "yes" if met else "**no**"] if shown else ["not measured", ""]
-        lines.append([words, f"at {kind} {bound:g}{unit}", *cells])
-    return markdown(["goal", "wanted", "reached", "met"], lines) if len(sweep.ours) else NOTHING
+    shape = MAIN[sweep.device][0]
+    rows = sweep.of([(*shape, "gradient")]).set_index("method")
+    rows = rows.loc[[name for name in METHODS if name in rows.index]]
+    table = DataFrame(
+        {
+            "": [METHODS[name].label for name in rows.index],
+            "time, ms": rows.ms.map(number).where(rows.status == "ok", rows.status),
+            "wall clock, ms": rows.wall_min_ms.map(number) + " to " + rows.wall_max_ms.map(number),
+            "first call, s": rows.first_s.map(number),
+            "compiles": rows.compiled.replace("no", ""),
+            "peak, MiB": rows.peak_mib.map(number),
+            "energy error": rows.value_error.map(error),
+            "gradient error": rows.gradient_error.map(error),
+        }
+    )
+    return f"{shape}; {block(rows, table)}" if len(rows) else NOTHING
 
 
 # --- the other studies ----------------------------------------------------------------------------
 
 
-def errors(sweep: Sweep) -> str:
-    rows, lines = newest(ACCURACY.table, sweep.folder, sweep.device), []
-    for name, method in METHODS.items():
-        mine = rows[(rows.method == name) & (rows.status != "unavailable")].set_index("case")
-        if len(mine):
-            label = f"{method.label} (`{method.backend}`)" if method.backend else method.label
-            cells = [error(x) for x in mine.gradient_error.reindex(CLOSE[:-1])]
-            lines.append([label, *cells, number(mine.value.get(DUPLICATES, math.nan))])
-    return block(rows, ["error of the gradient", *CLOSE[:-1], "energy with duplicates"], lines)
+def errors(rows: DataFrame) -> str:
+    off = rows.pivot(index="method", columns="case", values="gradient_error")
+    off = off.reindex(index=list(METHODS), columns=CLOSE[:-1]).dropna(how="all")
+    energies = rows[rows.case == DUPLICATES].set_index("method").value
+    table = off.map(error).assign(**{"energy with duplicates": energies.map(number)})
+    table.insert(0, "error of the gradient", [METHODS[name].label for name in table.index])
+    return block(rows, table)
 
 
-def whole_models(sweep: Sweep) -> str:
-    rows = newest(models.STUDY.table, sweep.folder, sweep.device)
-    lines, why = [], [""]
-    for name, model in models.MODELS.items():
-        mine = rows[rows.model == name].set_index("method")
-        for method in mine.index.intersection(models.METHODS, sort=False):
-            row, plain = mine.loc[method], method == models.NONE
-            cells = [f"{model.label}, batch {row.batch}" if plain else "", method]
-            if row.status != "ok":
-                lines.append([*cells, row.status, "", ""])
-                why.append(f"- {model.label}, {method}: {row.note}")
-                continue
-            more = "" if plain else number(row.wall_ms - mine.wall_ms[models.NONE])
-            more = f"+{more}" if more else ""
-            lines.append([*cells, number(row.wall_ms), more, number(row.peak_mib)])
-    table = block(rows, ["", "regularizer", "step, ms", "of it", "peak, MiB"], lines)
-    return table + "\n".join(["\n", *why[1:]]) if why[1:] else table
+def whole_models(rows: DataFrame) -> str:
+    """Lay out a step's time and memory, regularizers by models."""
+    cells = rows.wall_ms.map(number) + " ms, " + rows.peak_mib.map(number) + " MiB"
+    cells = cells.where(rows.status == "ok", rows.status)
+    table = rows.assign(cell=cells).pivot(index="method", columns=["model", "batch"], values="cell")
+    table = table.reindex(models.METHODS).reindex(columns=list(models.MODELS), level="model")
+    table.columns = [f"{models.MODELS[name].label}, batch {batch}" for name, batch in table]
+    return block(rows, table.rename_axis("regularizer").reset_index())
 
 
-LOSS_COLUMNS = {"dense": "dense", "row-blocks": "row blocks", "pdist": "pdist", "cdist": "cdist"}
-LOSS_COLUMNS |= {"published": "published", "keops": "KeOps"}
+def named_losses(rows: DataFrame) -> str:
+    ms, peaks, status = (
+        rows.pivot(index=["loss", "shape"], columns="method", values=column)
+        for column in ("ms", "peak_mib", "status")
+    )
+    groups = losses.groups("cpu", False).values()
+    order = [tuple(case.values()) for cases in groups for case in cases]
+    table = DataFrame(index=[case for case in order if case in ms.index])
+    table["loss"] = [f"`{loss}`" for loss, _ in table.index]
+    table["inputs"] = [shape.replace("x", " × ") for _, shape in table.index]
+    table["comhe_ext, ms"] = ms[losses.OURS].map(number)
+    table["peak, MiB"] = peaks[losses.OURS].map(number)
+    for method in ("dense", "row-blocks", "pdist", "published", "keops"):
+        if method in ms:
+            ratio = ms[method] / ms[losses.OURS]
+            words = ratio.map(times) + ", " + peaks[method].map(number) + " MiB"
+            table[method] = words.where(ratio.notna(), status[method].replace(REASONS))
+    return block(rows, table)
 
 
-def named_losses(sweep: Sweep) -> str:
-    rows, lines = newest(losses.STUDY.table, sweep.folder, sweep.device), []
-    groups = losses.groups(sweep.device)
-    for case in [case for name in losses.LOSSES for case in groups[name]]:
-        found = rows[(rows.loss == case["loss"]) & (rows["shape"] == case["shape"])]
-        found = found.set_index("method")
-        if found.empty:
-            continue
-        mine = found.loc[losses.OURS]
-        cells = [number(mine.ms) or mine.status, number(mine.peak_mib)]
-        for method in LOSS_COLUMNS:
-            cells.append(beside(mine, found.loc[method]) if method in found.index else "")
-        lines.append([f"`{case['loss']}`", case["shape"].replace("x", " × "), *cells])
-    headings = ["loss", "inputs", "comhe_ext, ms", "peak, MiB", *LOSS_COLUMNS.values()]
-    return block(rows, headings, lines)
-
-
-def beside(mine: Any, other: Any) -> str:
-    """Say how many times as long another method takes, bold if it is faster, and its memory."""
-    if math.isnan(ratio := other.ms / mine.ms):
-        return REASONS.get(other.status, str(other.status))
-    words = f"{number(ratio)}×"
-    return f"{f'**{words}**' if ratio < 1 else words}, {number(other.peak_mib)} MiB"
-
-
-def training(sweep: Sweep) -> str:
-    rows, lines = demo.TABLE.newest(sweep.folder), []
-    last = [f"{layer}_last" for layer in demo.LAYERS]
-    for method, runs in rows.groupby("method", sort=False):
-        accuracy = f"{runs.accuracy.mean():.2f} ± {runs.accuracy.std():.2f}"
-        energies = [f"{x:.4f}" for x in runs[last].mean()]
-        lines.append([demo.METHODS[method], accuracy, *energies, f"{runs.step_ms.median():.1f}"])
-    headings = ["", "test accuracy, %", *(f"energy of {layer}" for layer in demo.LAYERS)]
-    table = block(rows, [*headings, "step, ms"], lines)
+def training(rows: DataFrame) -> str:
+    by_method = rows.groupby("method", sort=False)
+    accuracies = by_method.accuracy.agg(lambda x: f"{x.mean():.2f} ± {x.std():.2f}")
+    table = DataFrame({"test accuracy, %": accuracies})
+    for layer in demo.LAYERS:
+        table[f"energy of {layer}"] = by_method[f"{layer}_last"].mean().map("{:.4f}".format)
+    table["step, ms"] = by_method.step_ms.median().map("{:.1f}".format)
     seeds, steps = rows.seed.nunique(), rows.steps.max()
-    return f"Mean ± deviation over {seeds} seeds of {steps} steps; {table}" if lines else NOTHING
+    text = block(rows, table.rename(demo.METHODS).rename_axis("").reset_index())
+    return f"Mean ± deviation over {seeds} seeds of {steps} steps; {text}"
 
 
-BLOCKS = {"speed": speed, "goals": goals, "slower": slower, "methods": methods}
-BLOCKS |= {"modes": modes, "accuracy": errors, "models": whole_models, "losses": named_losses}
+# --- projections and samples ----------------------------------------------------------------------
+
+
+def laid_out(rows: DataFrame, what: str, names: Sequence[str]) -> DataFrame:
+    """Lay out times or errors of projections: all methods by what they are of."""
+    rows = rows[rows.what == what]
+    figures = rows.assign(figure=rows.gradient_error if what == projections.ERROR else rows.ms)
+    table = figures.pivot(index="method", columns="of", values="figure").astype(float)
+    table = table.reindex(index=[*projections.KINDS, *projections.SAMPLED], columns=list(names))
+    return table.rename(columns={name: model.label for name, model in models.MODELS.items()})
+
+
+def kinds(rows: DataFrame) -> str:
+    rows = rows[rows.method.isin(projections.KINDS)]
+    networks = [name for name in projections.OF_KINDS if name in models.MODELS]
+    layers = [name for name in projections.OF_KINDS if name not in models.MODELS]
+    alone = laid_out(rows, projections.PROJECTIONS, networks)
+    parts = [
+        laid_out(rows, projections.STEP, networks).rename(columns="{}, ms".format),
+        alone.rename(columns="of which projections, {}".format),
+        laid_out(rows, projections.ERROR, layers).rename(columns="error, {}".format),
+    ]
+    table = pd.concat(parts, axis=1).loc[list(projections.KINDS)].map(number)
+    return block(rows, table.rename_axis("projections").reset_index())
+
+
+def sampled_rows(rows: DataFrame, *what: str) -> DataFrame:
+    """Select what compares sampled with exact energies; nothing as long as that has no rows."""
+    rows = rows[rows.of.isin(projections.OF_SAMPLES) & rows.what.isin(what)]
+    return rows if rows.method.isin(projections.SAMPLED).any() else rows[:0]
+
+
+def sampled_steps(rows: DataFrame) -> str:
+    """Compare steps, and what the pairs take of them, with 20 Gaussian projections, exact."""
+    rows = sampled_rows(rows, projections.STEP, projections.PROJECTIONS)
+    networks = [name for name in projections.OF_SAMPLES if name in models.MODELS]
+    steps = laid_out(rows, projections.STEP, networks)
+    alone = laid_out(rows, projections.PROJECTIONS, networks)
+    # what the projections take depends on their kind alone
+    pairs = steps - alone.loc[[name.split(",")[0] for name in steps.index]].set_axis(steps.index)
+    parts = [
+        (figures / figures.loc["gaussian 20"]).rename(columns=words.format)
+        for figures, words in ((steps, "{}, step"), (pairs, "pairs alone, {}"))
+    ]
+    table = pd.concat(parts, axis=1).loc[[*projections.TWO, *projections.SAMPLED]]
+    return block(rows, table.map(number).rename_axis("projections").reset_index())
+
+
+def sampled_gradients(rows: DataFrame) -> str:
+    """Compare errors of gradients with that of 20 Gaussian projections without sampling."""
+    rows = sampled_rows(rows, projections.ERROR)
+    layers = [name for name in projections.OF_SAMPLES if name not in models.MODELS]
+    off = laid_out(rows, projections.ERROR, layers)
+    table = (off / off.loc["gaussian 20"]).loc[[*projections.TWO, *projections.SAMPLED]]
+    return block(rows, table.map(number).rename_axis("projections").reset_index())
+
+
+def sampled_sets(rows: DataFrame) -> str:
+    """Say what part of an exact energy's time a sampled one takes, by the number of rows."""
+    rows = rows[rows.kind == sampled.PROJECTED]
+    ms = rows.pivot(index="method", columns="rows", values="ms")
+    table = ms.div(rows[rows.method == "exact"].set_index("rows").ms)
+    table = table.reindex([f"sampled, {samples}" for samples in sampled.SMALL_BLOCKS])
+    return block(rows, table.map(number).rename_axis("rows").reset_index())
+
+
+def sampled_times(rows: DataFrame) -> str:
+    rows = rows[(rows.kind != sampled.PROJECTED) & rows.ms.notna()]
+    rows = rows.sort_values("rows", kind="stable")
+    table = DataFrame(
+        {
+            "rows": rows["rows"].map("{:,}".format) + ", " + rows.kind,
+            "": rows.method,
+            "s": rows.ms.div(1e3).map(number),
+            "peak, MiB": rows.peak_mib.map(number),
+            "error of the energy": rows.value_error.map(error),
+            "of the gradient": rows.gradient_error.map(error),
+        }
+    )
+    return block(rows, table)
+
+
+# the blocks that are made of the newest rows of one study
+BLOCKS = {
+    "accuracy": (ACCURACY.table, errors),
+    "models": (models.STUDY.table, whole_models),
+    "losses": (losses.STUDY.table, named_losses),
+    "training": (demo.TABLE, training),
+    "projections": (projections.STUDY.table, kinds),
+    "sampled sets": (sampled.STUDY.table, sampled_sets),
+    "sampled times": (sampled.STUDY.table, sampled_times),
+    "sampled steps": (projections.STUDY.table, sampled_steps),
+    "sampled gradients": (projections.STUDY.table, sampled_gradients),
+}
 
 
 def parts(folder: Path) -> dict[str, str]:
     """Make the text of each block, by its name."""
     cpu, cuda = Sweep(folder, "cpu"), Sweep(folder, "cuda")
-    texts = {f"{name} cpu": part(cpu) for name, part in BLOCKS.items()}
-    return texts | {"shapes": shapes(cpu), "training": training(cpu), "speed cuda": speed(cuda)}
+    texts = {"shapes": speed(cpu, SHORT), "methods": methods(cpu)}
+    for sweep in (cpu, cuda):
+        shapes = [*MAIN[sweep.device], *SMALL, *LAYERS]
+        texts[f"speed {sweep.device}"] = speed(sweep, shapes, modes=True)
+    for name, (table, make) in BLOCKS.items():
+        rows = newest(table, folder, "cpu")
+        texts[name] = make(rows) if len(rows) else NOTHING
+    return texts

@@ -7,17 +7,13 @@ pairs, which autograd can differentiate. `METHODS` lists them.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
 
 import comhe_ext
-from comhe_ext import backends
 from comhe_ext.settings import BackendName
 
 Energies = Callable[..., Tensor]  # [B, N, k] -> [B]
@@ -101,33 +97,16 @@ def pdist_energy(rows: Tensor) -> Tensor:
     return torch.nn.functional.pdist(normalize(rows)).pow(-2).mean()
 
 
-def cdist_energies(points: Tensor, compute_mode: str) -> Tensor:
+def cdist_energies(points: Tensor) -> Tensor:
     unit, n = normalize(points, dim=-1), points.shape[-2]
     above = torch.ones(n, n, dtype=torch.bool, device=points.device).triu(1)
-    distances = torch.cdist(unit, unit, compute_mode=compute_mode)
-    return torch.where(above, distances, torch.inf).pow(-2).sum((-1, -2)) / pairs(n)
+    return torch.where(above, torch.cdist(unit, unit), torch.inf).pow(-2).sum((-1, -2)) / pairs(n)
 
 
 def block_rows(points: Tensor) -> int:
     """Choose the rows of a block: against all others it should fit the cache, or fill the GPU."""
     elements = 2**26 if points.is_cuda else 2**18
     return max(elements // len(points), 64)
-
-
-def checkpointed_energy(rows: Tensor) -> Tensor:
-    """Compute the Gram matrix in blocks of rows, each again in backward instead of kept."""
-
-    def block_sum(block: Tensor, unit: Tensor, begin: int) -> Tensor:
-        r2 = (2.0 - (2.0 * block) @ unit.mT).clamp(min=1e-12)
-        index = torch.arange(len(block), device=unit.device)
-        return r2.index_put((index, index + begin), r2.new_tensor(torch.inf)).reciprocal().sum()
-
-    unit = normalize(rows)
-    total, size = unit.new_zeros(()), block_rows(rows)
-    for begin in range(0, len(unit), size):
-        block = unit[begin : begin + size]
-        total = total + checkpoint(block_sum, block, unit, begin, use_reentrant=False)
-    return total / (2 * pairs(len(unit)))
 
 
 class GradientInForward(torch.autograd.Function):
@@ -224,82 +203,43 @@ class Method:
     load: Callable[[], Energies]
     modes: tuple[Mode, ...] = ONCE
     devices: tuple[str, ...] = ("cpu", "cuda")
-    matrices: float = 0.0  # N x N, float32, that energy and gradient of a set hold at their peak
-    package: str = "torch"  # that it comes from
-    backend: BackendName | None = None  # ours
+    backend: BackendName | None = None  # of ours
     compiles: bool = False  # its first call compiles, for many seconds
     environment: Mapping[str, str] = field(default_factory=dict)
-    only_batches: bool = False  # with a single set it equals another method
     graph: bool = False  # replayed from a CUDA graph
-
-    def unavailable(self, device: str) -> str | None:
-        """Say why it cannot run here, or None."""
-        if find_spec(self.package) is None:
-            return f"{self.package} is not installed"
-        if device not in self.devices:
-            return f"does not run on {device}"
-        return None if self.backend is None else backends.unavailable(self.backend)
-
-    def version(self) -> str:
-        """Find the version of the package that it comes from."""
-        if self.package == "comhe_ext":
-            return comhe_ext.__version__
-        return metadata.version(self.package) if find_spec(self.package) else ""
 
 
 def ours(backend: BackendName, label: str, *devices: str, **options: Any) -> Method:
     load = partial(partial, comhe_ext.hyperspherical_energy, backend=backend)
-    return Method(label, load, MODES, devices, package="comhe_ext", backend=backend, **options)
+    return Method(label, load, MODES, devices, backend, **options)
 
 
-def keops(label: str, energies: Callable[[], Energies], **options: Any) -> Method:
-    def load() -> Energies:
-        import pykeops
+def keops(energies: Energies) -> Energies:
+    import pykeops
 
-        pykeops.set_verbose(False)
-        return energies()
+    pykeops.set_verbose(False)
+    return energies
 
-    return Method(label, load, package="pykeops", compiles=True, **options)
-
-
-def cdist(label: str, mode: str, modes: tuple[Mode, ...]) -> Method:
-    load = partial(partial, cdist_energies, compute_mode=mode)
-    return Method(label, load, modes, matrices=5.5)
-
-
-NATIVE = {"CXXFLAGS": "-march=native -ffast-math"}
-ONE_SWEEP = partial(gradient_in_forward, keops_sweep)
 
 METHODS = {
     "comhe-cpu": ours("cpu", "comhe_ext", "cpu"),
     "comhe-triton": ours("triton", "comhe_ext", "cuda", compiles=True),
     "comhe-graph": ours("triton", "comhe_ext, CUDA graph", "cuda", compiles=True, graph=True),
     "comhe-torch": ours("torch", "comhe_ext, portable", "cpu", "cuda"),
-    "naive": Method("naive PyTorch", lambda: naive_energy, MODES, matrices=6),
-    "naive-by-set": Method(
-        "naive PyTorch, set by set",
-        partial(by_set, naive_energy),
-        TWICE,
-        matrices=6,
-        only_batches=True,
-    ),
-    "checkpoint": Method(
-        "row blocks, checkpointed", partial(by_set, checkpointed_energy), TWICE, matrices=1.4
-    ),
-    "row-blocks": Method("row blocks, own gradient", partial(gradient_in_forward, blocked_sweep)),
-    "pdist": Method("torch.pdist", partial(by_set, pdist_energy), matrices=3),
-    "cdist-mm": cdist("torch.cdist, products", "use_mm_for_euclid_dist", TWICE),
-    "cdist-direct": cdist("torch.cdist, differences", "donot_use_mm_for_euclid_dist", ONCE),
+    "naive": Method("naive PyTorch", lambda: naive_energy, MODES),
+    "row-blocks": Method("row blocks", partial(gradient_in_forward, blocked_sweep)),
+    "pdist": Method("torch.pdist", partial(by_set, pdist_energy)),
+    "cdist-mm": Method("torch.cdist", lambda: cdist_energies, TWICE),
     "compile": Method(
-        "torch.compile",
-        lambda: torch.compile(naive_energy, dynamic=False),
-        matrices=1,
-        compiles=True,
+        "torch.compile", lambda: torch.compile(naive_energy, dynamic=False), compiles=True
     ),
-    "keops": keops("KeOps", partial(by_set, keops_energy), modes=TWICE),
-    "keops-analytic": keops("KeOps, one sweep", ONE_SWEEP),
-    "keops-native": keops(
-        "KeOps, one sweep, native flags", ONE_SWEEP, devices=("cpu",), environment=NATIVE
+    "keops": Method("KeOps", partial(keops, by_set(keops_energy)), TWICE, compiles=True),
+    # the best that it can do: energy and force in one reduction, compiled for this machine
+    "keops-native": Method(
+        "KeOps, one sweep",
+        partial(keops, gradient_in_forward(keops_sweep)),
+        compiles=True,
+        environment={"CXXFLAGS": "-march=native -ffast-math"},
     ),
 }
 OURS = [name for name, method in METHODS.items() if method.backend is not None]
