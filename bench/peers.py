@@ -24,7 +24,7 @@ MODES: tuple[Mode, ...] = ("gradient", "half space", "energy", "second order")
 
 
 def run(energies: Energies, points: Tensor, mode: Mode) -> Derived:
-    """Compute energies [B], and the gradient or the Hessian's product with `direction(points)`."""
+    """Compute energies [B], and the gradient or the Hessian's product with a fixed direction."""
     if mode == "half space":
         energies = partial(energies, half_space=True)
     if mode == "energy":
@@ -34,13 +34,8 @@ def run(energies: Energies, points: Tensor, mode: Mode) -> Derived:
     energy = energies(leaf)
     (derivative,) = torch.autograd.grad(energy.sum(), leaf, create_graph=mode == "second order")
     if mode == "second order":
-        (derivative,) = torch.autograd.grad((derivative * direction(points)).sum(), leaf)
+        (derivative,) = torch.autograd.grad((derivative * points.roll(1, -1)).sum(), leaf)
     return energy.detach(), derivative
-
-
-def direction(points: Tensor) -> Tensor:
-    """Make a fixed direction for Hessian-vector products."""
-    return torch.linspace(-1.0, 1.0, points.numel()).sin().to(points).view_as(points)
 
 
 def replayed(call: Callable[[], Derived]) -> Callable[[], Derived]:
@@ -109,26 +104,14 @@ def block_rows(points: Tensor) -> int:
     return max(elements // len(points), 64)
 
 
-class GradientInForward(torch.autograd.Function):
-    """The energy of rows [N, k], whose gradient is computed with it; backward only scales."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sweep: Sweep) -> Tensor:
-        with_gradient = ctx.needs_input_grad[0]
-        energy, gradient = sweep(rows, with_gradient)
-        if with_gradient:
-            ctx.save_for_backward(gradient)
-        return energy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_energy: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_energy, None
-
-
 def gradient_in_forward(sweep: Sweep) -> Energies:
-    return by_set(lambda rows: GradientInForward.apply(rows, sweep))
+    """Make energies of a sweep that computes the gradient, too; backward only scales it."""
+
+    def energy(rows: Tensor) -> Tensor:
+        value, gradient = sweep(rows.detach(), rows.requires_grad)
+        return value if gradient is None else value + ((rows - rows.detach()) * gradient).sum()
+
+    return by_set(energy)
 
 
 def across(pull: Tensor, unit: Tensor) -> Tensor:

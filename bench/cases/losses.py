@@ -21,7 +21,7 @@ from bench.measure.store import Row
 from bench.measure.study import Case, Options, Study
 from bench.measure.worker import Call, Result
 from bench.peers import block_rows
-from comhe_ext import Laplace, Riesz, losses, testing
+from comhe_ext import Laplace, losses, testing
 
 # --- the formulas ---------------------------------------------------------------------------------
 
@@ -93,14 +93,6 @@ def by_pdist(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return function(torch.nn.functional.pdist(normalize(x)))
 
 
-def uniformity_keops(x: Tensor) -> Tensor:
-    from pykeops.torch import LazyTensor
-
-    unit, n = normalize(x), len(x)
-    r2 = LazyTensor(unit[:, None]).sqdist(LazyTensor(unit[None]))
-    return (((-2.0 * r2).exp().sum(1).sum() - n) / (n * (n - 1))).log()
-
-
 def koleo_published(x: Tensor, eps: float = 1e-8) -> Tensor:
     """DINOv2's: the nearest by the matrix of products, then the distance to it alone."""
     unit = normalize(x, eps=eps)
@@ -111,33 +103,10 @@ def koleo_published(x: Tensor, eps: float = 1e-8) -> Tensor:
     return -(distances + eps).log().mean()
 
 
-def minimal_angle_published(w: Tensor) -> Tensor:
-    """MMA's own code."""
-    unit = normalize(w)
-    cosine = unit @ unit.T
-    cosine = cosine - 2.0 * torch.diag(torch.diag(cosine))
-    return -torch.acos(cosine.max(dim=1)[0].clamp(-0.99999, 0.99999)).mean()
-
-
-def regular_face_published(w: Tensor) -> Tensor:
-    from pytorch_metric_learning.regularizers import RegularFaceRegularizer
-
-    return RegularFaceRegularizer()(w)
-
-
-def nearest_keops(x: Tensor) -> Tensor:
-    """Take the second of the two nearest: the first is the row itself."""
-    from pykeops.torch import LazyTensor
-
-    unit = normalize(x)
-    rows = unit.detach()
-    r2 = LazyTensor(rows[:, None]).sqdist(LazyTensor(rows[None]))
-    return (unit - unit[r2.argKmin(2, dim=1)[:, 1]]).norm(dim=1).mean()
-
-
 # --- what is compared -----------------------------------------------------------------------------
 
 OURS = "comhe_ext"
+METHODS = (OURS, "dense", "row-blocks", "pdist", "published")
 Value = Callable[..., Tensor]  # of the inputs
 Shape = tuple[int, ...]
 
@@ -180,12 +149,6 @@ def of_pairs(
     return Loss({OURS: ours, "dense": whole, **others, "row-blocks": blocks}, shapes, inputs)
 
 
-def of_function(pair: Laplace | Riesz, of_distance: Callable[[Tensor], Tensor]) -> Loss:
-    formula = Formula(mean_of_others(lambda c: of_distance(distance(c))))
-    pdist = partial(by_pdist, lambda r: of_distance(r).mean())
-    return of_pairs(partial(comhe_ext.pair_energy, pair=pair), formula, pdist=pdist)
-
-
 def riesz_2(cosines: Tensor) -> Tensor:
     return (2.0 - 2.0 * cosines).reciprocal()
 
@@ -195,7 +158,6 @@ LOSSES = {
         losses.uniformity,
         Formula(mean_of_others(lambda c: (4.0 * c - 4.0).exp()), lambda x: x.mean().log()),
         pdist=partial(by_pdist, lambda r: r.pow(2).mul(-2).exp().mean().log()),
-        keops=uniformity_keops,
     ),
     "koleo": of_pairs(
         losses.koleo,
@@ -206,15 +168,10 @@ LOSSES = {
     "minimal_angle": of_pairs(
         losses.minimal_angle,
         Formula(largest, lambda c: -c.arccos().mean()),
-        published=minimal_angle_published,
-    ),
-    "regular_face": of_pairs(
-        losses.regular_face, Formula(largest), published=regular_face_published
     ),
     "nearest": of_pairs(
         lambda x: comhe_ext.nearest(x)[0].mean(),
         Formula(largest, lambda c: distance(c).mean()),
-        keops=nearest_keops,
     ),
     "sphereface_plus": of_pairs(
         losses.sphereface_plus,
@@ -234,8 +191,11 @@ LOSSES = {
         ((4, 784, 1024),),
         two_networks,
     ),
-    "Laplace": of_function(Laplace(1.0), lambda r: (-r).exp()),
-    "Riesz with a shift": of_function(Riesz(2.0, shift=1.0), lambda r: (1.0 + r**2).reciprocal()),
+    "Laplace": of_pairs(
+        partial(comhe_ext.pair_energy, pair=Laplace(1.0)),
+        Formula(mean_of_others(lambda c: (-distance(c)).exp())),
+        pdist=partial(by_pdist, lambda r: (-r).exp().mean()),
+    ),
 }
 
 
@@ -250,7 +210,7 @@ def run(value: Value, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return loss.detach(), gradient
 
 
-def make_call(name: str, shape: Shape, method: str, device: str) -> Call:
+def make_call(method: str, name: str, shape: Shape, device: str) -> Call:
     """Make the inputs, in the process that measures."""
     loss = LOSSES[name]
     inputs = loss.inputs(*shape, device)
@@ -278,16 +238,11 @@ def groups(device: str, quick: bool) -> dict[str, list[Case]]:
 
 
 def entries(case: Case, options: Options) -> dict[str, Entry]:
-    name, device = case["loss"], options.device
     shape = tuple(map(int, case["shape"].split("x")))
-    return {
-        method: Entry(
-            partial(make_call, name, shape, method, device),
-            partial(check, name, shape, device),
-        )
-        for method in LOSSES[name].methods
-        if method != "keops" or not options.quick
-    }
+    place = case["loss"], shape, options.device
+    checked = partial(check, *place)
+    methods = LOSSES[case["loss"]].methods
+    return {method: Entry(partial(make_call, method, *place), checked) for method in methods}
 
 
 STUDY = Study(

@@ -48,6 +48,11 @@ def methods_of(case: Case) -> dict[str, Method]:
     return {**found, **SAMPLED} if sampled else found
 
 
+def regularized(name: str, method: Method) -> tuple[nn.Module, CoMHE]:
+    model = MODELS[name].make()
+    return model, regularizer(model, method, SEED, MODELS[name].output_layer)
+
+
 def regularizer(model: nn.Module, method: Method, seed: int, output: str | None) -> CoMHE:
     kind, count, samples = method
     projection = RandomProjection(count, kind=kind, seed=seed)  # type: ignore[arg-type]
@@ -59,9 +64,7 @@ def regularizer(model: nn.Module, method: Method, seed: int, output: str | None)
 
 
 def make_step(name: str, method: Method) -> Call:
-    torch.manual_seed(0)
-    model = MODELS[name].make()
-    comhe = regularizer(model, method, SEED, MODELS[name].output_layer)
+    model, comhe = regularized(name, method)
 
     def step() -> Result:
         model.zero_grad(set_to_none=True)
@@ -73,9 +76,7 @@ def make_step(name: str, method: Method) -> Call:
 
 def make_projections(name: str, method: Method) -> Call:
     """Project all layers and pull a gradient back, as a step does around its sweep."""
-    torch.manual_seed(0)
-    model = MODELS[name].make()
-    comhe = regularizer(model, method, SEED, MODELS[name].output_layer)
+    model, comhe = regularized(name, method)
     projection = comhe.projection
     assert projection is not None
     layers = [layer.name for layer in comhe.layers if layer.projected]

@@ -20,23 +20,17 @@ DIM = 40
 # draws of each degree of the polynomial, whose errors are averaged
 DRAWS = {0: 4, 2: 4, 3: 2, 4: 1}
 BLOCKS, SMALL_BLOCKS = (256, 1024, 4096), (64, 128, 256)
-PROJECTED = "20 projections"  # in half space, as a step of a regularizer has them
 PARTITIONS = (16, 4)  # of an estimate with an error bar, where no exact energy can be had
-
-
-def case_of(kind: str, rows: int) -> Case:
-    return {"kind": kind, "rows": rows}
-
-
-GROUPS = {
-    "errors": [case_of(kind, 16_384) for kind in KINDS],
-    "times": [case_of("clusters", 65_536)],
-    "many": [case_of("near-duplicates", 1_000_000)],
-    "projected": [case_of(PROJECTED, rows) for rows in (512, 1024, 2048, 4096)],
+PROJECTED = "20 projections"  # in half space, as a step of a regularizer has them
+GROUPS: dict[str, list[Case]] = {
+    "errors": [{"kind": kind, "rows": 16_384} for kind in KINDS],
+    "times": [{"kind": "clusters", "rows": 65_536}],
+    "many": [{"kind": "near-duplicates", "rows": 1_000_000}],
+    "projected": [{"kind": PROJECTED, "rows": rows} for rows in (512, 1024, 2048, 4096)],
 }
-QUICK = {
-    "errors": [case_of("clusters", 2048), case_of("words", 2048)],
-    "projected": [case_of(PROJECTED, 300)],
+QUICK: dict[str, list[Case]] = {
+    "errors": [{"kind": kind, "rows": 2048} for kind in ("clusters", "words")],
+    "projected": [{"kind": PROJECTED, "rows": 300}],
 }
 
 
@@ -47,19 +41,33 @@ def points(kind: str, rows: int) -> Tensor:
     return normalize(rows_of_kind(kind, rows, DIM))
 
 
-def energy_and_gradient(rows: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def energy_and_gradient(rows: Tensor, **options: Any) -> Result:
     leaf = rows.detach().requires_grad_()
     energy = hyperspherical_energy(leaf, **options)
     (gradient,) = torch.autograd.grad(energy.sum(), leaf)
     return energy.detach(), gradient
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def make_call(kind: str, rows: int, **options: Any) -> Call:
     return partial(energy_and_gradient, points(kind, rows), **options)
+
+
+def make_draws(
+    kind: str, rows: int, samples: int, degree: int = 2, trees: int = 4, draws: int = 1
+) -> Call:
+    x = points(kind, rows)
+    plan = SamplingPlan.from_rows(x, degree, trees, generator=generator(0))
+    draw = partial(energy_and_gradient, x, method="sampled", samples=samples, plan=plan)
+
+    def all_draws() -> Result:
+        found = [draw(generator=generator(seed)) for seed in range(1, draws + 1)]
+        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+
+    return all_draws
 
 
 def make_plan(kind: str, rows: int) -> Call:
@@ -70,19 +78,6 @@ def make_plan(kind: str, rows: int) -> Call:
         return ()
 
     return plan
-
-
-def make_draws(kind: str, rows: int, samples: int, degree: int, trees: int, draws: int) -> Call:
-    x = points(kind, rows)
-    plan = SamplingPlan.from_rows(x, degree, trees, generator=generator(0))
-    options: dict[str, Any] = {"method": "sampled", "samples": samples, "plan": plan}
-
-    def draw() -> Result:
-        seeds = range(1, draws + 1)
-        found = [energy_and_gradient(x, **options, generator=generator(seed)) for seed in seeds]
-        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
-
-    return draw
 
 
 def make_estimate(kind: str, rows: int, partitions: int) -> Call:
@@ -96,7 +91,7 @@ def make_estimate(kind: str, rows: int, partitions: int) -> Call:
 
 
 @lru_cache(maxsize=1)
-def truth(kind: str, rows: int) -> tuple[Tensor, Tensor]:
+def truth(kind: str, rows: int) -> Result:
     return energy_and_gradient(points(kind, rows))
 
 
@@ -119,27 +114,25 @@ def check_estimate(result: Result) -> Row:
 
 def entries(case: Case, options: Options) -> dict[str, Entry]:
     place = case["kind"], case["rows"]
-    check = partial(check_draws, *place)
+    found: dict[str, Entry] = {}
     if case["kind"] == PROJECTED:
-        wanted: dict[str, Any] = {"half_space": True}
-        found = {"exact": Entry(partial(make_call, *place, **wanted))}
+        make = partial(make_call, *place, half_space=True)
+        found["exact"] = Entry(make)
         for samples in SMALL_BLOCKS:
-            make = partial(make_call, *place, **wanted, method="sampled", samples=samples)
-            found[f"sampled, {samples}"] = Entry(make)
+            sampled = partial(make, method="sampled", samples=samples)
+            found[f"sampled, {samples}"] = Entry(sampled)
         return found
     if case in GROUPS["many"]:
-        return {
-            f"estimate, {n} partitions": Entry(partial(make_estimate, *place, n), check_estimate)
-            for n in PARTITIONS
-        }
+        for count in PARTITIONS:
+            estimate = partial(make_estimate, *place, count)
+            found[f"estimate, {count} partitions"] = Entry(estimate, check_estimate)
+        return found
+    check = partial(check_draws, *place)
     if case in GROUPS["times"]:
-        found = {
-            "exact": Entry(partial(make_call, *place)),
-            "plan": Entry(partial(make_plan, *place)),
-        }
+        found["exact"] = Entry(partial(make_call, *place))
+        found["plan"] = Entry(partial(make_plan, *place))
         for samples in BLOCKS:
-            draws = partial(make_draws, *place, samples, 2, 4, 1)
-            found[f"sampled, {samples}"] = Entry(draws, check)
+            found[f"sampled, {samples}"] = Entry(partial(make_draws, *place, samples), check)
         return found
     return {
         f"degree {degree}" + ", list" * (trees > 0): Entry(

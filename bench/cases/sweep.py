@@ -1,12 +1,12 @@
 """Two studies of the energy: every method at every shape, and on rows that are close or equal."""
 
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import comhe_ext
-from bench.cases.shapes import LAYERS, MAIN, PAPER, QUICK, SCALING, SCALING_DIM, SMALL, Shape
 from bench.measure.contest import Entry
 from bench.measure.errors import errors, judged
 from bench.measure.store import Row
@@ -15,6 +15,55 @@ from bench.measure.worker import Call, Result
 from bench.peers import METHODS, Mode, naive_energy, replayed, run
 from comhe_ext import testing
 
+
+class Shape(NamedTuple):
+    sets: int
+    rows: int
+    dim: int
+
+    def __str__(self) -> str:
+        sets = "" if self.sets == 1 else f"{self.sets:,} sets of "
+        return f"{sets}{self.rows:,} × {self.dim:,}"
+
+    @property
+    def pairs(self) -> float:
+        return self.sets * self.rows * (self.rows - 1) / 2
+
+    @property
+    def flop(self) -> float:
+        """The useful work of energy and gradient: of each pair the cosine and both forces.
+
+        Counted once a pair, whatever a method computes twice or pads.
+        """
+        return 6.0 * self.dim * self.pairs
+
+
+# those that the project has goals for, on one thread of a processor and on a large GPU
+MAIN = {
+    "cpu": [
+        *(Shape(1, 4096, 30), Shape(16, 2048, 30), Shape(1, 16384, 30)),
+        *(Shape(1, 4096, 256), Shape(1, 4096, 1024)),
+    ],
+    "cuda": [
+        *(Shape(1, 16384, 32), Shape(1, 4096, 128)),
+        *(Shape(1, 131072, 64), Shape(1, 1_000_000, 64)),
+    ],
+}
+# few rows, and many small sets: they show the fixed cost of a call
+SMALL = [Shape(1, 1024, 30), Shape(1, 128, 40), Shape(1000, 64, 40)]
+# layers as CoMHE sees them: projected to 40 dimensions, and two unprojected
+LAYERS = {
+    Shape(20, 2048, 40): "ResNet-50 stage 5",
+    Shape(6, 3072, 40): "ViT-B fc1",
+    Shape(2, 11008, 40): "LLaMA-7B up projection",
+    Shape(1, 50257, 40): "GPT-2 vocabulary",
+    Shape(1, 512, 4608): "ResNet-50 stage 5 convolution",
+    Shape(1, 3072, 768): "ViT-B fc1",
+}
+# of the shapes with ever more rows
+SCALING_DIM = {"cpu": 30, "cuda": 32}
+# the paper's setting, in half space: 20 projections to 40 dimensions
+PAPER = Shape(20, 4096, 40)
 # more would take the definition minutes
 MOST_ROWS = 32768
 
@@ -28,14 +77,16 @@ def shape_of(case: Case) -> Shape:
 
 
 def groups(device: str, quick: bool) -> dict[str, list[Case]]:
-    lists = {"main": MAIN[device], "small": SMALL, "layers": list(LAYERS)}
-    lists = {"quick": QUICK} if quick else {**lists, "scaling": SCALING[device]}
+    if quick:
+        return {"quick": [case_of(shape) for shape in (Shape(1, 512, 30), Shape(4, 300, 30))]}
+    dim = SCALING_DIM[device]
+    # on a processor more rows take minutes a call
+    scaling = [Shape(1, 2**i, dim) for i in range(9, 16 if device == "cpu" else 19)]
+    lists = {"main": MAIN[device], "small": SMALL, "layers": list(LAYERS), "scaling": scaling}
     cases = {name: [case_of(shape) for shape in shapes] for name, shapes in lists.items()}
-    if not quick:
-        one = Shape(1, 4096, SCALING_DIM[device])
-        cases["modes"] = [case_of(one, "energy"), case_of(one, "second order")]
-        cases["half space"] = [case_of(PAPER, "half space")]
-    return cases
+    one = Shape(1, 4096, dim)
+    cases["modes"] = [case_of(one, "energy"), case_of(one, "second order")]
+    return cases | {"half space": [case_of(PAPER, "half space")]}
 
 
 def points(shape: Shape, device: str) -> Tensor:
@@ -91,7 +142,6 @@ STUDY = Study(
     key=("sets", "rows", "dim", "mode"),
     groups=groups,
     entries=entries,
-    parse=lambda text: case_of(Shape.parse(text)),
 )
 
 # --- rows that are close, or equal ----------------------------------------------------------------
@@ -148,5 +198,5 @@ ACCURACY = Study(
     key=("case",),
     groups=lambda device, quick: {case: [{"case": case}] for case in CLOSE},
     entries=close_entries,
-    threads=None,
+    threads=0,
 )

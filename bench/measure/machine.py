@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 import time
 import timeit
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -92,18 +91,18 @@ float peak(long turns) {
 TURNS, REPEATS = 1_000_000, 9
 
 
-def measure_peak(device: str, threads: int, folder: Path) -> None:
+def measure_peak(device: str, folder: Path) -> None:
     """Measure the most operations a second of the unit that computes our sweep's products."""
-    row = stamp(device, threads)
+    row = stamp(device, 1)
     try:
-        row["flops"] = matrix_peak() if device == "cuda" else fma_peak(threads)
+        row["flops"] = matrix_peak() if device == "cuda" else fma_peak()
     except (OSError, subprocess.SubprocessError) as error:
         row["note"] = f"no C compiler: {error}"
     PEAKS.upsert(folder, [row])
 
 
-def fma_peak(threads: int) -> float:
-    """Measure float32 operations a second of fused multiply-adds; needs a C compiler."""
+def fma_peak() -> float:
+    """Measure float32 operations a second of one core's multiply-adds; needs a C compiler."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     wide = {"AVX512": 64, "AVX2": 32} if x86 else {}
     width = wide.get(torch.backends.cpu.get_cpu_capability(), 16)
@@ -116,13 +115,8 @@ def fma_peak(threads: int) -> float:
         subprocess.run(["cc", *flags, source, "-o", library], check=True, capture_output=True)
         peak = ctypes.CDLL(str(library)).peak
     peak.argtypes, peak.restype = [ctypes.c_long], ctypes.c_float
-    # by the clock that methods are timed by
-    clock = time.process_time if threads == 1 else time.perf_counter
-    with ThreadPoolExecutor(threads) as pool:
-        calls = timeit.repeat(
-            lambda: list(pool.map(peak, [TURNS] * threads)), timer=clock, number=1, repeat=REPEATS
-        )
-    return threads * TURNS * 24 * (width // 4) * 2 / min(calls)
+    seconds = timeit.repeat(lambda: peak(TURNS), timer=time.process_time, number=1, repeat=REPEATS)
+    return TURNS * 24 * (width // 4) * 2 / min(seconds)
 
 
 def matrix_peak() -> float:

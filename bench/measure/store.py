@@ -16,12 +16,12 @@ STAMP = ("machine", "device", "threads", "torch", "comhe_ext", "commit")
 # what a method did with a case
 FIGURES = (
     *("status", "note", "wall_ms", "wall_min_ms", "wall_max_ms", "cpu_ms", "rounds"),
-    *("calls", "first_s", "peak_mib", "compiled", "value", "value_error", "gradient_error"),
+    *("calls", "first_s", "peak_mib", "value", "value_error", "gradient_error"),
 )
 # the columns that hold words; empty where there is none, while a number would be NaN
 WORDS = (
     *("machine", "device", "torch", "comhe_ext", "commit", "date", "status", "note"),
-    *("compiled", "method", "mode", "case", "loss", "shape", "model", "kind", "what", "of"),
+    *("method", "mode", "case", "loss", "shape", "model", "kind", "what", "of"),
 )
 
 

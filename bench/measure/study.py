@@ -4,29 +4,30 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+from pandas import DataFrame
 from rich.progress import Progress
 
 from bench.measure import machine
 from bench.measure.contest import Entry, Rules, hold
-from bench.measure.store import FIGURES, Row, Table
+from bench.measure.store import FIGURES, Table
 
+SHOWN = ["status", "cpu_ms", "peak_mib", "gradient_error"]  # of a row, on the screen
 LEFT_OVER = 3  # exit status when the time is up before the end
 Case = dict[str, Any]  # the columns that tell a study's cases apart
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """Where to measure what and how long, and where the results go."""
 
     device: str
-    threads: int
+    threads: int  # 0: as many as the study asks for
     out: Path
-    rules: Rules = field(default_factory=Rules)
+    rules: Rules = Rules()
     deadline: float = math.inf  # of `time.monotonic`, after which no case begins
     methods: Sequence[str] = ()  # all, if empty
     resume: bool = False  # skip what has been measured
@@ -37,8 +38,8 @@ class Options:
 class Study:
     """A question: its cases, and for each of them what takes part, by method.
 
-    `groups` has the cases of a device, of few and small ones for a quick run, under the names that
-    the command line takes. `parse` reads other cases.
+    `groups` has the cases of a device, few and small ones for a quick run, under the names that the
+    command line takes.
     """
 
     name: str
@@ -47,8 +48,7 @@ class Study:
     key: tuple[str, ...]
     groups: Callable[[str, bool], Mapping[str, Sequence[Case]]]
     entries: Callable[[Case, Options], Mapping[str, Entry]]
-    parse: Callable[[str], Case] | None = None
-    threads: int | None = 1  # None: as many as PyTorch takes
+    threads: int = 1  # 0: as many as PyTorch takes
     values: tuple[str, ...] = ()  # columns beside the usual ones
     devices: tuple[str, ...] = ("cpu", "cuda")
 
@@ -59,16 +59,15 @@ class Study:
     def cases(self, names: Sequence[str], options: Options) -> list[Case]:
         """List the cases of these names, each once; ValueError if there is no such case."""
         groups = self.groups(options.device, options.quick)
-        found: list[Case] = []
-        for name in names or groups:
-            if name not in groups and self.parse is None:
-                raise ValueError(f"{name!r} is none of {', '.join(groups)}")
-            cases = groups[name] if name in groups else [self.parse(name)]  # type: ignore[misc]
-            found += [case for case in cases if case not in found]
-        return found
+        if unknown := [name for name in names if name not in groups]:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(groups)}")
+        chosen = [case for name in names or groups for case in groups[name]]
+        return [case for i, case in enumerate(chosen) if case not in chosen[:i]]
 
     def check(self, names: Sequence[str], options: Options) -> None:
-        """Raise ValueError if there is no such case, or no such method."""
+        """Raise ValueError if there is no such case, or no such method, or not on this device."""
+        if options.device not in self.devices:
+            raise ValueError(f"{self.name} is measured on {', '.join(self.devices)}")
         cases = self.cases(names, options)
         known = dict.fromkeys(m for case in cases for m in self.entries(case, options))
         if unknown := [method for method in options.methods if method not in known]:
@@ -104,16 +103,7 @@ class Study:
                 self.table.upsert(
                     options.out, [{**stamp, **case, "method": m, **row} for m, row in rows.items()]
                 )
-                print(f"{title}: " + ", ".join(f"{m} {brief(row)}" for m, row in rows.items()))
+                table = DataFrame.from_dict(rows, orient="index").reindex(columns=SHOWN)
+                print(title, table.dropna(axis=1, how="all").to_string(na_rep=""), sep="\n")
                 progress.advance(task)
         return 0
-
-
-def brief(row: Row) -> str:
-    """Say in a word or two what came of a method."""
-    if row["status"] != "ok":
-        return str(row["status"])
-    words = [f"{row['cpu_ms']:.3g} ms"] if "cpu_ms" in row else []
-    if row.get("gradient_error") is not None:
-        words.append(f"(error {row['gradient_error']:.0e})")
-    return " ".join(words) or "ok"

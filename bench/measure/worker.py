@@ -31,15 +31,6 @@ Call = Callable[[], Result]
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-class Job(NamedTuple):
-    """What a process should call: `make`, which can be pickled, loads it and returns the call."""
-
-    make: Callable[[], Call]
-    device: str
-    threads: int
-    environment: Mapping[str, str]
-
-
 class Turn(NamedTuple):
     """A number of calls to make, after one that is not timed if `warm`."""
 
@@ -56,20 +47,21 @@ class Reply(NamedTuple):
 
 
 class Lost(Exception):
-    """Raised when the process ended or the call failed; `status` and `note` are the results."""
-
-    def __init__(self, status: str, note: str) -> None:
-        super().__init__(status, note)
-        self.status, self.note = status, note
+    """Raised with a status and a note when the process ended or the call failed."""
 
 
 class Worker:
     """The handle of a process. After `ask` has raised `Lost`, only `close` may be called."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(
+        self, make: Callable[[], Call], device: str, threads: int, environment: Mapping[str, str]
+    ) -> None:
+        """Start a process; `make`, which can be pickled, loads there what is to be called."""
         CONTEXT.set_forkserver_preload(["torch", "pandas", "comhe_ext"])
         self.connection, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_serve, args=(theirs, job))
+        self.process = CONTEXT.Process(
+            target=_serve, args=(theirs, make, device, threads, environment)
+        )
         self.process.start()
         theirs.close()
 
@@ -98,25 +90,31 @@ class Worker:
         self.process.join()
 
 
-def _serve(connection: Connection, job: Job) -> None:
+def _serve(
+    connection: Connection,
+    make: Callable[[], Call],
+    device: str,
+    threads: int,
+    environment: Mapping[str, str],
+) -> None:
     """Serve as the process: make calls until it is ended."""
     os.setsid()
     # compilers write much, which would break the progress bar on the screen
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(sink, stream)
-    os.environ.update(job.environment)
-    if job.device == "cpu":
+    os.environ.update(environment)
+    if device == "cpu":
         _give_way()
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(threads)
     call: Call | None = None
     with contextlib.suppress(EOFError):
         while True:
             turn = connection.recv()
             try:
                 start = _clocks()
-                call = call or job.make()
-                connection.send(_take(call, turn, job.device, start))
+                call = call or make()
+                connection.send(_take(call, turn, device, start))
             except Exception as error:
                 short = isinstance(error, MemoryError | torch.OutOfMemoryError)
                 short |= bool(re.search("can't allocate|not enough memory", str(error)))

@@ -32,9 +32,3 @@ def read() -> dict[Path, str]:
 def update(folder: Path) -> None:
     for page, text in filled(read(), folder).items():
         page.write_text(text)
-
-
-def stale(folder: Path) -> list[str]:
-    """Name the pages that differ from the results."""
-    texts = read()
-    return [page.name for page, text in filled(texts, folder).items() if text != texts[page]]

@@ -1,4 +1,4 @@
-"""The results drawn: time and memory over the number of rows, errors of sampled energies."""
+"""The results drawn: time and memory over the number of rows."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,14 +7,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from pandas import DataFrame
 
-from bench.cases import sampled
-from bench.cases.shapes import SCALING_DIM
+from bench.cases.sweep import SCALING_DIM
 from bench.peers import METHODS
-from bench.report.results import Sweep, newest
+from bench.report.results import Sweep
 from bench.report.theme import save
-from comhe_ext.testing.kinds import KINDS
 
 
 def over_rows(sweep: Sweep) -> Figure:
@@ -35,38 +32,10 @@ def over_rows(sweep: Sweep) -> Figure:
     return figure
 
 
-def sampled_errors(rows: DataFrame) -> Figure:
-    """Draw the gradient's error by the kind of rows and by what is estimated how."""
-    words = {
-        "degree 0": "blocks alone",
-        "degree 2": "and a polynomial of degree 2",
-        "degree 0, list": "and a list of near pairs",
-        "degree 2, list": "and both: the default",
-        "degree 3, list": "and both, degree 3",
-        "degree 4, list": "and both, degree 4",
-    }
-    table = rows[rows.method.isin(words)].pivot(
-        index="kind", columns="method", values="gradient_error"
-    )
-    figure, axes = plt.subplots(figsize=(8, 4.2))
-    drawn = table.reindex(index=list(KINDS), columns=list(words)).rename(columns=words)
-    marks = {"style": ["o", "x", "s", "+", "^", "v"], "fillstyle": "none"}
-    drawn.plot(ax=axes, logy=True, **marks, xlabel="", legend=False)
-    axes.set_title("gradient error of one draw, relative")
-    figure.legend(loc="outside right upper")
-    return figure
-
-
-def figures(folder: Path) -> dict[str, Callable[[], Figure]]:
-    """List what can be drawn from the results in a folder, by the names of the files."""
-    sweeps = {f"sweep-{device}": Sweep(folder, device) for device in ("cpu", "cuda")}
-    found: dict[str, Callable[[], Figure]] = {
-        name: partial(over_rows, sweep) for name, sweep in sweeps.items() if len(sweep.ours)
-    }
-    rows = newest(sampled.STUDY.table, folder, "cpu")
-    return found | ({"sampled": partial(sampled_errors, rows)} if len(rows) else {})
-
-
 def draw(results: Path) -> list[Path]:
     """Draw the results in a folder into it."""
-    return save(results / "plots", figures(results))
+    sweeps = {f"sweep-{device}": Sweep(results, device) for device in ("cpu", "cuda")}
+    pictures: dict[str, Callable[[], Figure]] = {
+        name: partial(over_rows, sweep) for name, sweep in sweeps.items() if len(sweep.ours)
+    }
+    return save(results / "plots", pictures)

@@ -1,14 +1,14 @@
 """The newest results beside each other: one machine, one clock, how many times as long."""
 
+import math
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 from pandas import DataFrame, Series
 
-from bench.cases.shapes import Shape
 from bench.cases.sweep import STUDY as SWEEP
+from bench.cases.sweep import Shape
 from bench.measure.machine import PEAKS
 from bench.measure.store import Table
 from bench.peers import METHODS, OURS, PEERS
@@ -35,7 +35,11 @@ def newest(
 
 
 class Sweep:
-    """The sweep of a device, of a processor on one thread unless another number is given."""
+    """The sweep of a device, of a processor on one thread unless another number is given.
+
+    `ours` has the times of the backend that is taken by default, by the case; `ratios` how many
+    times as long each peer takes; `shares` what part of the peak is useful work.
+    """
 
     def __init__(
         self, folder: Path, device: str, threads: int | None = None, machine: str | None = None
@@ -44,35 +48,20 @@ class Sweep:
         threads = threads or (1 if device == "cpu" else None)
         self.rows = newest(SWEEP.table, folder, device, threads, machine)
         self.machine = self.rows.machine.iloc[0] if len(self.rows) else "none"
-        self.peaks = newest(PEAKS, folder, device, threads, self.machine).flops.dropna()
+        ms = self.table("ms")
+        self.ours = ms[OURS].bfill(axis=1).iloc[:, 0].dropna()
+        self.ratios = ms.loc[self.ours.index, PEERS].div(self.ours, axis=0)
+        peaks = newest(PEAKS, folder, device, threads, self.machine).flops.dropna()
+        peak = peaks.iloc[-1] if len(peaks) else math.nan
+        flop = [
+            Shape(*case[:3]).flop if case[3] == "gradient" else math.nan for case in self.ours.index
+        ]
+        self.shares = Series(flop, self.ours.index, float) / (1e-3 * self.ours * peak)
 
     def table(self, column: str) -> DataFrame:
         """Lay a column out, cases by methods in the order of the registry."""
         table = self.rows.pivot(index=CASE, columns="method", values=column)
         return table.reindex(columns=list(METHODS))
-
-    @cached_property
-    def ms(self) -> DataFrame:
-        return self.table("ms")
-
-    @cached_property
-    def ours(self) -> Series:
-        """The times of the backend that is taken by default, of the cases that have one."""
-        return self.ms[OURS].bfill(axis=1).iloc[:, 0].dropna()
-
-    @cached_property
-    def ratios(self) -> DataFrame:
-        """How many times as long each peer takes."""
-        return self.ms.loc[self.ours.index, PEERS].div(self.ours, axis=0)
-
-    @cached_property
-    def shares(self) -> Series:
-        """The shares of the peak that are useful work."""
-        flop = Series([Shape(*case[:3]).flop for case in self.ours.index], self.ours.index)
-        wanted = flop.where(flop.index.get_level_values("mode") == "gradient")
-        return (
-            wanted / (1e-3 * self.ours) / (self.peaks.iloc[-1] if len(self.peaks) else float("nan"))
-        )
 
     def of(self, cases: Sequence[Key]) -> DataFrame:
         """Select the rows of some cases."""

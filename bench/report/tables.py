@@ -4,15 +4,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from bench import demo
 from bench.cases import losses, models, projections, sampled
-from bench.cases.shapes import LAYERS, MAIN, SMALL, Shape
-from bench.cases.sweep import ACCURACY, CLOSE, DUPLICATES
+from bench.cases.sweep import ACCURACY, CLOSE, DUPLICATES, LAYERS, MAIN, SMALL, Shape
 from bench.peers import METHODS, OURS, PEERS
 from bench.report.results import Key, Sweep, newest
+from comhe_ext.testing.kinds import KINDS
 
 NOTHING = "Not measured yet."
 NO_GPU = "**Nothing has run on a GPU yet.** No number here is from one."
@@ -44,9 +43,13 @@ def caption(rows: DataFrame) -> str:
 
 
 def number(value: float) -> str:
-    """Write three digits, or nothing for what was not measured."""
+    """Write three digits, one of an error, or nothing for what was not measured."""
     if math.isnan(value):
         return ""
+    if math.isinf(value):
+        return "not finite"
+    if 0.0 < value < 0.01:
+        return f"{value:.0e}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -54,12 +57,6 @@ def times(ratio: float) -> str:
     """Write how many times as long something takes, bold if that is less long."""
     text = f"{number(ratio)}×" if ratio == ratio else ""
     return f"**{text}**" if ratio < 1 else text
-
-
-def error(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return f"{value:.0e}" if math.isfinite(value) else "not finite"
 
 
 # --- the sweep ------------------------------------------------------------------------------------
@@ -93,24 +90,24 @@ def speed(sweep: Sweep, shapes: Sequence[Shape], modes: bool = False) -> str:
     return NO_GPU if found == NOTHING and sweep.device == "cuda" else found
 
 
+FIGURES = {"ms": "ms", "wall_min_ms": "least, by wall clock", "wall_max_ms": "most"}
+FIGURES |= {"first_s": "first call, s", "peak_mib": "peak, MiB"}
+ERRORS = {"value_error": "energy's error", "gradient_error": "gradient's error"}
+
+
 def methods(sweep: Sweep) -> str:
     """Make the table of all methods at one shape, the first."""
     shape = MAIN[sweep.device][0]
     rows = sweep.of([(*shape, "gradient")]).set_index("method")
     rows = rows.loc[[name for name in METHODS if name in rows.index]]
-    table = DataFrame(
-        {
-            "": [METHODS[name].label for name in rows.index],
-            "time, ms": rows.ms.map(number).where(rows.status == "ok", rows.status),
-            "wall clock, ms": rows.wall_min_ms.map(number) + " to " + rows.wall_max_ms.map(number),
-            "first call, s": rows.first_s.map(number),
-            "compiles": rows.compiled.replace("no", ""),
-            "peak, MiB": rows.peak_mib.map(number),
-            "energy error": rows.value_error.map(error),
-            "gradient error": rows.gradient_error.map(error),
-        }
-    )
-    return f"{shape}; {block(rows, table)}" if len(rows) else NOTHING
+    return f"{shape}; {block(rows, of_methods(rows[[*FIGURES, *ERRORS]]))}"
+
+
+def of_methods(figures: DataFrame) -> DataFrame:
+    """Write out figures of methods of the sweep, under their labels."""
+    table = figures.astype(float).map(number).rename(columns=FIGURES | ERRORS)
+    table.insert(0, "", [METHODS[name].label for name in table.index])
+    return table
 
 
 # --- the other studies ----------------------------------------------------------------------------
@@ -120,39 +117,31 @@ def errors(rows: DataFrame) -> str:
     off = rows.pivot(index="method", columns="case", values="gradient_error")
     off = off.reindex(index=list(METHODS), columns=CLOSE[:-1]).dropna(how="all")
     energies = rows[rows.case == DUPLICATES].set_index("method").value
-    table = off.map(error).assign(**{"energy with duplicates": energies.map(number)})
-    table.insert(0, "error of the gradient", [METHODS[name].label for name in table.index])
-    return block(rows, table)
+    return block(rows, of_methods(off.assign(**{"energy with duplicates": energies})))
+
+
+def with_memory(rows: DataFrame, time: Series) -> DataFrame:
+    """Add a column `cell` with times and the memory beside them, or why there is none."""
+    cell = time + ", " + rows.peak_mib.map(number) + " MiB"
+    return rows.assign(cell=cell.where(rows.status == "ok", rows.status.replace(REASONS)))
 
 
 def whole_models(rows: DataFrame) -> str:
-    """Lay out a step's time and memory, regularizers by models."""
-    cells = rows.wall_ms.map(number) + " ms, " + rows.peak_mib.map(number) + " MiB"
-    cells = cells.where(rows.status == "ok", rows.status)
-    table = rows.assign(cell=cells).pivot(index="method", columns=["model", "batch"], values="cell")
+    rows = with_memory(rows, rows.wall_ms.map(number) + " ms")
+    table = rows.pivot(index="method", columns=["model", "batch"], values="cell")
     table = table.reindex(models.METHODS).reindex(columns=list(models.MODELS), level="model")
     table.columns = [f"{models.MODELS[name].label}, batch {batch}" for name, batch in table]
     return block(rows, table.rename_axis("regularizer").reset_index())
 
 
 def named_losses(rows: DataFrame) -> str:
-    ms, peaks, status = (
-        rows.pivot(index=["loss", "shape"], columns="method", values=column)
-        for column in ("ms", "peak_mib", "status")
-    )
-    groups = losses.groups("cpu", False).values()
-    order = [tuple(case.values()) for cases in groups for case in cases]
-    table = DataFrame(index=[case for case in order if case in ms.index])
-    table["loss"] = [f"`{loss}`" for loss, _ in table.index]
-    table["inputs"] = [shape.replace("x", " × ") for _, shape in table.index]
-    table["comhe_ext, ms"] = ms[losses.OURS].map(number)
-    table["peak, MiB"] = peaks[losses.OURS].map(number)
-    for method in ("dense", "row-blocks", "pdist", "published", "keops"):
-        if method in ms:
-            ratio = ms[method] / ms[losses.OURS]
-            words = ratio.map(times) + ", " + peaks[method].map(number) + " MiB"
-            table[method] = words.where(ratio.notna(), status[method].replace(REASONS))
-    return block(rows, table)
+    """Lay out our times, and how many times as long the others take."""
+    case, mine = ["loss", "shape"], rows.method == losses.OURS
+    ours = rows[case].merge(rows[mine][[*case, "ms"]], how="left").ms
+    rows = with_memory(rows, (rows.ms / ours).map(times).mask(mine, rows.ms.map(number) + " ms"))
+    table = rows.pivot(index=case, columns="method", values="cell")
+    names = [name for name in losses.METHODS if name in table]
+    return block(rows, table.reindex(losses.LOSSES, level="loss")[names].reset_index())
 
 
 def training(rows: DataFrame) -> str:
@@ -170,58 +159,60 @@ def training(rows: DataFrame) -> str:
 # --- projections and samples ----------------------------------------------------------------------
 
 
-def laid_out(rows: DataFrame, what: str, names: Sequence[str]) -> DataFrame:
-    """Lay out times or errors of projections: all methods by what they are of."""
-    rows = rows[rows.what == what]
-    figures = rows.assign(figure=rows.gradient_error if what == projections.ERROR else rows.ms)
-    table = figures.pivot(index="method", columns="of", values="figure").astype(float)
-    table = table.reindex(index=[*projections.KINDS, *projections.SAMPLED], columns=list(names))
-    return table.rename(columns={name: model.label for name, model in models.MODELS.items()})
+def laid_out(rows: DataFrame, *what: str) -> DataFrame:
+    """Lay out times and errors of projections: methods by what was measured, and of what."""
+    labels = {name: model.label for name, model in models.MODELS.items()}
+    rows = rows[rows.what.isin(what)]
+    rows = rows.assign(figure=rows.ms.fillna(rows.gradient_error), of=rows.of.replace(labels))
+    table = rows.pivot(index="method", columns=["what", "of"], values="figure").astype(float)
+    table = table.reindex([*projections.KINDS, *projections.SAMPLED])
+    return table[[*rows[["what", "of"]].drop_duplicates().itertuples(index=False, name=None)]]
+
+
+def of_projections(rows: DataFrame, table: DataFrame) -> str:
+    table = table.dropna(how="all").map(number)
+    table.columns = [", ".join(names) for names in table]
+    return block(rows, table.rename_axis("projections").reset_index())
 
 
 def kinds(rows: DataFrame) -> str:
-    rows = rows[rows.method.isin(projections.KINDS)]
-    networks = [name for name in projections.OF_KINDS if name in models.MODELS]
-    layers = [name for name in projections.OF_KINDS if name not in models.MODELS]
-    alone = laid_out(rows, projections.PROJECTIONS, networks)
-    parts = [
-        laid_out(rows, projections.STEP, networks).rename(columns="{}, ms".format),
-        alone.rename(columns="of which projections, {}".format),
-        laid_out(rows, projections.ERROR, layers).rename(columns="error, {}".format),
-    ]
-    table = pd.concat(parts, axis=1).loc[list(projections.KINDS)].map(number)
-    return block(rows, table.rename_axis("projections").reset_index())
+    """Lay out times in milliseconds, and errors."""
+    rows = rows[rows.of.isin(projections.OF_KINDS) & rows.method.isin(projections.KINDS)]
+    whats = projections.STEP, projections.PROJECTIONS, projections.ERROR
+    return of_projections(rows, laid_out(rows, *whats))
 
 
 def sampled_rows(rows: DataFrame, *what: str) -> DataFrame:
     """Select what compares sampled with exact energies; nothing as long as that has no rows."""
     rows = rows[rows.of.isin(projections.OF_SAMPLES) & rows.what.isin(what)]
+    rows = rows[rows.method.isin({**projections.TWO, **projections.SAMPLED})]
     return rows if rows.method.isin(projections.SAMPLED).any() else rows[:0]
 
 
 def sampled_steps(rows: DataFrame) -> str:
     """Compare steps, and what the pairs take of them, with 20 Gaussian projections, exact."""
     rows = sampled_rows(rows, projections.STEP, projections.PROJECTIONS)
-    networks = [name for name in projections.OF_SAMPLES if name in models.MODELS]
-    steps = laid_out(rows, projections.STEP, networks)
-    alone = laid_out(rows, projections.PROJECTIONS, networks)
+    steps, alone = laid_out(rows, projections.STEP), laid_out(rows, projections.PROJECTIONS)
     # what the projections take depends on their kind alone
-    pairs = steps - alone.loc[[name.split(",")[0] for name in steps.index]].set_axis(steps.index)
-    parts = [
-        (figures / figures.loc["gaussian 20"]).rename(columns=words.format)
-        for figures, words in ((steps, "{}, step"), (pairs, "pairs alone, {}"))
-    ]
-    table = pd.concat(parts, axis=1).loc[[*projections.TWO, *projections.SAMPLED]]
-    return block(rows, table.map(number).rename_axis("projections").reset_index())
+    alone = alone.loc[[name.split(",")[0] for name in steps.index]].set_axis(steps.index)
+    pairs = steps - alone.rename(columns={projections.PROJECTIONS: projections.STEP})
+    table = steps.join(pairs.rename(columns={projections.STEP: "pairs alone"}))
+    return of_projections(rows, table / table.loc["gaussian 20"])
 
 
 def sampled_gradients(rows: DataFrame) -> str:
     """Compare errors of gradients with that of 20 Gaussian projections without sampling."""
     rows = sampled_rows(rows, projections.ERROR)
-    layers = [name for name in projections.OF_SAMPLES if name not in models.MODELS]
-    off = laid_out(rows, projections.ERROR, layers)
-    table = (off / off.loc["gaussian 20"]).loc[[*projections.TWO, *projections.SAMPLED]]
-    return block(rows, table.map(number).rename_axis("projections").reset_index())
+    table = laid_out(rows, projections.ERROR)
+    return of_projections(rows, table / table.loc["gaussian 20"])
+
+
+def sampled_errors(rows: DataFrame) -> str:
+    """Lay out the errors of single draws, kinds of rows by what is estimated how."""
+    rows = rows[rows.kind.isin(KINDS) & rows.method.str.startswith("degree")]
+    table = rows.pivot(index="method", columns="kind", values="gradient_error")
+    table = table.reindex(columns=list(KINDS)).map(number)
+    return block(rows, table.rename_axis("").reset_index())
 
 
 def sampled_sets(rows: DataFrame) -> str:
@@ -234,19 +225,10 @@ def sampled_sets(rows: DataFrame) -> str:
 
 
 def sampled_times(rows: DataFrame) -> str:
-    rows = rows[(rows.kind != sampled.PROJECTED) & rows.ms.notna()]
+    rows = rows[rows.ms.notna() & (rows.kind != sampled.PROJECTED)]
     rows = rows.sort_values("rows", kind="stable")
-    table = DataFrame(
-        {
-            "rows": rows["rows"].map("{:,}".format) + ", " + rows.kind,
-            "": rows.method,
-            "s": rows.ms.div(1e3).map(number),
-            "peak, MiB": rows.peak_mib.map(number),
-            "error of the energy": rows.value_error.map(error),
-            "of the gradient": rows.gradient_error.map(error),
-        }
-    )
-    return block(rows, table)
+    numbers = rows[["ms", "peak_mib", *ERRORS]].map(number).rename(columns=FIGURES | ERRORS)
+    return block(rows, rows[["kind", "rows", "method"]].join(numbers).astype(str))
 
 
 # the blocks that are made of the newest rows of one study
@@ -256,6 +238,7 @@ BLOCKS = {
     "losses": (losses.STUDY.table, named_losses),
     "training": (demo.TABLE, training),
     "projections": (projections.STUDY.table, kinds),
+    "sampled errors": (sampled.STUDY.table, sampled_errors),
     "sampled sets": (sampled.STUDY.table, sampled_sets),
     "sampled times": (sampled.STUDY.table, sampled_times),
     "sampled steps": (projections.STUDY.table, sampled_steps),

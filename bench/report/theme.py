@@ -15,9 +15,8 @@ STYLE: list[str | dict[str, Any]] = [
     "tableau-colorblind10",
     {
         **{"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"},
-        **{"axes.grid": True, "axes.grid.axis": "y", "grid.color": "#d8dee4"},
-        **{"axes.axisbelow": True, "legend.frameon": False, "axes.titlesize": "medium"},
-        **{"figure.constrained_layout.use": True, "savefig.dpi": 150},
+        **{"axes.grid": True, "grid.color": "#d8dee4", "legend.frameon": False},
+        **{"axes.titlesize": "medium", "figure.constrained_layout.use": True, "savefig.dpi": 150},
     },
 ]
 
