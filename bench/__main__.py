@@ -41,11 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     common.add_argument("--limit", type=float, metavar="S", help="seconds of a call, at most")
     common.add_argument("--budget-minutes", type=float, default=math.inf, metavar="M", help=over)
     common.add_argument("--resume", action="store_true", help="leave out what this commit has")
-    minutes = sum(study.minutes for study in ALL)
-    add("all", f"all studies, then readme; about {minutes} minutes", parents=[common])
+    long = "about {} minutes on two quiet cores".format
+    every = f"all studies, then readme; {long(sum(study.minutes for study in ALL))}"
+    add("all", every, parents=[common])
     for study in ALL:
-        words = f"{study.words}; about {study.minutes} minutes"
-        command = add(study.name, words, parents=[common])
+        command = add(study.name, f"{study.words}; {long(study.minutes)}", parents=[common])
         listed: dict[str, Any] = {"nargs": "+", "default": (), "metavar": "NAME"}
         command.add_argument("--cases", **listed, help=", ".join(study.groups("cpu", False)))
         command.add_argument("--methods", **listed)
@@ -67,8 +67,8 @@ def options_of(args: argparse.Namespace) -> Options:
 def measure(study: Study, options: Options, cases: Sequence[str] = ()) -> int:
     """Measure a study with its own number of threads where none is given."""
     threads = options.threads or study.threads or torch.get_num_threads()
-    if study is sweep.STUDY:
-        machine.measure_peak(options.device, options.out)
+    if study is sweep.STUDY and options.device == "cpu":
+        machine.measure_peak(options.out)
     return study.measure(options._replace(threads=threads), cases)
 
 
@@ -98,14 +98,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, study = options_of(args), STUDIES.get(args.command)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
-    if study is None:
-        left = measure_all(options)
-    else:
-        try:
+    try:
+        if study is not None:
             study.check(args.cases, options)
-        except ValueError as error:
-            parser.error(str(error))
-        left = measure(study, options, args.cases)
+    except ValueError as error:
+        parser.error(str(error))
+    left = measure(study, options, args.cases) if study else measure_all(options)
     if left > 0:
         print(f"{left} left over: run again with --resume")
         return LEFT_OVER

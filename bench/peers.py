@@ -5,9 +5,8 @@ pairs, which autograd can differentiate. `METHODS` lists them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,8 +173,7 @@ ONCE: tuple[Mode, ...] = ("gradient", "energy")
 TWICE: tuple[Mode, ...] = ("gradient", "energy", "second order")
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One way to compute the energy.
 
     `load` is called once in the process that measures: what it imports or compiles is part of the
@@ -188,20 +186,13 @@ class Method:
     devices: tuple[str, ...] = ("cpu", "cuda")
     backend: BackendName | None = None  # of ours
     compiles: bool = False  # its first call compiles, for many seconds
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = {}
     graph: bool = False  # replayed from a CUDA graph
 
 
 def ours(backend: BackendName, label: str, *devices: str, **options: Any) -> Method:
     load = partial(partial, comhe_ext.hyperspherical_energy, backend=backend)
     return Method(label, load, MODES, devices, backend, **options)
-
-
-def keops(energies: Energies) -> Energies:
-    import pykeops
-
-    pykeops.set_verbose(False)
-    return energies
 
 
 METHODS = {
@@ -216,11 +207,11 @@ METHODS = {
     "compile": Method(
         "torch.compile", lambda: torch.compile(naive_energy, dynamic=False), compiles=True
     ),
-    "keops": Method("KeOps", partial(keops, by_set(keops_energy)), TWICE, compiles=True),
+    "keops": Method("KeOps", partial(by_set, keops_energy), TWICE, compiles=True),
     # the best that it can do: energy and force in one reduction, compiled for this machine
     "keops-native": Method(
         "KeOps, one sweep",
-        partial(keops, gradient_in_forward(keops_sweep)),
+        partial(gradient_in_forward, keops_sweep),
         compiles=True,
         environment={"CXXFLAGS": "-march=native -ffast-math"},
     ),

@@ -48,7 +48,7 @@ def stages(results: Path) -> dict[str, list[str]]:
     if DRY:  # these tests are skipped
         return of_gpu
     cuda = ["--device", "cuda", "--resume", f"--out={results}"]
-    found = {"speed": [*bench, "sweep", *cuda, "--cases", "main", "half space"], **of_gpu}
+    found = {"speed": [*bench, "sweep", *cuda, "--cases", "main", "modes"], **of_gpu}
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for tool in ("memcheck", "racecheck"):
         options = [f"--tool={tool}", "--error-exitcode=9", *pytest, "tests/kernels/test_gpu.py"]

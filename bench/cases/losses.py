@@ -6,8 +6,8 @@ computes again, and what is published or usual for the loss.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 import comhe_ext
-from bench.measure.contest import Entry
-from bench.measure.errors import errors, judged
+from bench.measure.contest import Entry, errors, judged
 from bench.measure.store import Row
 from bench.measure.study import Case, Options, Study
 from bench.measure.worker import Call, Result
@@ -38,8 +37,7 @@ def classes_of_batch(weight: Tensor, labels: Tensor) -> Sets:
     return unit[labels], unit, labels
 
 
-@dataclass(frozen=True)
-class Formula:
+class Formula(NamedTuple):
     """A loss by its definition: a function of each row's cosines, and one of what that gave."""
 
     of_row: Callable[[Tensor], Tensor]  # [n, M] -> [n]
@@ -111,8 +109,7 @@ Value = Callable[..., Tensor]  # of the inputs
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """What is compared. The gradient is that of the first input."""
 
     methods: dict[str, Value]  # ours first, last the one that is exact in float64
@@ -130,8 +127,7 @@ def classes_and_labels(m: int, n: int, d: int, device: str) -> tuple[Tensor, ...
 
 
 def two_networks(b: int, n: int, d: int, device: str) -> tuple[Tensor, ...]:
-    both = testing.random_rows(2 * b * n, d, device=device).view(2, b, n, d)
-    return tuple(both.unbind())
+    return tuple(testing.random_rows(2 * b * n, d, device=device).view(2, b, n, d).unbind())
 
 
 BATCH, MEDIUM, LARGE, HEAD = (256, 128), (4096, 64), (8192, 256), (512, 100_000, 512)
@@ -164,10 +160,6 @@ LOSSES = {
         Formula(largest, lambda c: -(distance(c) + 1e-8).log().mean()),
         ALL,
         published=koleo_published,
-    ),
-    "minimal_angle": of_pairs(
-        losses.minimal_angle,
-        Formula(largest, lambda c: -c.arccos().mean()),
     ),
     "nearest": of_pairs(
         lambda x: comhe_ext.nearest(x)[0].mean(),

@@ -139,20 +139,14 @@ def entries(case: Case, options: Options) -> dict[str, Entry]:
         return {name: Entry(partial(make, of, method)) for name, method in methods.items()}
     draws, reference = (1, 1) if options.quick else (DRAWS, REFERENCE)
     checked = partial(check, of, reference)
-    return {
-        name: Entry(partial(make_gradients, of, method, draws), checked, timed=False)
-        for name, method in methods.items()
-    }
+    calls = {name: partial(make_gradients, of, method, draws) for name, method in methods.items()}
+    return {name: Entry(call, checked, timed=False) for name, call in calls.items()}
 
 
 def groups(device: str, quick: bool) -> dict[str, list[Case]]:
-    names = ["digits", "2048 x 512"] if quick else [*dict.fromkeys([*OF_KINDS, *OF_SAMPLES])]
-    return {
-        name: [
-            {"what": w, "of": name} for w in ((STEP, PROJECTIONS) if name in MODELS else [ERROR])
-        ]
-        for name in names
-    }
+    names = ("digits", "2048 x 512") if quick else dict.fromkeys([*OF_KINDS, *OF_SAMPLES])
+    whats = {name: (STEP, PROJECTIONS) if name in MODELS else (ERROR,) for name in names}
+    return {name: [{"what": what, "of": name} for what in found] for name, found in whats.items()}
 
 
 STUDY = Study(

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bench.measure.contest import Entry
-from bench.measure.errors import error
+from bench.measure.contest import Entry, error
 from bench.measure.store import Row
 from bench.measure.study import Case, Options, Study
 from bench.measure.worker import Call, Result
@@ -81,9 +80,8 @@ def make_plan(kind: str, rows: int) -> Call:
 
 
 def make_estimate(kind: str, rows: int, partitions: int) -> Call:
-    options: dict[str, Any] = {"samples": 256, "partitions": partitions}
-
     def estimate() -> Result:
+        options: dict[str, Any] = {"samples": 256, "partitions": partitions}
         found = estimate_energy(points(kind, rows), **options, generator=generator(0))
         return tuple(torch.tensor(x) for x in (found.energy, found.low, found.high))
 

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 import comhe_ext
-from bench.measure.contest import Entry
-from bench.measure.errors import errors, judged
+from bench.measure.contest import Entry, errors, judged
 from bench.measure.store import Row
 from bench.measure.study import Case, Options, Study
 from bench.measure.worker import Call, Result
-from bench.peers import METHODS, Mode, naive_energy, replayed, run
+from bench.peers import METHODS, Method, Mode, naive_energy, replayed, run
 from comhe_ext import testing
 
 
@@ -85,8 +84,8 @@ def groups(device: str, quick: bool) -> dict[str, list[Case]]:
     lists = {"main": MAIN[device], "small": SMALL, "layers": list(LAYERS), "scaling": scaling}
     cases = {name: [case_of(shape) for shape in shapes] for name, shapes in lists.items()}
     one = Shape(1, 4096, dim)
-    cases["modes"] = [case_of(one, "energy"), case_of(one, "second order")]
-    return cases | {"half space": [case_of(PAPER, "half space")]}
+    modes = case_of(one, "energy"), case_of(one, "second order"), case_of(PAPER, "half space")
+    return cases | {"modes": [*modes]}
 
 
 def points(shape: Shape, device: str) -> Tensor:
@@ -121,19 +120,19 @@ def check(shape: Shape, mode: Mode, device: str, result: Result) -> Row:
     return judged(errors(result, truth(shape, mode, device)))
 
 
+def taking_part(options: Options) -> dict[str, Method]:
+    """List the methods of a device; to compile would take most of a quick run."""
+    found = {name: x for name, x in METHODS.items() if options.device in x.devices}
+    return {name: x for name, x in found.items() if not (options.quick and x.compiles)}
+
+
 def entries(case: Case, options: Options) -> dict[str, Entry]:
-    shape, mode, device = shape_of(case), case["mode"], options.device
+    place = shape_of(case), case["mode"], options.device
+    checked = partial(check, *place)
     return {
-        name: Entry(
-            partial(make_call, name, shape, mode, device),
-            partial(check, shape, mode, device),
-            method.environment,
-        )
-        for name, method in METHODS.items()
-        if device in method.devices
-        and mode in method.modes
-        # compiling would take most of so short a run
-        and not (options.quick and method.compiles)
+        name: Entry(partial(make_call, name, *place), checked, method.environment)
+        for name, method in taking_part(options).items()
+        if case["mode"] in method.modes
     }
 
 
@@ -180,16 +179,12 @@ def check_close(case: str, device: str, result: Result) -> Row:
 
 
 def close_entries(case: Case, options: Options) -> dict[str, Entry]:
-    name, device = case["case"], options.device
+    place = case["case"], options.device
+    checked = partial(check_close, *place)
     return {
-        m: Entry(
-            partial(make_close_call, m, name, device),
-            partial(check_close, name, device),
-            method.environment,
-            timed=False,
-        )
-        for m, method in METHODS.items()
-        if device in method.devices and not (method.graph or (options.quick and method.compiles))
+        name: Entry(partial(make_close_call, name, *place), checked, method.environment, False)
+        for name, method in taking_part(options).items()
+        if not method.graph
     }
 
 

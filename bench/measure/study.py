@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from pandas import DataFrame
-from rich.progress import Progress
+from rich.progress import track
 
 from bench.measure import machine
 from bench.measure.contest import Entry, Rules, hold
@@ -92,18 +92,16 @@ class Study:
             f"{options.threads}, PyTorch {stamp['torch']}, comhe_ext at {stamp['commit'] or '?'}"
         )
         where = options.device, options.threads, options.rules
-        with TemporaryDirectory() as caches, Progress(disable=not sys.stdout.isatty()) as progress:
-            task = progress.add_task("", total=len(cases))
-            for index, case in enumerate(cases):
+        shown = track(cases, self.name, disable=not sys.stdout.isatty())
+        with TemporaryDirectory() as caches:
+            for index, case in enumerate(shown):
                 if time.monotonic() >= options.deadline:
                     return len(cases) - index
-                title = " ".join(map(str, case.values()))
-                progress.update(task, description=title)
                 rows = hold(self.taking_part(case, options), *where, Path(caches))
                 self.table.upsert(
                     options.out, [{**stamp, **case, "method": m, **row} for m, row in rows.items()]
                 )
                 table = DataFrame.from_dict(rows, orient="index").reindex(columns=SHOWN)
-                print(title, table.dropna(axis=1, how="all").to_string(na_rep=""), sep="\n")
-                progress.advance(task)
+                print(*case.values())
+                print(table.dropna(axis=1, how="all").to_string(na_rep=""), flush=True)
         return 0

@@ -13,7 +13,7 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ LONGEST = 1e6  # seconds; what a connection waits for has to fit 31 bits of mill
 
 Result = tuple[Any, ...]  # of tensors, or None
 Call = Callable[[], Result]
+Maker = Callable[[], Call]  # loads in the process what is to be called; can be pickled
 
 # a server that has imported torch forks a fresh process in milliseconds
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -53,10 +54,7 @@ class Lost(Exception):
 class Worker:
     """The handle of a process. After `ask` has raised `Lost`, only `close` may be called."""
 
-    def __init__(
-        self, make: Callable[[], Call], device: str, threads: int, environment: Mapping[str, str]
-    ) -> None:
-        """Start a process; `make`, which can be pickled, loads there what is to be called."""
+    def __init__(self, make: Maker, device: str, threads: int, environment: dict[str, str]) -> None:
         CONTEXT.set_forkserver_preload(["torch", "pandas", "comhe_ext"])
         self.connection, theirs = CONTEXT.Pipe()
         self.process = CONTEXT.Process(
@@ -91,11 +89,7 @@ class Worker:
 
 
 def _serve(
-    connection: Connection,
-    make: Callable[[], Call],
-    device: str,
-    threads: int,
-    environment: Mapping[str, str],
+    connection: Connection, make: Maker, device: str, threads: int, environment: dict[str, str]
 ) -> None:
     """Serve as the process: make calls until it is ended."""
     os.setsid()
@@ -172,5 +166,5 @@ def _give_way() -> None:
     except OSError:
         return
     # threads and libraries reserve addresses without memory, which are not scarce
-    most = held + machine.free_memory("cpu") + 2**31
+    most = held + machine.free_memory() + 2**31
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -19,8 +19,7 @@ def filled(texts: Mapping[Path, str], folder: Path) -> dict[Path, str]:
         raise ValueError(f"the pages have the blocks {sorted(names)}, not {sorted(parts)}")
 
     def block(match: re.Match[str]) -> str:
-        name = match[1]
-        return f"<!-- {name} -->\n\n{parts[name]}\n\n<!-- end {name} -->"
+        return f"<!-- {match[1]} -->\n\n{parts[match[1]]}\n\n<!-- end {match[1]} -->"
 
     return {page: BLOCK.sub(block, text) for page, text in texts.items()}
 

@@ -1,6 +1,5 @@
 """The results drawn: time and memory over the number of rows."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from matplotlib.ticker import EngFormatter
 
 from bench.cases.sweep import SCALING_DIM
 from bench.peers import METHODS
-from bench.report.results import Sweep
+from bench.report.tables import Sweep
 from bench.report.theme import save
 
 
@@ -27,15 +26,12 @@ def over_rows(sweep: Sweep) -> Figure:
         axes.lines[0].set_linewidth(3.5)  # ours
         axes.yaxis.set_major_formatter(EngFormatter(unit))
         axes.set(title=f"{title}, {dim} columns", xlabel="rows of one set")
-    names = panels[0].get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower center", ncols=4)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
 def draw(results: Path) -> list[Path]:
     """Draw the results in a folder into it."""
     sweeps = {f"sweep-{device}": Sweep(results, device) for device in ("cpu", "cuda")}
-    pictures: dict[str, Callable[[], Figure]] = {
-        name: partial(over_rows, sweep) for name, sweep in sweeps.items() if len(sweep.ours)
-    }
-    return save(results / "plots", pictures)
+    drawn = {name: sweep for name, sweep in sweeps.items() if len(sweep.ours)}
+    return save(results / "plots", {name: partial(over_rows, drawn[name]) for name in drawn})

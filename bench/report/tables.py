@@ -4,22 +4,84 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
 from pandas import DataFrame, Series
 
 from bench import demo
 from bench.cases import losses, models, projections, sampled
 from bench.cases.sweep import ACCURACY, CLOSE, DUPLICATES, LAYERS, MAIN, SMALL, Shape
+from bench.cases.sweep import STUDY as SWEEP
+from bench.measure.machine import PEAKS
+from bench.measure.store import Table
 from bench.peers import METHODS, OURS, PEERS
-from bench.report.results import Key, Sweep, newest
 from comhe_ext.testing.kinds import KINDS
 
 NOTHING = "Not measured yet."
-NO_GPU = "**Nothing has run on a GPU yet.** No number here is from one."
 # what is shown in place of a time
 REASONS = {"ok": "", "out of memory": "memory", "timeout": "time"}
 # of the short table; one where we lose
 SHORT = [Shape(1, 128, 40), Shape(1, 4096, 30), Shape(20, 2048, 40), Shape(1, 3072, 768)]
 SHORT += [Shape(1, 50257, 40)]
+
+
+# --- the newest results ---------------------------------------------------------------------------
+
+CASE = ["sets", "rows", "dim", "mode"]
+Key = tuple[int, int, int, str]
+
+
+def newest(
+    table: Table, folder: Path, device: str, threads: int | None = None, machine: str | None = None
+) -> DataFrame:
+    """Select the newest rows of a machine and its threads, of those measured last if not given.
+
+    A call's time is `ms`, by the one clock: processor time of one thread, else the wall's.
+    """
+    rows = table.newest(folder)
+    rows = rows[(rows.device == device) & (rows.threads == (threads or rows.threads))]
+    rows = rows[rows.machine == (machine or rows.machine)]
+    if "wall_ms" in rows:
+        one = (rows.device == "cpu") & (rows.threads == 1)
+        rows = rows.assign(ms=rows.cpu_ms.where(one, rows.wall_ms))
+    last = rows.sort_values("date")[["machine", "threads"]].tail(1)
+    return rows.merge(last)
+
+
+class Sweep:
+    """The sweep of a device, of a processor on one thread unless another number is given.
+
+    `ours` has the times of the backend that is taken by default, by the case; `ratios` how many
+    times as long each peer takes; `shares` what part of the peak is useful work.
+    """
+
+    def __init__(
+        self, folder: Path, device: str, threads: int | None = None, machine: str | None = None
+    ) -> None:
+        self.folder, self.device = folder, device
+        threads = threads or (1 if device == "cpu" else None)
+        self.rows = newest(SWEEP.table, folder, device, threads, machine)
+        self.machine = self.rows.machine.iloc[0] if len(self.rows) else "none"
+        ms = self.table("ms")
+        self.ours = ms[OURS].bfill(axis=1).iloc[:, 0].dropna()
+        self.ratios = ms.loc[self.ours.index, PEERS].div(self.ours, axis=0)
+        peaks = newest(PEAKS, folder, device, threads, self.machine).flops.dropna()
+        peak = peaks.iloc[-1] if len(peaks) else math.nan
+        flop = [
+            Shape(*case[:3]).flop if case[3] == "gradient" else math.nan for case in self.ours.index
+        ]
+        self.shares = Series(flop, self.ours.index, float) / (1e-3 * self.ours * peak)
+
+    def table(self, column: str) -> DataFrame:
+        """Lay a column out, cases by methods in the order of the registry."""
+        table = self.rows.pivot(index=CASE, columns="method", values=column)
+        return table.reindex(columns=list(METHODS))
+
+    def of(self, cases: Sequence[Key]) -> DataFrame:
+        """Select the rows of some cases."""
+        return self.rows[pd.MultiIndex.from_frame(self.rows[CASE]).isin(cases)]
+
+
+# --- what is written ------------------------------------------------------------------------------
 
 
 def block(rows: DataFrame, table: DataFrame) -> str:
@@ -86,8 +148,7 @@ def speed(sweep: Sweep, shapes: Sequence[Shape], modes: bool = False) -> str:
     table = DataFrame(figures).fillna("").loc[cases]
     table = table.loc[:, table.ne("").any()]
     table.insert(0, "rows × k", [name_of(case) for case in cases])
-    found = block(sweep.of(cases), table)
-    return NO_GPU if found == NOTHING and sweep.device == "cuda" else found
+    return block(sweep.of(cases), table)
 
 
 FIGURES = {"ms": "ms", "wall_min_ms": "least, by wall clock", "wall_max_ms": "most"}
@@ -129,7 +190,7 @@ def with_memory(rows: DataFrame, time: Series) -> DataFrame:
 def whole_models(rows: DataFrame) -> str:
     rows = with_memory(rows, rows.wall_ms.map(number) + " ms")
     table = rows.pivot(index="method", columns=["model", "batch"], values="cell")
-    table = table.reindex(models.METHODS).reindex(columns=list(models.MODELS), level="model")
+    table = table.reindex(list(models.METHODS)).reindex(columns=list(models.MODELS), level="model")
     table.columns = [f"{models.MODELS[name].label}, batch {batch}" for name, batch in table]
     return block(rows, table.rename_axis("regularizer").reset_index())
 
@@ -146,10 +207,10 @@ def named_losses(rows: DataFrame) -> str:
 
 def training(rows: DataFrame) -> str:
     by_method = rows.groupby("method", sort=False)
+    table = by_method[[f"{layer}_last" for layer in demo.LAYERS]].mean().map("{:.4f}".format)
+    table.columns = [f"energy of {layer}" for layer in demo.LAYERS]
     accuracies = by_method.accuracy.agg(lambda x: f"{x.mean():.2f} ± {x.std():.2f}")
-    table = DataFrame({"test accuracy, %": accuracies})
-    for layer in demo.LAYERS:
-        table[f"energy of {layer}"] = by_method[f"{layer}_last"].mean().map("{:.4f}".format)
+    table.insert(0, "test accuracy, %", accuracies)
     table["step, ms"] = by_method.step_ms.median().map("{:.1f}".format)
     seeds, steps = rows.seed.nunique(), rows.steps.max()
     text = block(rows, table.rename(demo.METHODS).rename_axis("").reset_index())

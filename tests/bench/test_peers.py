@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.cases import losses, models, projections, sampled, sweep
 from bench.cases.sweep import Shape
-from bench.measure.errors import errors, judged
+from bench.measure.contest import errors, judged
 from bench.peers import METHODS, naive_energy, run
 
 SHAPE = Shape(2, 70, 9)
