@@ -238,7 +238,7 @@ def entries(case: Case, options: Options) -> dict[str, Entry]:
 
 
 STUDY = Study(
-    *("losses", "named losses and nearest rows beside what people write", 6),
+    *("losses", "named losses and nearest rows beside what people write", 3),
     key=("loss", "shape"),
     groups=groups,
     entries=entries,

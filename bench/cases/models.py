@@ -137,7 +137,7 @@ def entries(case: Case, options: Options) -> dict[str, Entry]:
 
 
 STUDY = Study(
-    *("model", "a training step of whole models, with and without the regularizer", 13),
+    *("model", "a training step of whole models, with and without the regularizer", 12),
     key=("model", "batch"),
     groups=groups,
     entries=entries,

@@ -150,7 +150,7 @@ def groups(device: str, quick: bool) -> dict[str, list[Case]]:
 
 
 STUDY = Study(
-    *("projections", "random projections of each kind, exact and sampled: cost and quality", 15),
+    *("projections", "random projections of each kind, exact and sampled: cost and quality", 12),
     key=("what", "of"),
     groups=groups,
     entries=entries,

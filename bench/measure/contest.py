@@ -20,8 +20,9 @@ from bench.measure.worker import Lost, Maker, Reply, Result, Turn, Worker
 from comhe_ext import testing
 
 MOST_ROUNDS = 9
-SLOW = 5.0  # seconds: such calls have three rounds at least, shorter ones five
-LONG = 1.0  # seconds: such calls need no warm-up, and that for the memory counts as a round
+# seconds: such calls have three rounds at least, shorter ones five; they need no warm-up, and that
+# for the memory counts as a round
+LONG = 1.0
 SHORT = 0.02  # seconds: a round lasts at least as long, of several calls if need be
 # empty at first, so that the first call takes as long as a user's
 CACHES = ("KEOPS_CACHE_FOLDER", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -30,13 +31,13 @@ CACHES = ("KEOPS_CACHE_FOLDER", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 class Rules(NamedTuple):
     """Limits of time, in seconds."""
 
-    limit: float = 60.0  # of one call
-    first: float = 240.0  # on top of that, for the imports and compilers of the first
-    budget: float = 10.0  # of the rounds of one entry, but for the fewest
+    limit: float = 40.0  # of one call
+    first: float = 120.0  # on top of that, for the imports and compilers of the first
+    budget: float = 5.0  # of the rounds of one entry, but for the fewest
     rounds: int = MOST_ROUNDS
 
     def number_of_rounds(self, seconds: float) -> int:
-        fewest = 5 if seconds < SLOW else 3
+        fewest = 5 if seconds < LONG else 3
         return min(self.rounds, max(fewest, int(self.budget / seconds)))
 
 

@@ -87,7 +87,8 @@ def test_what_is_wrong_is_not_timed(tmp_path):
 
 def test_slow_calls_have_fewer_rounds():
     rules = Rules(budget=20.0)
-    rounds = {0.02: 9, 2.0: 9, 3.0: 6, 4.9: 5, 5.1: 3, 45.0: 3}
+    rounds = {0.02: 9, 0.9: 9, 2.0: 9, 3.0: 6, 5.1: 3, 45.0: 3}
+    assert Rules(budget=1.0).number_of_rounds(0.9) == 5
     assert {seconds: rules.number_of_rounds(seconds) for seconds in rounds} == rounds
 
 
