@@ -19,6 +19,7 @@ from comhe_ext.testing.kinds import KINDS
 NOTHING = "Not measured yet."
 # what is shown in place of a time
 REASONS = {"ok": "", "out of memory": "memory", "timeout": "time"}
+BESIDE = ["comhe-graph", *PEERS]  # what is compared with the backend that is taken by default
 # of the short table; one where we lose
 SHORT = [Shape(1, 128, 40), Shape(1, 4096, 30), Shape(20, 2048, 40), Shape(1, 3072, 768)]
 SHORT += [Shape(1, 50257, 40)]
@@ -51,7 +52,7 @@ class Sweep:
     """The sweep of a device, of a processor on one thread unless another number is given.
 
     `ours` has the times of the backend that is taken by default, by the case; `ratios` how many
-    times as long each peer takes; `shares` what part of the peak is useful work.
+    times as long the others take; `shares` what part of the peak is useful work.
     """
 
     def __init__(
@@ -63,12 +64,11 @@ class Sweep:
         self.machine = self.rows.machine.iloc[0] if len(self.rows) else "none"
         ms = self.table("ms")
         self.ours = ms[OURS].bfill(axis=1).iloc[:, 0].dropna()
-        self.ratios = ms.loc[self.ours.index, PEERS].div(self.ours, axis=0)
+        self.ratios = ms.loc[self.ours.index, BESIDE].div(self.ours, axis=0)
         peaks = newest(PEAKS, folder, device, threads, self.machine).flops.dropna()
         peak = peaks.iloc[-1] if len(peaks) else math.nan
-        flop = [
-            Shape(*case[:3]).flop if case[3] == "gradient" else math.nan for case in self.ours.index
-        ]
+        # of energy and gradient, not of other modes
+        flop = [Shape(*x[:3]).flop if x[3] == "gradient" else math.nan for x in self.ours.index]
         self.shares = Series(flop, self.ours.index, float) / (1e-3 * self.ours * peak)
 
     def table(self, column: str) -> DataFrame:
@@ -132,20 +132,20 @@ def name_of(case: Key) -> str:
 
 
 def speed(sweep: Sweep, shapes: Sequence[Shape], modes: bool = False) -> str:
-    """Lay out our times, and how many times as long each peer takes, or why it has none."""
+    """Lay out our times, and how many times as long the others take, or why they have none."""
     cases = [case for shape in shapes if (case := (*shape, "gradient")) in sweep.ours.index]
     cases += [case for case in sweep.ours.index if modes and case[3] != "gradient"]
     two = Sweep(sweep.folder, sweep.device, 2, sweep.machine)
     faster = sweep.table("wall_ms")[OURS[0]] / two.table("wall_ms")[OURS[0]]
-    why = sweep.table("status")[PEERS].replace(REASONS)
+    why = sweep.table("status").loc[sweep.ours.index, BESIDE].replace(REASONS)
+    beside = sweep.ratios.map(times).mask(sweep.ratios.isna(), why)
     figures = {
         "comhe_ext, ms": sweep.ours.map(number),
         "% of the peak": sweep.shares.mul(100).map(number),
         "two threads over one": faster.map(times),
-        **{METHODS[x].label: sweep.ratios[x].map(times).mask(sweep.ratios[x].isna(), why[x])
-           for x in PEERS},
-    }  # fmt: skip
-    table = DataFrame(figures).fillna("").loc[cases]
+    }
+    table = DataFrame(figures).join(beside.rename(columns={m: METHODS[m].label for m in BESIDE}))
+    table = table.loc[cases].fillna("")
     table = table.loc[:, table.ne("").any()]
     table.insert(0, "rows × k", [name_of(case) for case in cases])
     return block(sweep.of(cases), table)
