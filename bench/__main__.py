@@ -41,11 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     common.add_argument("--limit", type=float, metavar="S", help="seconds of a call, at most")
     common.add_argument("--budget-minutes", type=float, default=math.inf, metavar="M", help=over)
     common.add_argument("--resume", action="store_true", help="leave out what this commit has")
-    long = "about {} minutes on two quiet cores".format
-    every = f"all studies, then readme; {long(sum(study.minutes for study in ALL))}"
-    add("all", every, parents=[common])
+    minutes = "about {} minutes on two quiet cores".format
+    words = f"all studies, then readme; {minutes(sum(study.minutes for study in ALL))}"
+    add("all", words, parents=[common])
     for study in ALL:
-        command = add(study.name, f"{study.words}; {long(study.minutes)}", parents=[common])
+        command = add(study.name, f"{study.words}; {minutes(study.minutes)}", parents=[common])
         listed: dict[str, Any] = {"nargs": "+", "default": (), "metavar": "NAME"}
         command.add_argument("--cases", **listed, help=", ".join(study.groups("cpu", False)))
         command.add_argument("--methods", **listed)
@@ -56,12 +56,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 def options_of(args: argparse.Namespace) -> Options:
     rules = Rules(budget=1.0, rounds=3, limit=10.0) if args.quick else Rules()
-    out = ROOT / "out" / "quick" if args.quick else RESULTS
-    methods = getattr(args, "methods", ())
-    deadline = time.monotonic() + 60.0 * args.budget_minutes
-    rules = rules._replace(limit=args.limit or rules.limit)
-    choice = rules, deadline, methods, args.resume, args.quick
-    return Options(args.device, args.threads, args.out or out, *choice)
+    return Options(
+        args.device,
+        args.threads,
+        args.out or (ROOT / "out" / "quick" if args.quick else RESULTS),
+        rules._replace(limit=args.limit or rules.limit),
+        deadline=time.monotonic() + 60.0 * args.budget_minutes,
+        methods=getattr(args, "methods", ()),
+        resume=args.resume,
+        quick=args.quick,
+    )
 
 
 def measure(study: Study, options: Options, cases: Sequence[str] = ()) -> int:

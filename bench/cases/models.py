@@ -64,8 +64,7 @@ class NaiveCoMHE(nn.Module):
 
     def __init__(self, model: nn.Module, projection: str | None, output_layer: str | None) -> None:
         super().__init__()
-        kinds = nn.Linear | nn.Conv2d
-        self.layers = [m for m in model.modules() if isinstance(m, kinds)]
+        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         self.head = self.layers[-1] if output_layer == "auto" else None
         self.first = self.layers[0] if isinstance(self.layers[0], nn.Conv2d) else None
         self.projected = projection == "random"
