@@ -104,12 +104,12 @@ fuzz:
 # every Triton kernel for sm_80, sm_90, sm_100 and gfx942, no GPU needed; ARGS=--small for a part,
 # ARGS=--all for every variant
 compile-gpu: $(INSTALLED)
-	$(BIN)/python -m bench.gpu.compile $(ARGS)
+	$(BIN)/python -m tools.compile_gpu $(ARGS)
 
 # .venv stays: remove it by hand to install anew
 clean:
 	rm -rf build dist out *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find comhe_ext kernels bench tests -name __pycache__ -prune -exec rm -rf {} +
+	find comhe_ext kernels bench tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # torch first, in the version the package asks for, so that nothing else chooses another; Triton,
 # which exists for Linux alone, without the rest: its kernels are compiled and interpreted in tests

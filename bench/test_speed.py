@@ -15,16 +15,16 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import comhe_ext
 from bench.cases.models import digits_network
-from bench.cases.shapes import Shape
-from bench.cases.sweep import points
-from bench.peers.energies import METHODS, OURS, Mode, run
+from bench.cases.sweep import Shape, points
+from bench.peers import METHODS, OURS, Mode, run
+from comhe_ext import backends
 from comhe_ext.functional import AngleKind
 
 # on one thread the processor's time is less noisy than the wall clock
 pytestmark = pytest.mark.benchmark(timer=time.process_time, min_rounds=9)
 
-BACKENDS = [name for name in OURS if METHODS[name].unavailable("cpu") is None]
-SHAPES = ["1x1024x30", "16x512x40", "1x4096x30", "1x2048x256"]
+BACKENDS = [name for name in OURS if backends.unavailable(METHODS[name].backend or "torch") is None]
+SHAPES = [Shape(1, 1024, 30), Shape(16, 512, 40), Shape(1, 4096, 30), Shape(1, 2048, 256)]
 
 
 @pytest.fixture(autouse=True)
@@ -35,17 +35,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("method", BACKENDS)
 @pytest.mark.parametrize("mode", ["gradient", "energy"])
-def test_energy(benchmark: BenchmarkFixture, mode: Mode, method: str, shape: str) -> None:
-    benchmark(run, METHODS[method].load(), points(Shape.parse(shape), "cpu"), mode)
+def test_energy(benchmark: BenchmarkFixture, mode: Mode, method: str, shape: Shape) -> None:
+    benchmark(run, METHODS[method].load(), points(shape, "cpu"), mode)
 
 
-@pytest.mark.parametrize("shape", ["1x1024x30"])
 @pytest.mark.parametrize("method", BACKENDS)
-def test_second_order(benchmark: BenchmarkFixture, method: str, shape: str) -> None:
-    benchmark(run, METHODS[method].load(), points(Shape.parse(shape), "cpu"), "second order")
+def test_second_order(benchmark: BenchmarkFixture, method: str) -> None:
+    benchmark(run, METHODS[method].load(), points(SHAPES[0], "cpu"), "second order")
 
 
 @pytest.mark.parametrize("kind", get_args(AngleKind))

@@ -23,7 +23,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 # what pages link to or show, and the site takes as it is
-ASSETS = ("examples/**/*.py", "bench/results/plots/*.png")
+ASSETS = ("examples/**/*.py", "bench/results/**/*.png")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

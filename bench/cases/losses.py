@@ -1,30 +1,115 @@
-"""Named losses, nearest rows and cross sets beside what people write; value and gradient."""
+"""Named losses, nearest rows and cross sets beside what people write; value and gradient.
 
-import re
+Beside ours stand the formula with the whole matrix of cosines, the same in row blocks that backward
+computes again, and what is published or usual for the loss.
+"""
+
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 import comhe_ext
-from bench.measure.contest import Entry
-from bench.measure.errors import errors, judged
+from bench.measure.contest import Entry, errors, judged
 from bench.measure.store import Row
 from bench.measure.study import Case, Options, Study
 from bench.measure.worker import Call, Result
-from bench.peers import losses as peers
-from bench.peers.losses import Formula, dense, distance, in_row_blocks, largest, mean_of_others
-from comhe_ext import Laplace, Riesz, losses, testing
+from bench.peers import block_rows
+from comhe_ext import Laplace, losses, testing
+
+# --- the formulas ---------------------------------------------------------------------------------
+
+Sets = tuple[Tensor, Tensor, Tensor]  # unit rows, unit columns, each row's own column
+
+
+def among_themselves(x: Tensor) -> Sets:
+    unit = normalize(x)
+    return unit, unit, torch.arange(len(x), device=x.device)
+
+
+def classes_of_batch(weight: Tensor, labels: Tensor) -> Sets:
+    unit = normalize(weight)
+    return unit[labels], unit, labels
+
+
+class Formula(NamedTuple):
+    """A loss by its definition: a function of each row's cosines, and one of what that gave."""
+
+    of_row: Callable[[Tensor], Tensor]  # [n, M] -> [n]
+    of_rows: Callable[[Tensor], Tensor] = torch.mean
+    own: float = -math.inf  # stands for the cosine of a row with its own column, to leave it out
+    sets: Callable[..., Sets] = among_themselves
+
+    def block(self, rows: Tensor, columns: Tensor, own: Tensor) -> Tensor:
+        cosines, index = rows @ columns.mT, torch.arange(len(rows), device=rows.device)
+        cosines.index_put_((index, own), cosines.new_tensor(self.own))
+        return self.of_row(cosines)
+
+
+def dense(formula: Formula, *inputs: Tensor) -> Tensor:
+    return formula.of_rows(formula.block(*formula.sets(*inputs)))
+
+
+def in_row_blocks(formula: Formula, *inputs: Tensor) -> Tensor:
+    """Compute a formula a block of rows at a time, each again in backward instead of kept."""
+    rows, columns, own = formula.sets(*inputs)
+    size = block_rows(columns)
+    values = [
+        checkpoint(formula.block, block, columns, index, use_reentrant=False)
+        for block, index in zip(rows.split(size), own.split(size), strict=True)
+    ]
+    return formula.of_rows(torch.cat(values))
+
+
+def mean_of_others(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make the mean over the other columns of a function of the cosine, 0 at minus infinity."""
+    return lambda cosines: function(cosines).sum(1) / (cosines.shape[1] - 1)
+
+
+def largest(cosines: Tensor) -> Tensor:
+    return cosines.max(1).values
+
+
+def distance(cosines: Tensor) -> Tensor:
+    return (2.0 - 2.0 * cosines).sqrt()
+
+
+def gram_matrices(student: Tensor, teacher: Tensor) -> Tensor:
+    ours, theirs = normalize(student, dim=-1), normalize(teacher, dim=-1)
+    return (ours @ ours.mT - theirs @ theirs.mT).square().mean()
+
+
+# --- what is published or usual -------------------------------------------------------------------
+
+
+def by_pdist(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(torch.nn.functional.pdist(normalize(x)))
+
+
+def koleo_published(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """DINOv2's: the nearest by the matrix of products, then the distance to it alone."""
+    unit = normalize(x, eps=eps)
+    with torch.no_grad():
+        products = unit @ unit.T
+        index = products.fill_diagonal_(-1).max(1).indices
+    distances = torch.nn.PairwiseDistance(2, eps=eps)(unit, unit[index])
+    return -(distances + eps).log().mean()
+
+
+# --- what is compared -----------------------------------------------------------------------------
 
 OURS = "comhe_ext"
+METHODS = (OURS, "dense", "row-blocks", "pdist", "published")
 Value = Callable[..., Tensor]  # of the inputs
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """What is compared. The gradient is that of the first input."""
 
     methods: dict[str, Value]  # ours first, last the one that is exact in float64
@@ -42,8 +127,7 @@ def classes_and_labels(m: int, n: int, d: int, device: str) -> tuple[Tensor, ...
 
 
 def two_networks(b: int, n: int, d: int, device: str) -> tuple[Tensor, ...]:
-    both = testing.random_rows(2 * b * n, d, device=device).view(2, b, n, d)
-    return tuple(both.unbind())
+    return tuple(testing.random_rows(2 * b * n, d, device=device).view(2, b, n, d).unbind())
 
 
 BATCH, MEDIUM, LARGE, HEAD = (256, 128), (4096, 64), (8192, 256), (512, 100_000, 512)
@@ -61,12 +145,6 @@ def of_pairs(
     return Loss({OURS: ours, "dense": whole, **others, "row-blocks": blocks}, shapes, inputs)
 
 
-def of_function(pair: Laplace | Riesz, of_distance: Callable[[Tensor], Tensor]) -> Loss:
-    formula = Formula(mean_of_others(lambda c: of_distance(distance(c))))
-    pdist = partial(peers.by_pdist, lambda r: of_distance(r).mean())
-    return of_pairs(partial(comhe_ext.pair_energy, pair=pair), formula, pdist=pdist)
-
-
 def riesz_2(cosines: Tensor) -> Tensor:
     return (2.0 - 2.0 * cosines).reciprocal()
 
@@ -75,36 +153,23 @@ LOSSES = {
     "uniformity": of_pairs(
         losses.uniformity,
         Formula(mean_of_others(lambda c: (4.0 * c - 4.0).exp()), lambda x: x.mean().log()),
-        pdist=partial(peers.by_pdist, lambda r: r.pow(2).mul(-2).exp().mean().log()),
-        cdist=peers.uniformity_cdist,
-        keops=peers.uniformity_keops,
+        pdist=partial(by_pdist, lambda r: r.pow(2).mul(-2).exp().mean().log()),
     ),
     "koleo": of_pairs(
         losses.koleo,
         Formula(largest, lambda c: -(distance(c) + 1e-8).log().mean()),
         ALL,
-        published=peers.koleo_published,
-    ),
-    "minimal_angle": of_pairs(
-        losses.minimal_angle,
-        Formula(largest, lambda c: -c.arccos().mean()),
-        published=peers.minimal_angle_published,
-    ),
-    "regular_face": of_pairs(
-        losses.regular_face, Formula(largest), published=peers.regular_face_published
+        published=koleo_published,
     ),
     "nearest": of_pairs(
         lambda x: comhe_ext.nearest(x)[0].mean(),
         Formula(largest, lambda c: distance(c).mean()),
-        cdist=peers.nearest_cdist,
-        keops=peers.nearest_keops,
     ),
     "sphereface_plus": of_pairs(
         losses.sphereface_plus,
-        Formula(mean_of_others(riesz_2), sets=peers.classes_of_batch),
+        Formula(mean_of_others(riesz_2), sets=classes_of_batch),
         (HEAD,),
         classes_and_labels,
-        cdist=peers.sphereface_plus_cdist,
     ),
     "row energies": of_pairs(
         lambda x: comhe_ext.pair_energy(x, reduction="rows").log().mean(),
@@ -114,12 +179,15 @@ LOSSES = {
         losses.frame_potential, Formula(mean_of_others(torch.square), own=0.0), ALL
     ),
     "gram": Loss(
-        {OURS: lambda *z: losses.gram(*z).mean(), "dense": peers.gram_matrices},
+        {OURS: lambda *z: losses.gram(*z).mean(), "dense": gram_matrices},
         ((4, 784, 1024),),
         two_networks,
     ),
-    "Laplace": of_function(Laplace(1.0), lambda r: (-r).exp()),
-    "Riesz with a shift": of_function(Riesz(2.0, shift=1.0), lambda r: (1.0 + r**2).reciprocal()),
+    "Laplace": of_pairs(
+        partial(comhe_ext.pair_energy, pair=Laplace(1.0)),
+        Formula(mean_of_others(lambda c: (-distance(c)).exp())),
+        pdist=partial(by_pdist, lambda r: (-r).exp().mean()),
+    ),
 }
 
 
@@ -134,7 +202,7 @@ def run(value: Value, inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return loss.detach(), gradient
 
 
-def make_call(name: str, shape: Shape, method: str, device: str) -> Call:
+def make_call(method: str, name: str, shape: Shape, device: str) -> Call:
     """Make the inputs, in the process that measures."""
     loss = LOSSES[name]
     inputs = loss.inputs(*shape, device)
@@ -151,43 +219,27 @@ def check(name: str, shape: Shape, device: str, result: Result) -> Row:
     return judged(errors(result, truth(name, shape, device)))
 
 
-def case_of(name: str, shape: Shape) -> Case:
-    return {"loss": name, "shape": "x".join(map(str, shape))}
-
-
-def parse(text: str) -> Case:
-    """Read a loss and the shape of its inputs, as koleo:4096x64."""
-    name, _, shape = text.partition(":")
-    if name not in LOSSES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        raise ValueError(f"a case must be written LOSS:SHAPE, as koleo:4096x64, got {text!r}")
-    return {"loss": name, "shape": shape}
-
-
-def groups(device: str) -> dict[str, list[Case]]:
-    cases = {name: [case_of(name, x) for x in loss.shapes] for name, loss in LOSSES.items()}
-    small = {name: tuple(min(n, 64) for n in loss.shapes[0]) for name, loss in LOSSES.items()}
-    return cases | {"quick": [case_of(name, shape) for name, shape in small.items()]}
-
-
-def entries(case: Case, options: Options) -> dict[str, Entry]:
-    name, device = case["loss"], options.device
-    shape = tuple(map(int, case["shape"].split("x")))
+def groups(device: str, quick: bool) -> dict[str, list[Case]]:
+    shapes = {name: loss.shapes for name, loss in LOSSES.items()}
+    if quick:
+        shapes = {name: [tuple(min(n, 64) for n in some[0])] for name, some in shapes.items()}
     return {
-        method: Entry(
-            partial(make_call, name, shape, method, device),
-            partial(check, name, shape, device),
-            compiles=method == "keops",
-        )
-        for method in LOSSES[name].methods
-        if method != "keops" or not options.quick
+        name: [{"loss": name, "shape": "x".join(map(str, shape))} for shape in some]
+        for name, some in shapes.items()
     }
 
 
+def entries(case: Case, options: Options) -> dict[str, Entry]:
+    shape = tuple(map(int, case["shape"].split("x")))
+    place = case["loss"], shape, options.device
+    checked = partial(check, *place)
+    methods = LOSSES[case["loss"]].methods
+    return {method: Entry(partial(make_call, method, *place), checked) for method in methods}
+
+
 STUDY = Study(
-    *("losses", "named losses and nearest rows beside what people write"),
+    *("losses", "named losses and nearest rows beside what people write", 3),
     key=("loss", "shape"),
     groups=groups,
     entries=entries,
-    form="LOSS:SHAPE",
-    parse=parse,
 )

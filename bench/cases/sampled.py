@@ -1,6 +1,5 @@
 """Sampled energies beside the exact one: how far single draws are off, and what they cost."""
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -8,52 +7,66 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bench.measure.contest import Entry
-from bench.measure.errors import error
+from bench.measure.contest import Entry, error
 from bench.measure.store import Row
 from bench.measure.study import Case, Options, Study
 from bench.measure.worker import Call, Result
-from comhe_ext import hyperspherical_energy
+from comhe_ext import hyperspherical_energy, testing
 from comhe_ext.sampled import SamplingPlan, estimate_energy
 from comhe_ext.testing.kinds import KINDS, rows_of_kind
 
 DIM = 40
 # draws of each degree of the polynomial, whose errors are averaged
 DRAWS = {0: 4, 2: 4, 3: 2, 4: 1}
-BLOCKS = (256, 1024, 4096)
-# so many rows have an estimate with an error bar, and no exact energy
-MANY = 200_000
-
-
-def case_of(kind: str, rows: int) -> Case:
-    return {"kind": kind, "rows": rows}
-
-
-GROUPS = {
-    "errors": [case_of(kind, 16_384) for kind in KINDS],
-    "times": [case_of("clusters", 65_536), case_of("near-duplicates", 1_000_000)],
-    "quick": [case_of("clusters", 2048), case_of("words", 2048)],
+BLOCKS, SMALL_BLOCKS = (256, 1024, 4096), (64, 128, 256)
+PARTITIONS = (16, 4)  # of an estimate with an error bar, where no exact energy can be had
+PROJECTED = "20 projections"  # in half space, as a step of a regularizer has them
+GROUPS: dict[str, list[Case]] = {
+    "errors": [{"kind": kind, "rows": 16_384} for kind in KINDS],
+    "times": [{"kind": "clusters", "rows": 65_536}],
+    "many": [{"kind": "near-duplicates", "rows": 1_000_000}],
+    "projected": [{"kind": PROJECTED, "rows": rows} for rows in (512, 1024, 2048, 4096)],
+}
+QUICK: dict[str, list[Case]] = {
+    "errors": [{"kind": kind, "rows": 2048} for kind in ("clusters", "words")],
+    "projected": [{"kind": PROJECTED, "rows": 300}],
 }
 
 
 @lru_cache(maxsize=1)
 def points(kind: str, rows: int) -> Tensor:
+    if kind == PROJECTED:
+        return testing.random_rows(20 * rows, DIM).view(20, rows, DIM)
     return normalize(rows_of_kind(kind, rows, DIM))
-
-
-def energy_and_gradient(rows: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    leaf = rows.detach().requires_grad_()
-    energy = hyperspherical_energy(leaf, **options)
-    (gradient,) = torch.autograd.grad(energy, leaf)
-    return energy.detach(), gradient
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_exact(kind: str, rows: int) -> Call:
-    return partial(energy_and_gradient, points(kind, rows))
+def energy_and_gradient(rows: Tensor, **options: Any) -> Result:
+    leaf = rows.detach().requires_grad_()
+    energy = hyperspherical_energy(leaf, **options)
+    (gradient,) = torch.autograd.grad(energy.sum(), leaf)
+    return energy.detach(), gradient
+
+
+def make_call(kind: str, rows: int, **options: Any) -> Call:
+    return partial(energy_and_gradient, points(kind, rows), **options)
+
+
+def make_draws(
+    kind: str, rows: int, samples: int, degree: int = 2, trees: int = 4, draws: int = 1
+) -> Call:
+    x = points(kind, rows)
+    plan = SamplingPlan.from_rows(x, degree, trees, generator=generator(0))
+    draw = partial(energy_and_gradient, x, method="sampled", samples=samples, plan=plan)
+
+    def all_draws() -> Result:
+        found = [draw(generator=generator(seed)) for seed in range(1, draws + 1)]
+        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+
+    return all_draws
 
 
 def make_plan(kind: str, rows: int) -> Call:
@@ -66,32 +79,17 @@ def make_plan(kind: str, rows: int) -> Call:
     return plan
 
 
-def make_draws(kind: str, rows: int, samples: int, degree: int, trees: int, draws: int) -> Call:
-    x = points(kind, rows)
-    plan = SamplingPlan.from_rows(x, degree, trees, generator=generator(0))
-
-    def draw() -> Result:
-        found = [
-            energy_and_gradient(
-                x, method="sampled", samples=samples, plan=plan, generator=generator(seed)
-            )
-            for seed in range(1, draws + 1)
-        ]
-        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
-
-    return draw
-
-
-def make_estimate(kind: str, rows: int) -> Call:
+def make_estimate(kind: str, rows: int, partitions: int) -> Call:
     def estimate() -> Result:
-        found = estimate_energy(points(kind, rows), samples=256, generator=generator(0))
+        options: dict[str, Any] = {"samples": 256, "partitions": partitions}
+        found = estimate_energy(points(kind, rows), **options, generator=generator(0))
         return tuple(torch.tensor(x) for x in (found.energy, found.low, found.high))
 
     return estimate
 
 
 @lru_cache(maxsize=1)
-def truth(kind: str, rows: int) -> tuple[Tensor, Tensor]:
+def truth(kind: str, rows: int) -> Result:
     return energy_and_gradient(points(kind, rows))
 
 
@@ -113,17 +111,26 @@ def check_estimate(result: Result) -> Row:
 
 
 def entries(case: Case, options: Options) -> dict[str, Entry]:
-    """Degrees with blocks of 1,024 rows where errors are asked for, else blocks by their time."""
-    place, rows = (case["kind"], case["rows"]), case["rows"]
-    if rows > MANY:
-        return {"estimate": Entry(partial(make_estimate, *place), check_estimate)}
-    check: Callable[[Result], Row] = partial(check_draws, *place)
+    place = case["kind"], case["rows"]
+    found: dict[str, Entry] = {}
+    if case["kind"] == PROJECTED:
+        make = partial(make_call, *place, half_space=True)
+        found["exact"] = Entry(make)
+        for samples in SMALL_BLOCKS:
+            sampled = partial(make, method="sampled", samples=samples)
+            found[f"sampled, {samples}"] = Entry(sampled)
+        return found
+    if case in GROUPS["many"]:
+        for count in PARTITIONS:
+            estimate = partial(make_estimate, *place, count)
+            found[f"estimate, {count} partitions"] = Entry(estimate, check_estimate)
+        return found
+    check = partial(check_draws, *place)
     if case in GROUPS["times"]:
-        found = {"exact": Entry(partial(make_exact, *place))}
+        found["exact"] = Entry(partial(make_call, *place))
         found["plan"] = Entry(partial(make_plan, *place))
         for samples in BLOCKS:
-            make = partial(make_draws, *place, samples, 2, 4, 1)
-            found[f"sampled, {samples}"] = Entry(make, check)
+            found[f"sampled, {samples}"] = Entry(partial(make_draws, *place, samples), check)
         return found
     return {
         f"degree {degree}" + ", list" * (trees > 0): Entry(
@@ -135,9 +142,9 @@ def entries(case: Case, options: Options) -> dict[str, Entry]:
 
 
 STUDY = Study(
-    *("sampled", "errors and cost of sampled energies"),
+    *("sampled", "errors and cost of sampled energies", 5),
     key=("kind", "rows"),
-    groups=lambda device: GROUPS,
+    groups=lambda device, quick: QUICK if quick else GROUPS,
     entries=entries,
     values=("draws",),
     devices=("cpu",),

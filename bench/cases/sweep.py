@@ -1,20 +1,68 @@
 """Two studies of the energy: every method at every shape, and on rows that are close or equal."""
 
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import comhe_ext
-from bench.cases.shapes import GOALS, LAYERS, PAPER, QUICK, SCALING, SCALING_DIM, SMALL, Shape
-from bench.measure.contest import Entry
-from bench.measure.errors import errors, judged
+from bench.measure.contest import Entry, errors, judged
 from bench.measure.store import Row
 from bench.measure.study import Case, Options, Study
 from bench.measure.worker import Call, Result
-from bench.peers.energies import METHODS, Mode, naive_energy, replayed, run
+from bench.peers import METHODS, Method, Mode, naive_energy, replayed, run
 from comhe_ext import testing
 
+
+class Shape(NamedTuple):
+    sets: int
+    rows: int
+    dim: int
+
+    def __str__(self) -> str:
+        sets = "" if self.sets == 1 else f"{self.sets:,} sets of "
+        return f"{sets}{self.rows:,} × {self.dim:,}"
+
+    @property
+    def pairs(self) -> float:
+        return self.sets * self.rows * (self.rows - 1) / 2
+
+    @property
+    def flop(self) -> float:
+        """The useful work of energy and gradient: of each pair the cosine and both forces.
+
+        Counted once a pair, whatever a method computes twice or pads.
+        """
+        return 6.0 * self.dim * self.pairs
+
+
+# those that the project has goals for, on one thread of a processor and on a large GPU
+MAIN = {
+    "cpu": [
+        *(Shape(1, 4096, 30), Shape(16, 2048, 30), Shape(1, 16384, 30)),
+        *(Shape(1, 4096, 256), Shape(1, 4096, 1024)),
+    ],
+    "cuda": [
+        *(Shape(1, 16384, 32), Shape(1, 4096, 128)),
+        *(Shape(1, 131072, 64), Shape(1, 1_000_000, 64)),
+    ],
+}
+# few rows, and many small sets: they show the fixed cost of a call
+SMALL = [Shape(1, 1024, 30), Shape(1, 128, 40), Shape(1000, 64, 40)]
+# layers as CoMHE sees them: projected to 40 dimensions, and two unprojected
+LAYERS = {
+    Shape(20, 2048, 40): "ResNet-50 stage 5",
+    Shape(6, 3072, 40): "ViT-B fc1",
+    Shape(2, 11008, 40): "LLaMA-7B up projection",
+    Shape(1, 50257, 40): "GPT-2 vocabulary",
+    Shape(1, 512, 4608): "ResNet-50 stage 5 convolution",
+    Shape(1, 3072, 768): "ViT-B fc1",
+}
+# of the shapes with ever more rows
+SCALING_DIM = {"cpu": 30, "cuda": 32}
+# the paper's setting, in half space: 20 projections to 40 dimensions
+PAPER = Shape(20, 4096, 40)
 # more would take the definition minutes
 MOST_ROWS = 32768
 
@@ -27,15 +75,17 @@ def shape_of(case: Case) -> Shape:
     return Shape(case["sets"], case["rows"], case["dim"])
 
 
-def groups(device: str) -> dict[str, list[Case]]:
-    lists = {"goals": GOALS[device], "small": SMALL[device], "layers": list(LAYERS)}
-    lists |= {"scaling": SCALING[device], "quick": QUICK}
+def groups(device: str, quick: bool) -> dict[str, list[Case]]:
+    if quick:
+        return {"quick": [case_of(shape) for shape in (Shape(1, 512, 30), Shape(4, 300, 30))]}
+    dim = SCALING_DIM[device]
+    # on a processor more rows take minutes a call
+    scaling = [Shape(1, 2**i, dim) for i in range(9, 15 if device == "cpu" else 19)]
+    lists = {"main": MAIN[device], "small": SMALL, "layers": list(LAYERS), "scaling": scaling}
     cases = {name: [case_of(shape) for shape in shapes] for name, shapes in lists.items()}
-    one = Shape(1, 4096, SCALING_DIM[device])
-    cases["modes"] = [case_of(one, "energy"), case_of(one, "second order")]
-    if device == "cuda":
-        cases["half space"] = [case_of(PAPER, "half space")]
-    return cases
+    one = Shape(1, 4096, dim)
+    modes = case_of(one, "energy"), case_of(one, "second order"), case_of(PAPER, "half space")
+    return cases | {"modes": [*modes]}
 
 
 def points(shape: Shape, device: str) -> Tensor:
@@ -70,34 +120,27 @@ def check(shape: Shape, mode: Mode, device: str, result: Result) -> Row:
     return judged(errors(result, truth(shape, mode, device)))
 
 
+def taking_part(options: Options) -> dict[str, Method]:
+    """List the methods of a device; to compile would take most of a quick run."""
+    found = {name: x for name, x in METHODS.items() if options.device in x.devices}
+    return {name: x for name, x in found.items() if not (options.quick and x.compiles)}
+
+
 def entries(case: Case, options: Options) -> dict[str, Entry]:
-    shape, mode, device = shape_of(case), case["mode"], options.device
+    place = shape_of(case), case["mode"], options.device
+    checked = partial(check, *place)
     return {
-        name: Entry(
-            partial(make_call, name, shape, mode, device),
-            partial(check, shape, mode, device),
-            *(method.compiles, method.environment, method.version()),
-            unavailable=method.unavailable(device),
-            needs=method.matrices * 4.0 * shape.sets * shape.rows**2,
-            work=shape.pairs,
-            alike=(mode, shape.dim),
-        )
-        for name, method in METHODS.items()
-        if device in method.devices
-        and mode in method.modes
-        and (shape.sets > 1 or not method.only_batches)
-        # compiling would take most of so short a run
-        and not (options.quick and method.compiles)
+        name: Entry(partial(make_call, name, *place), checked, method.environment)
+        for name, method in taking_part(options).items()
+        if case["mode"] in method.modes
     }
 
 
 STUDY = Study(
-    *("sweep", "time, memory and error of every method at every shape"),
+    *("sweep", "time, memory and error of every method at every shape", 40),
     key=("sets", "rows", "dim", "mode"),
     groups=groups,
     entries=entries,
-    form="SETSxROWSxDIM",
-    parse=lambda text: case_of(Shape.parse(text)),
 )
 
 # --- rows that are close, or equal ----------------------------------------------------------------
@@ -136,25 +179,19 @@ def check_close(case: str, device: str, result: Result) -> Row:
 
 
 def close_entries(case: Case, options: Options) -> dict[str, Entry]:
-    name, device = case["case"], options.device
+    place = case["case"], options.device
+    checked = partial(check_close, *place)
     return {
-        m: Entry(
-            partial(make_close_call, m, name, device),
-            partial(check_close, name, device),
-            *(method.compiles, method.environment, method.version()),
-            timed=False,
-            unavailable=method.unavailable(device),
-        )
-        for m, method in METHODS.items()
-        if device in method.devices
-        and not (method.only_batches or method.graph or (options.quick and method.compiles))
+        name: Entry(partial(make_close_call, name, *place), checked, method.environment, False)
+        for name, method in taking_part(options).items()
+        if not method.graph
     }
 
 
 ACCURACY = Study(
-    *("accuracy", "errors on far, close and equal rows"),
+    *("accuracy", "errors on far, close and equal rows", 2),
     key=("case",),
-    groups=lambda device: {case: [{"case": case}] for case in CLOSE},
+    groups=lambda device, quick: {case: [{"case": case}] for case in CLOSE},
     entries=close_entries,
-    threads=None,
+    threads=0,
 )

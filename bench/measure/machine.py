@@ -1,4 +1,4 @@
-"""The machine: names and versions for the results, its free memory, and its peak rates."""
+"""The machine: names and versions for the results, its free memory, and the peak of a core."""
 
 import ctypes
 import os
@@ -7,8 +7,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import timeit
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -58,10 +57,8 @@ def commit() -> str:
         return ""
 
 
-def free_memory(device: str) -> int:
+def free_memory() -> int:
     """Count the bytes that a new process may take; in a container they may be few."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
@@ -71,7 +68,7 @@ def free_memory(device: str) -> int:
 
 # --- the peak -------------------------------------------------------------------------------------
 
-PEAKS = Table("peaks", (), ("flops", "note"))
+PEAKS = Table("peaks", (), ("flops",))
 # 24 independent accumulators of one vector: as many fused multiply-adds as the core can start
 PEAK_SOURCE = """
 typedef float vector __attribute__((vector_size(BYTES)));
@@ -92,17 +89,15 @@ float peak(long turns) {
 TURNS, REPEATS = 1_000_000, 9
 
 
-def measure_peak(device: str, threads: int, folder: Path) -> None:
-    """Measure the most operations a second of the unit that computes our sweep's products."""
-    row = stamp(device, threads)
+def measure_peak(folder: Path) -> None:
+    """Measure the most operations a second of one core, and store them."""
     try:
-        row["flops"] = matrix_peak() if device == "cuda" else fma_peak(threads)
+        PEAKS.upsert(folder, [{**stamp("cpu", 1), "flops": fma_peak()}])
     except (OSError, subprocess.SubprocessError) as error:
-        row["note"] = f"no C compiler: {error}"
-    PEAKS.upsert(folder, [row])
+        print(f"the peak is not measured: no C compiler, {error}")
 
 
-def fma_peak(threads: int) -> float:
+def fma_peak() -> float:
     """Measure float32 operations a second of fused multiply-adds; needs a C compiler."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     wide = {"AVX512": 64, "AVX2": 32} if x86 else {}
@@ -116,29 +111,5 @@ def fma_peak(threads: int) -> float:
         subprocess.run(["cc", *flags, source, "-o", library], check=True, capture_output=True)
         peak = ctypes.CDLL(str(library)).peak
     peak.argtypes, peak.restype = [ctypes.c_long], ctypes.c_float
-    clock = time.process_time if threads == 1 else time.perf_counter
-    with ThreadPoolExecutor(threads) as pool:
-        seconds = shortest(lambda: list(pool.map(peak, [TURNS] * threads)), clock)
-    return threads * TURNS * 24 * (width // 4) * 2 / seconds
-
-
-def matrix_peak() -> float:
-    """Measure operations a second of the GPU's matrix units: a large product in float16."""
-    n = 8192
-    left, right = (torch.randn(n, n, device="cuda", dtype=torch.float16) for _ in range(2))
-
-    def product() -> None:
-        torch.mm(left, right)
-        torch.cuda.synchronize()
-
-    return 2 * n**3 / shortest(product, time.perf_counter)
-
-
-def shortest(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """Time the fastest of several calls in seconds, by the clock that methods are timed by."""
-    seconds = []
-    for _ in range(REPEATS):
-        start = clock()
-        call()
-        seconds.append(clock() - start)
-    return min(seconds)
+    seconds = timeit.repeat(lambda: peak(TURNS), timer=time.process_time, number=1, repeat=REPEATS)
+    return TURNS * 24 * (width // 4) * 2 / min(seconds)

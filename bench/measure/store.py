@@ -15,13 +15,13 @@ Row = Mapping[str, Any]
 STAMP = ("machine", "device", "threads", "torch", "comhe_ext", "commit")
 # what a method did with a case
 FIGURES = (
-    *("version", "status", "note", "wall_ms", "wall_min_ms", "wall_max_ms", "cpu_ms", "rounds"),
-    *("calls", "first_s", "peak_mib", "compiled", "value", "value_error", "gradient_error"),
+    *("status", "note", "wall_ms", "wall_min_ms", "wall_max_ms", "cpu_ms", "rounds"),
+    *("calls", "first_s", "peak_mib", "value", "value_error", "gradient_error"),
 )
 # the columns that hold words; empty where there is none, while a number would be NaN
 WORDS = (
-    *("machine", "device", "torch", "comhe_ext", "commit", "date", "version", "status", "note"),
-    *("compiled", "method", "mode", "case", "loss", "shape", "model", "kind", "what", "of"),
+    *("machine", "device", "torch", "comhe_ext", "commit", "date", "status", "note"),
+    *("method", "mode", "case", "loss", "shape", "model", "kind", "what", "of"),
 )
 
 
@@ -34,41 +34,44 @@ class Table:
     values: tuple[str, ...] = FIGURES
 
     @property
+    def index(self) -> list[str]:
+        return [*STAMP, *self.key]
+
+    @property
     def columns(self) -> list[str]:
-        return [*STAMP, *self.key, "date", *self.values]
+        return [*self.index, "date", *self.values]
 
     def path(self, folder: Path) -> Path:
         return folder / f"{self.name}.csv"
 
     def read(self, folder: Path) -> DataFrame:
+        """Read the columns that are known: an older file may have more of values, or fewer."""
         path = self.path(folder)
         frame = pd.read_csv(path, dtype=str) if path.exists() else DataFrame(columns=self.columns)
-        if set(frame.columns) != set(self.columns):
-            raise ValueError(f"{path} must have the columns {', '.join(self.columns)}")
+        if missing := set(self.index) - set(frame.columns):
+            raise ValueError(f"{path} must have the columns {', '.join(sorted(missing))}")
         return self._typed(frame)
 
     def _typed(self, frame: DataFrame) -> DataFrame:
-        words = frame.columns.intersection(WORDS)
-        numbers = frame.columns.difference(WORDS)
+        frame = frame.reindex(columns=self.columns)
+        words, numbers = frame.columns.intersection(WORDS), frame.columns.difference(WORDS)
         frame[words] = frame[words].astype(object).fillna("").astype(str)
         frame[numbers] = frame[numbers].apply(pd.to_numeric)
         return frame
 
     def newest(self, folder: Path) -> DataFrame:
         """Select the last measured of the rows that differ only in versions."""
-        same = ["machine", "device", "threads", *self.key]
-        return (
-            self.read(folder).sort_values("date", kind="stable").drop_duplicates(same, keep="last")
-        )
+        rows = self.read(folder).sort_values("date", kind="stable")
+        return rows.drop_duplicates(["machine", "device", "threads", *self.key], keep="last")
 
     def upsert(self, folder: Path, rows: Iterable[Row]) -> None:
         """Add rows, in place of those with the same key; the file is replaced as a whole."""
         new = DataFrame(list(rows))
         if unknown := set(new.columns) - set(self.columns):
             raise ValueError(f"{self.name} has no column {', '.join(sorted(unknown))}")
-        new = self._typed(new.reindex(columns=self.columns))
+        new = self._typed(new)
         both = pd.concat([self.read(folder), new]) if self.path(folder).exists() else new
-        both = both[self.columns].set_index([*STAMP, *self.key])
+        both = both.set_index(self.index)
         frame = both[~both.index.duplicated("last")].reindex(both.index.unique()).reset_index()
         folder.mkdir(parents=True, exist_ok=True)
         part = self.path(folder).with_suffix(f".{os.getpid()}.part")
@@ -78,6 +81,5 @@ class Table:
 
     def lacks(self, folder: Path, rows: Iterable[Row]) -> bool:
         """Tell whether one of the rows, compared by stamp and key, has not been measured."""
-        key = [*STAMP, *self.key]
-        found = set(self.read(folder)[key].itertuples(index=False, name=None))
-        return any(tuple(row[name] for name in key) not in found for row in rows)
+        found = set(self.read(folder)[self.index].itertuples(index=False, name=None))
+        return any(tuple(row[name] for name in self.index) not in found for row in rows)

@@ -1,31 +1,34 @@
 """The engine of the benchmark: a study's cases, by its methods, into its file of results."""
 
+import math
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from pandas import DataFrame
+from rich.progress import track
 
 from bench.measure import machine
-from bench.measure.contest import Contest, Entry, OutOfTime, Rules
-from bench.measure.store import FIGURES, Row, Table
+from bench.measure.contest import Entry, Rules, hold
+from bench.measure.store import FIGURES, Table
 
+SHOWN = ["status", "cpu_ms", "peak_mib", "gradient_error"]  # of a row, on the screen
 LEFT_OVER = 3  # exit status when the time is up before the end
 Case = dict[str, Any]  # the columns that tell a study's cases apart
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """Where to measure what and how long, and where the results go."""
 
     device: str
-    threads: int
+    threads: int  # 0: as many as the study asks for
     out: Path
-    console: Console
-    rules: Rules = field(default_factory=Rules)
+    rules: Rules = Rules()
+    deadline: float = math.inf  # of `time.monotonic`, after which no case begins
     methods: Sequence[str] = ()  # all, if empty
     resume: bool = False  # skip what has been measured
     quick: bool = False
@@ -35,40 +38,36 @@ class Options:
 class Study:
     """A question: its cases, and for each of them what takes part, by method.
 
-    `groups` has the cases of a device under the names that the command line takes; all are
-    measured by default, but for the group "quick". `parse` reads other cases, written as `form`.
+    `groups` has the cases of a device, few and small ones for a quick run, under the names that the
+    command line takes.
     """
 
     name: str
     words: str
+    minutes: int  # of two quiet cores, about
     key: tuple[str, ...]
-    groups: Callable[[str], Mapping[str, Sequence[Case]]]
+    groups: Callable[[str, bool], Mapping[str, Sequence[Case]]]
     entries: Callable[[Case, Options], Mapping[str, Entry]]
-    form: str = ""
-    parse: Callable[[str], Case] | None = None
-    threads: int | None = 1  # None: as many as PyTorch takes
+    threads: int = 1  # 0: as many as PyTorch takes
     values: tuple[str, ...] = ()  # columns beside the usual ones
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
     def table(self) -> Table:
-        return Table(self.name.replace("-", "_"), (*self.key, "method"), (*FIGURES, *self.values))
+        return Table(self.name, (*self.key, "method"), (*FIGURES, *self.values))
 
     def cases(self, names: Sequence[str], options: Options) -> list[Case]:
         """List the cases of these names, each once; ValueError if there is no such case."""
-        groups = self.groups(options.device)
-        quick = ["quick"] if options.quick and "quick" in groups else []
-        names = names or quick or [name for name in groups if name != "quick"]
-        found: list[Case] = []
-        for name in names:
-            if name not in groups and self.parse is None:
-                raise ValueError(f"{name!r} is none of {', '.join(groups)}")
-            cases = groups[name] if name in groups else [self.parse(name)]  # type: ignore[misc]
-            found += [case for case in cases if case not in found]
-        return found
+        groups = self.groups(options.device, options.quick)
+        if unknown := [name for name in names if name not in groups]:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(groups)}")
+        chosen = [case for name in names or groups for case in groups[name]]
+        return [case for i, case in enumerate(chosen) if case not in chosen[:i]]
 
     def check(self, names: Sequence[str], options: Options) -> None:
-        """Raise ValueError if there is no such case, or no such method."""
+        """Raise ValueError if there is no such case, or no such method, or not on this device."""
+        if options.device not in self.devices:
+            raise ValueError(f"{self.name} is measured on {', '.join(self.devices)}")
         cases = self.cases(names, options)
         known = dict.fromkeys(m for case in cases for m in self.entries(case, options))
         if unknown := [method for method in options.methods if method not in known]:
@@ -80,46 +79,29 @@ class Study:
 
     def measure(self, options: Options, names: Sequence[str] = ()) -> int:
         """Measure cases, store each once it is complete, and return how many are left over."""
-        stamp, console = machine.stamp(options.device, options.threads), options.console
+        stamp = machine.stamp(options.device, options.threads)
 
         def wanted(case: Case) -> bool:
             keys = [{**stamp, **case, "method": m} for m in self.taking_part(case, options)]
             return bool(keys) and not (options.resume and not self.table.lacks(options.out, keys))
 
         cases = list(filter(wanted, self.cases(names, options)))
-        console.print(
-            f"{self.name}: {len(cases)} cases, {stamp['machine']}, threads: {options.threads}, "
-            f"PyTorch {stamp['torch']}, comhe_ext {stamp['comhe_ext']} at {stamp['commit'] or '?'}"
+        expected = "" if names or options.quick else f", about {self.minutes} minutes"
+        print(
+            f"{self.name}: {len(cases)} cases{expected}; {stamp['machine']}, threads: "
+            f"{options.threads}, PyTorch {stamp['torch']}, comhe_ext at {stamp['commit'] or '?'}"
         )
-        columns = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn()
-        words = TextColumn("{task.description}")
-        progress = Progress(*columns, words, console=console, disable=not console.is_terminal)
-        with TemporaryDirectory() as caches, progress:
-            contest = Contest(options.device, options.threads, options.rules, Path(caches))
-            task = progress.add_task("", total=len(cases))
-            for index, case in enumerate(cases):
-                title = " ".join(str(value) for value in case.values())
-
-                def say(words: str, title: str = title) -> None:
-                    progress.update(task, description=f"{title} {words}")
-
-                try:
-                    rows = contest.hold(self.taking_part(case, options), say)
-                except OutOfTime:
+        where = options.device, options.threads, options.rules
+        shown = track(cases, self.name, disable=not sys.stdout.isatty())
+        with TemporaryDirectory() as caches:
+            for index, case in enumerate(shown):
+                if time.monotonic() >= options.deadline:
                     return len(cases) - index
+                rows = hold(self.taking_part(case, options), *where, Path(caches))
                 self.table.upsert(
                     options.out, [{**stamp, **case, "method": m, **row} for m, row in rows.items()]
                 )
-                console.print(f"{title}: " + ", ".join(f"{m} {brief(r)}" for m, r in rows.items()))
-                progress.advance(task)
+                table = DataFrame.from_dict(rows, orient="index").reindex(columns=SHOWN)
+                print(*case.values())
+                print(table.dropna(axis=1, how="all").to_string(na_rep=""), flush=True)
         return 0
-
-
-def brief(row: Row) -> str:
-    """Say in a word or two what came of a method."""
-    if row["status"] != "ok":
-        return str(row["status"])
-    words = [f"{row['cpu_ms']:.3g} ms"] if "cpu_ms" in row else []
-    if row.get("gradient_error") is not None:
-        words.append(f"(error {row['gradient_error']:.0e})")
-    return " ".join(words) or "ok"

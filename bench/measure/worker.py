@@ -6,14 +6,14 @@ one works while the others sleep.
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import re
 import resource
 import signal
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,18 +26,10 @@ LONGEST = 1e6  # seconds; what a connection waits for has to fit 31 bits of mill
 
 Result = tuple[Any, ...]  # of tensors, or None
 Call = Callable[[], Result]
+Maker = Callable[[], Call]  # loads in the process what is to be called; can be pickled
 
 # a server that has imported torch forks a fresh process in milliseconds
 CONTEXT = multiprocessing.get_context("forkserver")
-
-
-class Job(NamedTuple):
-    """What a process should call: `make`, which can be pickled, loads it and returns the call."""
-
-    make: Callable[[], Call]
-    device: str = "cpu"
-    threads: int = 1
-    environment: Mapping[str, str] = {}
 
 
 class Turn(NamedTuple):
@@ -52,30 +44,26 @@ class Turn(NamedTuple):
 class Reply(NamedTuple):
     wall: float  # seconds a call
     cpu: float  # of all threads
-    peak: int  # bytes above what was held before; at least a page, so that ratios exist
+    peak: float  # bytes above what was held before; at least a page, so that ratios exist
 
 
 class Lost(Exception):
-    """Raised when the process ended or the call failed; `status` and `note` are the results."""
-
-    def __init__(self, status: str, note: str) -> None:
-        super().__init__(status, note)
-        self.status, self.note = status, note
+    """Raised with a status and a note when the process ended or the call failed."""
 
 
 class Worker:
     """The handle of a process. After `ask` has raised `Lost`, only `close` may be called."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, make: Maker, device: str, threads: int, environment: dict[str, str]) -> None:
         CONTEXT.set_forkserver_preload(["torch", "pandas", "comhe_ext"])
         self.connection, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_serve, args=(theirs, job))
+        self.process = CONTEXT.Process(
+            target=_serve, args=(theirs, make, device, threads, environment)
+        )
         self.process.start()
         theirs.close()
-        self.busy = False
 
     def ask(self, turn: Turn, limit: float) -> Reply:
-        self.busy = True
         try:
             self.connection.send(turn)
             if not self.connection.poll(min(limit, LONGEST)):
@@ -86,49 +74,45 @@ class Worker:
             if self.process.exitcode == -signal.SIGKILL:
                 raise Lost("out of memory", "ended by the system, short of memory") from None
             raise Lost("failed", f"the process ended with {self.process.exitcode}") from None
-        self.busy = False
         if isinstance(answer, Lost):
             raise answer
         return answer
 
     def close(self) -> None:
-        """End the process: it ends by itself if it waits for a turn, else it is killed."""
+        """End the process, together with compilers that it may have started."""
         self.connection.close()
-        self.process.join(0.0 if self.busy else 10.0)
-        if self.process.exitcode is None and self.process.pid is not None:
-            try:
-                # together with compilers that it may have started
+        if self.process.is_alive() and self.process.pid is not None:
+            with contextlib.suppress(ProcessLookupError):  # not yet a group of its own
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                self.process.kill()  # not yet a group of its own
-            self.process.join()
+            self.process.kill()
+        self.process.join()
 
 
-def _serve(connection: Connection, job: Job) -> None:
-    """Serve as the process: make calls until told to end."""
+def _serve(
+    connection: Connection, make: Maker, device: str, threads: int, environment: dict[str, str]
+) -> None:
+    """Serve as the process: make calls until it is ended."""
     os.setsid()
     # compilers write much, which would break the progress bar on the screen
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(sink, stream)
-    os.environ.update(job.environment)
-    if job.device == "cpu":
+    os.environ.update(environment)
+    if device == "cpu":
         _give_way()
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(threads)
     call: Call | None = None
     with contextlib.suppress(EOFError):
         while True:
             turn = connection.recv()
             try:
                 start = _clocks()
-                call = call or job.make()
-                connection.send(_take(call, turn, job.device, start))
+                call = call or make()
+                connection.send(_take(call, turn, device, start))
             except Exception as error:
-                words = str(error).strip().splitlines() or [""]
-                signs = ("can't allocate memory", "not enough memory")
                 short = isinstance(error, MemoryError | torch.OutOfMemoryError)
-                short = short or any(sign in str(error) for sign in signs)
-                note = f"{type(error).__name__}: {words[0]}"[:200]
+                short |= bool(re.search("can't allocate|not enough memory", str(error)))
+                note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 connection.send(Lost("out of memory" if short else "failed", note))
                 return
 
@@ -143,7 +127,7 @@ def _take(call: Call, turn: Turn, device: str, start: tuple[float, float]) -> Re
         call()
     if turn.memory and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # of GNU's allocator
         libc.malloc_trim(0)
-    before = _resident_bytes(device, reset=True)
+    before = _peak_bytes(device, reset=True)
     if turn.warm or turn.memory:
         wait()
         start = _clocks()
@@ -151,7 +135,7 @@ def _take(call: Call, turn: Turn, device: str, start: tuple[float, float]) -> Re
         result = call()
     wait()
     wall, cpu = ((b - a) / turn.calls for a, b in zip(start, _clocks(), strict=True))
-    peak = max(_resident_bytes(device, reset=False) - before, resource.getpagesize())
+    peak = max(_peak_bytes(device) - before, resource.getpagesize())
     if turn.save is not None:
         torch.save([part if part is None else part.cpu() for part in result], turn.save)
     if device == "cuda":
@@ -159,20 +143,19 @@ def _take(call: Call, turn: Turn, device: str, start: tuple[float, float]) -> Re
     return Reply(wall, cpu, peak)
 
 
-def _resident_bytes(device: str, reset: bool) -> int:
+def _peak_bytes(device: str, reset: bool = False) -> float:
     """Read the peak of memory since the last reset; with `reset`, what is held now."""
     if device == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
+    if not (status := Path("/proc/self/status")).exists():
+        return math.nan  # only Linux tells
     if reset:
         # where that is not allowed, what was held at an earlier time hides what is smaller
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-    if (status := Path("/proc/self/status")).exists():
-        return int(re.findall(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return int(re.findall(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.M)[0]) * 1024
 
 
 def _give_way() -> None:
@@ -183,5 +166,5 @@ def _give_way() -> None:
     except OSError:
         return
     # threads and libraries reserve addresses without memory, which are not scarce
-    most = held + machine.free_memory("cpu") + 2**31
+    most = held + machine.free_memory() + 2**31
     resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -1,4 +1,4 @@
-"""The tables put into README.md and docs, between markers that name a part."""
+"""The tables put into README.md and docs, between markers that name them."""
 
 import re
 from collections.abc import Mapping
@@ -7,41 +7,27 @@ from pathlib import Path
 from bench import ROOT
 from bench.report import tables
 
-# a folder's file must find the pictures of bench/results
-TO_ROOT = {ROOT / "README.md": "", **dict.fromkeys(sorted((ROOT / "docs").glob("*.md")), "../")}
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"^<!-- (.+) -->\n(?:.*\n)*?<!-- end \1 -->$", re.M)
 
 
 def filled(texts: Mapping[Path, str], folder: Path) -> dict[Path, str]:
-    """Put the results of a folder into the blocks of pages; ValueError where one is missing."""
+    """Put the results of a folder into the blocks of pages, each of which one page has."""
     parts = tables.parts(folder)
-    made = dict(texts)
-    for name, part in parts.items():
-        pages = [page for page in texts if f"<!-- {name} -->\n" in texts[page]]
-        if len(pages) != 1:
-            raise ValueError(f"one page must have the block {name!r}, {len(pages)} have it")
-        (page,) = pages
-        pattern = rf"(?<=^<!-- {name} -->\n).*?(?=^<!-- end {name} -->$)"
-        text = f"\n{part.replace(tables.TO_ROOT, TO_ROOT.get(page, ''))}\n\n"
-        text = text.replace("\\", r"\\")  # which re.subn reads
-        made[page], count = re.subn(pattern, text, made[page], flags=re.S | re.M)
-        if count != 1:
-            raise ValueError(f"{page.name} must have the block {name!r} once, with an end")
-    for page, text in texts.items():
-        if unknown := set(re.findall(r"^<!-- end (?!of )(.+) -->$", text, re.M)) - set(parts):
-            raise ValueError(f"{page.name} has the unknown blocks {', '.join(sorted(unknown))}")
-    return made
+    names = [block[1] for text in texts.values() for block in BLOCK.finditer(text)]
+    if sorted(names) != sorted(parts):
+        raise ValueError(f"the pages have the blocks {sorted(names)}, not {sorted(parts)}")
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n\n{parts[match[1]]}\n\n<!-- end {match[1]} -->"
+
+    return {page: BLOCK.sub(block, text) for page, text in texts.items()}
 
 
 def read() -> dict[Path, str]:
-    return {page: page.read_text() for page in TO_ROOT}
+    return {page: page.read_text() for page in PAGES}
 
 
 def update(folder: Path) -> None:
     for page, text in filled(read(), folder).items():
         page.write_text(text)
-
-
-def stale(folder: Path) -> list[str]:
-    """Name the pages that differ from the results."""
-    texts = read()
-    return [page.name for page, text in filled(texts, folder).items() if text != texts[page]]

@@ -1,299 +1,349 @@
 """The tables of README.md and docs out of the results, as Markdown."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pandas import DataFrame
+import pandas as pd
+from pandas import DataFrame, Series
 
-from bench.cases import losses, models
-from bench.cases.shapes import GOALS, K30, LAYERS, ON_GPU, PAPER, SMALL, Shape
-from bench.cases.sweep import ACCURACY, CLOSE, DUPLICATES
-from bench.peers.energies import METHODS
-from bench.report import plots
-from bench.report.results import CASE, Sweep, key, newest
+from bench.cases import losses, models, projections, sampled
+from bench.cases.sweep import ACCURACY, CLOSE, DUPLICATES, LAYERS, MAIN, SMALL, Shape
+from bench.cases.sweep import STUDY as SWEEP
+from bench.measure.machine import PEAKS
+from bench.measure.store import Table
+from bench.peers import METHODS, OURS, PEERS
+from comhe_ext.testing.kinds import KINDS
 
-NOTHING = "Nothing measured yet."
-NO_GPU = "**Nothing has run on a GPU yet.** No number here is from one."
-TO_ROOT = "TO_ROOT/"  # stands for the way from a page to the root
-
-
-def markdown(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    # words to the left, numbers to the right
-    rule = ["---"] + ["---:"] * (len(headings) - 1)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines))
-
-
-def block(rows: DataFrame, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Make a table, and say what rows it is of."""
-    return f"{caption(rows)}.\n\n{markdown(headings, lines)}" if lines else NOTHING
+NOTHING = "Not measured yet."
+# what is shown in place of a time
+REASONS = {"ok": "", "out of memory": "memory", "timeout": "time"}
+BESIDE = ["comhe-graph", *PEERS]  # what is compared with the backend that is taken by default
+# of the short table; one where we lose
+SHORT = [Shape(1, 128, 40), Shape(1, 4096, 30), Shape(20, 2048, 40), Shape(1, 3072, 768)]
+SHORT += [Shape(1, 50257, 40)]
 
 
-def number(value: float, unit: str = "") -> str:
-    """Write three digits and a unit, or nothing for what was not measured."""
-    if math.isnan(value):
-        return ""
-    return (f"{value:,.0f}" if value >= 100 else f"{value:.3g}") + unit
+# --- the newest results ---------------------------------------------------------------------------
+
+CASE = ["sets", "rows", "dim", "mode"]
+Key = tuple[int, int, int, str]
 
 
-def error(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return f"{value:.0e}" if math.isfinite(value) else "not finite"
+def newest(
+    table: Table, folder: Path, device: str, threads: int | None = None, machine: str | None = None
+) -> DataFrame:
+    """Select the newest rows of a machine and its threads, of those measured last if not given.
+
+    A call's time is `ms`, by the one clock: processor time of one thread, else the wall's.
+    """
+    rows = table.newest(folder)
+    rows = rows[(rows.device == device) & (rows.threads == (threads or rows.threads))]
+    rows = rows[rows.machine == (machine or rows.machine)]
+    if "wall_ms" in rows:
+        one = (rows.device == "cpu") & (rows.threads == 1)
+        rows = rows.assign(ms=rows.cpu_ms.where(one, rows.wall_ms))
+    last = rows.sort_values("date")[["machine", "threads"]].tail(1)
+    return rows.merge(last)
+
+
+class Sweep:
+    """The sweep of a device, of a processor on one thread unless another number is given.
+
+    `ours` has the times of the backend that is taken by default, by the case; `ratios` how many
+    times as long the others take; `shares` what part of the peak is useful work.
+    """
+
+    def __init__(
+        self, folder: Path, device: str, threads: int | None = None, machine: str | None = None
+    ) -> None:
+        self.folder, self.device = folder, device
+        threads = threads or (1 if device == "cpu" else None)
+        self.rows = newest(SWEEP.table, folder, device, threads, machine)
+        self.machine = self.rows.machine.iloc[0] if len(self.rows) else "none"
+        ms = self.table("ms")
+        self.ours = ms[OURS].bfill(axis=1).iloc[:, 0].dropna()
+        self.ratios = ms.loc[self.ours.index, BESIDE].div(self.ours, axis=0)
+        peaks = newest(PEAKS, folder, device, threads, self.machine).flops.dropna()
+        peak = peaks.iloc[-1] if len(peaks) else math.nan
+        # of energy and gradient, not of other modes
+        flop = [Shape(*x[:3]).flop if x[3] == "gradient" else math.nan for x in self.ours.index]
+        self.shares = Series(flop, self.ours.index, float) / (1e-3 * self.ours * peak)
+
+    @property
+    def two_threads(self) -> Series:
+        """How many times as fast two threads are."""
+        two = Sweep(self.folder, self.device, 2, self.machine)
+        return self.table("wall_ms")[OURS[0]] / two.table("wall_ms")[OURS[0]]
+
+    def table(self, column: str) -> DataFrame:
+        """Lay a column out, cases by methods in the order of the registry."""
+        table = self.rows.pivot(index=CASE, columns="method", values=column)
+        return table.reindex(columns=list(METHODS))
+
+    def of(self, cases: Sequence[Key]) -> DataFrame:
+        """Select the rows of some cases."""
+        return self.rows[pd.MultiIndex.from_frame(self.rows[CASE]).isin(cases)]
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def block(rows: DataFrame, table: DataFrame) -> str:
+    """Write a table, words to the left and numbers to the right, and say what rows it is of."""
+    if rows.empty:
+        return NOTHING
+    sides = ["left"] + ["right"] * (len(table.columns) - 1)
+    text = table.fillna("").to_markdown(index=False, disable_numparse=True, colalign=sides)
+    return f"{caption(rows)}.\n\n{text}"
 
 
 def caption(rows: DataFrame) -> str:
     """Say where and with what rows were measured."""
 
     def all_of(column: str) -> str:
-        return ", ".join(str(x) for x in dict.fromkeys(rows[column]))
+        return ", ".join(map(str, rows[column].unique()))
 
     threads = "" if rows.device.iloc[0] == "cuda" else f", threads: {all_of('threads')}"
     versions = f"PyTorch {all_of('torch')}, comhe_ext {all_of('comhe_ext')} at {all_of('commit')}"
     return f"{rows.machine.iloc[0]}{threads}; {versions}"
 
 
+def number(value: float) -> str:
+    """Write three digits, one of an error, or nothing for what was not measured."""
+    if math.isnan(value):
+        return ""
+    if math.isinf(value):
+        return "not finite"
+    if 0.0 < value < 0.01:
+        return f"{value:.0e}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def times(ratio: float) -> str:
+    """Write how many times as long something takes, bold if that is less long."""
+    text = f"{number(ratio)}×" if ratio == ratio else ""
+    return f"**{text}**" if ratio < 1 else text
+
+
 # --- the sweep ------------------------------------------------------------------------------------
 
-# heading -> the methods whose fastest is shown
-COLUMNS = {"naive": ["naive"], "naive, set by set": ["naive-by-set"], "row blocks": ["row-blocks"]}
-COLUMNS |= {"checkpoint": ["checkpoint"], "pdist": ["pdist"], "cdist": ["cdist-mm", "cdist-direct"]}
-COLUMNS |= {
-    "torch.compile": ["compile"],
-    "KeOps": ["keops"],
-    "KeOps, one sweep": ["keops-analytic"],
-}
-COLUMNS |= {"the same, native flags": ["keops-native"]}
-REASONS = {"out of memory": "memory", "timeout": "time", "unavailable": "-", "nan": ""}
-WORDS = {"gradient": "energy + gradient"}
-CLOSEST = 5
-# of the short table; one where we lose
-SHAPES = [Shape(1, 128, 40), Shape(1, 4096, 30), Shape(20, 2048, 40), Shape(1, 3072, 768)]
-SHAPES += [Shape(1, 50257, 40)]
 
-
-def speed(sweep: Sweep) -> str:
-    wanted = [*GOALS[sweep.device], *SMALL[sweep.device], *LAYERS]
-    wanted = [shape for shape in wanted if sweep.has(shape)]
-    if not wanted:
-        return NO_GPU if sweep.device == "cuda" else NOTHING
-    status = sweep.table("status")
-    columns = {h: ms for h, ms in COLUMNS.items() if status[ms].notna().any(axis=None)}
-    lines = []
-    for shape in wanted:
-        share = sweep.share(shape)
-        cells = [number(sweep.ours[key(shape)]), "" if math.isnan(share) else f"{share:.0%}"]
-        cells += [ratio(sweep, shape, *methods) for methods in columns.values()]
-        lines.append([name_of(shape), *cells])
-    headings = ["rows × k", "comhe_ext, ms", "of the peak", *columns]
-    return block(sweep.of(wanted), headings, lines)
-
-
-def ratio(sweep: Sweep, shape: Shape, *methods: str) -> str:
-    """Say how many times as long the fastest of some methods takes, or why none ran."""
-    why = str(sweep.table("status").loc[key(shape), methods[0]])
-    return number(sweep.over(shape, *methods), "×") or REASONS.get(why, "")
-
-
-def shapes(sweep: Sweep) -> str:
-    """Make the short table: beside the naive formula, and beside the best of all others."""
-    lines = []
-    for shape in filter(sweep.has, SHAPES):
-        naive, ratios = ratio(sweep, shape, "naive"), sweep.ratios.loc[key(shape)]
-        best = number(ratios.min(), "×") if ratios.min() >= 1 else f"**{number(ratios.min())}×**"
-        ours, theirs = (number(sweep.value(shape, "peak_mib", method=m)) for m in ("", "naive"))
-        cells = [number(sweep.ours[key(shape)]), naive, best, METHODS[ratios.idxmin()].label]
-        lines.append([name_of(shape), *cells, ours, theirs or naive])
-    headings = ["rows × k", "comhe_ext, ms", "naive", "best peer", "which is", "our peak, MiB"]
-    return block(sweep.of(SHAPES), [*headings, "naive's"], lines)
-
-
-def name_of(shape: Shape) -> str:
+def name_of(case: Key) -> str:
+    shape, mode = Shape(*case[:3]), case[3]
+    if mode != "gradient":
+        return f"{shape}, {mode}"
     return f"{shape}, {LAYERS[shape]}" if shape in LAYERS else str(shape)
 
 
-def slower(sweep: Sweep) -> str:
-    """List every case in which a peer was faster, and those where one came closest."""
-    found = sweep.ratios.stack().dropna().sort_values(kind="stable")
-    if found.empty:
-        return NOTHING
+def speed(sweep: Sweep, shapes: Sequence[Shape], modes: bool = False) -> str:
+    """Lay out our times, and how many times as long the others take, or why they have none."""
+    cases = [case for shape in shapes if (case := (*shape, "gradient")) in sweep.ours.index]
+    cases += [case for case in sweep.ours.index if modes and case[3] != "gradient"]
+    why = sweep.table("status").loc[sweep.ours.index, BESIDE].replace(REASONS)
+    beside = sweep.ratios.map(times).mask(sweep.ratios.isna(), why)
+    figures = {
+        "comhe_ext, ms": sweep.ours.map(number),
+        "% of the peak": sweep.shares.mul(100).map(number),
+        "two threads over one": sweep.two_threads.map(times),
+    }
+    table = DataFrame(figures).join(beside.rename(columns={m: METHODS[m].label for m in BESIDE}))
+    table = table.loc[cases].fillna("")
+    table = table.loc[:, table.ne("").any()]
+    table.insert(0, "rows × k", [name_of(case) for case in cases])
+    return block(sweep.of(cases), table)
 
-    def words(entries: Any) -> str:
-        return "\n".join(
-            f"- {Shape(*case[:3])}, {WORDS.get(case[3], case[3])}: "
-            f"{METHODS[case[4]].label} takes {ratio:.2f} times as long."
-            for case, ratio in entries.items()
-        )
 
-    lost = found[found < 1]
-    count, cases = (rows.reset_index()[CASE].drop_duplicates() for rows in (lost, found))
-    text = f"Of {len(cases)} cases, a peer was faster in {len(count)}" + (":" if len(lost) else ".")
-    closest = found[len(lost) : len(lost) + CLOSEST]
-    parts = [text, words(lost), "The next closest:", words(closest)]
-    return "\n\n".join(part for part in parts if part)
+# on one thread of a processor: how many times as long others take, at least, and parts of the peak
+GOALS = {
+    "naive": (25, 25, 60, 5, 3),
+    "pdist and cdist": (10, 10, 10, math.nan, math.nan),
+    "torch.compile": (4, 4, 4, 4, 4),
+    "KeOps": (25, 25, 25, math.nan, math.nan),
+    "% of the peak": (65, math.nan, 65, 65, 65),
+    "two threads over one": (1.9, 1.9, 1.9, 1.9, 1.9),
+}
+
+
+def goals(sweep: Sweep) -> str:
+    """Lay out what was reached of the project's goals, bold where it falls short of one."""
+    cases = [case for shape in MAIN["cpu"] if (case := (*shape, "gradient")) in sweep.ours.index]
+    wanted = DataFrame(GOALS, [(*shape, "gradient") for shape in MAIN["cpu"]]).loc[cases]
+    reached = {
+        "naive": sweep.ratios["naive"],
+        "pdist and cdist": sweep.ratios[["pdist", "cdist-mm"]].min(axis=1),
+        "torch.compile": sweep.ratios["compile"],
+        "KeOps": sweep.ratios["keops"],
+        "% of the peak": sweep.shares.mul(100),
+        "two threads over one": sweep.two_threads,
+    }
+    table = DataFrame(index=range(len(cases)))
+    for name, values in reached.items():
+        pairs = zip(values.reindex(cases), wanted[name], strict=True)
+        table[name] = [f"{met(got, least)} ({number(least)})" if least == least else ""
+                       for got, least in pairs]  # fmt: skip
+    table.insert(0, "reached (wanted, at least)", [name_of(case) for case in cases])
+    return block(sweep.of(cases), table)
+
+
+def met(got: float, least: float) -> str:
+    return number(got) if got >= least else f"**{number(got) or 'not measured'}**"
+
+
+FIGURES = {"ms": "ms", "wall_min_ms": "least, by wall clock", "wall_max_ms": "most"}
+FIGURES |= {"first_s": "first call, s", "peak_mib": "peak, MiB"}
+ERRORS = {"value_error": "energy's error", "gradient_error": "gradient's error"}
 
 
 def methods(sweep: Sweep) -> str:
     """Make the table of all methods at one shape, the first."""
-    shape = GOALS[sweep.device][0]
-    rows, lines = sweep.of([shape]).set_index("method"), []
-    for name, method in METHODS.items():
-        if name not in rows.index:
-            continue
-        row, label = rows.loc[name], method.label
-        if method.backend is not None:
-            label = f"comhe_ext, backend `{method.backend}`" + ", CUDA graph" * method.graph
-        elif method.package != "torch":
-            label += f" {row.version}"
-        if row.status != "ok":
-            lines.append([label, f"{row.status}: {row.note}", *[""] * 5])
-            continue
-        first = number(row.first_s) + " (compiles)" * (row.compiled == "yes")
-        wall = f"{number(row.wall_min_ms)} to {number(row.wall_max_ms)}"
-        off = error(row.value_error), error(row.gradient_error)
-        lines.append([label, number(row.ms), wall, first, number(row.peak_mib), *off])
-    headings = ["", "time, ms", "wall clock, ms", "first call, s", "peak, MiB"]
-    table = block(rows, [*headings, "energy error", "gradient error"], lines)
-    return f"{shape}; {table}" if lines else NOTHING
+    shape = MAIN[sweep.device][0]
+    rows = sweep.of([(*shape, "gradient")]).set_index("method")
+    rows = rows.loc[[name for name in METHODS if name in rows.index]]
+    return f"{shape}; {block(rows, of_methods(rows[[*FIGURES, *ERRORS]]))}"
 
 
-def modes(sweep: Sweep) -> str:
-    rows, lines = sweep.rows[sweep.rows["mode"] != "gradient"], []
-    for case, ours in sweep.ours.items():
-        if case[3] != "gradient" and (ratios := sweep.ratios.loc[case].dropna()).size:
-            peer = number(ratios.min(), "×"), METHODS[ratios.idxmin()].label
-            cells = [number(ours), number(ratios.get("naive", math.nan), "×"), *peer]
-            lines.append([f"{case[3]}, {Shape(*case[:3])}", *cells])
-    return block(rows, ["", "comhe_ext, ms", "naive", "fastest peer", "which is"], lines)
-
-
-# --- the goals ------------------------------------------------------------------------------------
-
-Goal = tuple[str, str, float, str, float]  # words, at least or at most, bound, unit, reached
-
-
-def goals_of(sweep: Sweep) -> Iterator[Goal]:
-    """List the goals of the project for one thread of a processor, and for a large GPU."""
-    if sweep.device == "cuda":
-        bounds = zip([*ON_GPU, PAPER], (180, 50, 17_000, 1_000_000, 320), strict=True)
-        for shape, most in bounds:
-            mode = "half space" if shape == PAPER else "gradient"
-            reached = 1e3 * sweep.value(shape, "wall_ms", mode, "comhe-graph")
-            yield f"{shape}, {mode}", "most", most, " µs", reached
-        return
-
-    def over(words: str, bounds: Mapping[Shape, float], *peers: str) -> Iterator[Goal]:
-        for shape, least in bounds.items():
-            yield f"{shape}, over {words}", "least", least, " times", sweep.over(shape, *peers)
-
-    shapes, large = GOALS["cpu"], K30[-1]
-    yield from over("naive", dict(zip(shapes, (25, 25, 60, 5, 3), strict=True)), "naive")
-    best = ("pdist", "cdist-mm", "cdist-direct")
-    yield from over("the best of pdist and cdist", dict.fromkeys(K30, 10.0), *best)
-    yield from over("torch.compile", dict.fromkeys(shapes, 4.0), "compile")
-    yield from over("KeOps as shipped", dict.fromkeys(K30, 25.0), "keops")
-    for shape in [*shapes[:1], *shapes[2:]]:
-        yield f"{shape}, of the peak", "least", 65, " %", 100 * sweep.share(shape)
-    yield f"{large}, memory", "most", 16, " MiB", sweep.value(large, "peak_mib")
-    yield f"{large}, energy's error", "most", 1e-6, "", sweep.value(large, "value_error")
-    yield f"{large}, gradient's error", "most", 2e-6, "", sweep.value(large, "gradient_error")
-    two = Sweep(sweep.folder, "cpu", 2, sweep.machine)
-    for shape in shapes:
-        times = sweep.value(shape, "wall_ms") / two.value(shape, "wall_ms")
-        yield f"{shape}, two threads over one", "least", 1.9, " times", times
-
-
-def goals(sweep: Sweep) -> str:
-    lines = []
-    for words, kind, bound, unit, reached in goals_of(sweep):
-        shown = f"{reached:.1e}" if reached < 1e-3 else number(reached)
-        met = reached >= bound if kind == "least" else reached <= bound
-        cells = [f"{shown}{unit}", "yes" if met else "**no**"] if shown else ["not measured", ""]
-        lines.append([words, f"at {kind} {bound:g}{unit}", *cells])
-    return markdown(["goal", "wanted", "reached", "met"], lines) if len(sweep.ours) else NOTHING
+def of_methods(figures: DataFrame) -> DataFrame:
+    """Write out figures of methods of the sweep, under their labels."""
+    table = figures.astype(float).map(number).rename(columns=FIGURES | ERRORS)
+    table.insert(0, "", [METHODS[name].label for name in table.index])
+    return table
 
 
 # --- the other studies ----------------------------------------------------------------------------
 
 
-def errors(sweep: Sweep) -> str:
-    rows, lines = newest(ACCURACY.table, sweep.folder, sweep.device), []
-    for name, method in METHODS.items():
-        mine = rows[(rows.method == name) & (rows.status != "unavailable")].set_index("case")
-        if len(mine):
-            label = f"{method.label} (`{method.backend}`)" if method.backend else method.label
-            cells = [error(x) for x in mine.gradient_error.reindex(CLOSE[:-1])]
-            lines.append([label, *cells, number(mine.value.get(DUPLICATES, math.nan))])
-    return block(rows, ["error of the gradient", *CLOSE[:-1], "energy with duplicates"], lines)
+def errors(rows: DataFrame) -> str:
+    off = rows.pivot(index="method", columns="case", values="gradient_error")
+    off = off.reindex(index=list(METHODS), columns=CLOSE[:-1]).dropna(how="all")
+    energies = rows[rows.case == DUPLICATES].set_index("method").value
+    return block(rows, of_methods(off.assign(**{"energy with duplicates": energies})))
 
 
-def whole_models(sweep: Sweep) -> str:
-    rows = newest(models.STUDY.table, sweep.folder, sweep.device)
-    lines, why = [], [""]
-    for name, model in models.MODELS.items():
-        mine = rows[rows.model == name].set_index("method")
-        for method in mine.index.intersection(models.METHODS, sort=False):
-            row, plain = mine.loc[method], method == models.NONE
-            cells = [f"{model.label}, batch {row.batch}" if plain else "", method]
-            if row.status != "ok":
-                lines.append([*cells, row.status, "", ""])
-                why.append(f"- {model.label}, {method}: {row.note}")
-                continue
-            more = "" if plain else number(row.wall_ms - mine.wall_ms[models.NONE])
-            more = f"+{more}" if more else ""
-            lines.append([*cells, number(row.wall_ms), more, number(row.peak_mib)])
-    table = block(rows, ["", "regularizer", "step, ms", "of it", "peak, MiB"], lines)
-    return table + "\n".join(["\n", *why[1:]]) if why[1:] else table
+def with_memory(rows: DataFrame, time: Series) -> DataFrame:
+    """Add a column `cell` with times and the memory beside them, or why there is none."""
+    cell = time + ", " + rows.peak_mib.map(number) + " MiB"
+    return rows.assign(cell=cell.where(rows.status == "ok", rows.status.replace(REASONS)))
 
 
-LOSS_COLUMNS = {"dense": "dense", "row-blocks": "row blocks", "pdist": "pdist", "cdist": "cdist"}
-LOSS_COLUMNS |= {"published": "published", "keops": "KeOps"}
+def whole_models(rows: DataFrame) -> str:
+    rows = with_memory(rows, rows.wall_ms.map(number) + " ms")
+    table = rows.pivot(index="method", columns=["model", "batch"], values="cell")
+    table = table.reindex(list(models.METHODS)).reindex(columns=list(models.MODELS), level="model")
+    table.columns = [f"{models.MODELS[name].label}, batch {batch}" for name, batch in table]
+    return block(rows, table.rename_axis("regularizer").reset_index())
 
 
-def named_losses(sweep: Sweep) -> str:
-    rows, lines = newest(losses.STUDY.table, sweep.folder, sweep.device), []
-    groups = losses.groups(sweep.device)
-    for case in [case for name in losses.LOSSES for case in groups[name]]:
-        found = rows[(rows.loss == case["loss"]) & (rows["shape"] == case["shape"])]
-        found = found.set_index("method")
-        if found.empty:
-            continue
-        mine = found.loc[losses.OURS]
-        cells = [number(mine.ms) or mine.status, number(mine.peak_mib)]
-        for method in LOSS_COLUMNS:
-            cells.append(beside(mine, found.loc[method]) if method in found.index else "")
-        lines.append([f"`{case['loss']}`", case["shape"].replace("x", " × "), *cells])
-    headings = ["loss", "inputs", "comhe_ext, ms", "peak, MiB", *LOSS_COLUMNS.values()]
-    return block(rows, headings, lines)
+def named_losses(rows: DataFrame) -> str:
+    """Lay out our times, and how many times as long the others take."""
+    case, mine = ["loss", "shape"], rows.method == losses.OURS
+    ours = rows[case].merge(rows[mine][[*case, "ms"]], how="left").ms
+    rows = with_memory(rows, (rows.ms / ours).map(times).mask(mine, rows.ms.map(number) + " ms"))
+    table = rows.pivot(index=case, columns="method", values="cell")
+    names = [name for name in losses.METHODS if name in table]
+    return block(rows, table.reindex(losses.LOSSES, level="loss")[names].reset_index())
 
 
-def beside(mine: Any, other: Any) -> str:
-    """Say how many times as long another method takes, bold if it is faster, and its memory."""
-    if math.isnan(ratio := other.ms / mine.ms):
-        return REASONS.get(other.status, str(other.status))
-    words = f"{number(ratio)}×"
-    return f"{f'**{words}**' if ratio < 1 else words}, {number(other.peak_mib)} MiB"
+# --- projections and samples ----------------------------------------------------------------------
 
 
-def pictures(sweep: Sweep) -> str:
-    names = [name for name in plots.figures(sweep.folder) if name.endswith(sweep.device)]
-    folder = f"{TO_ROOT}bench/results/plots"
-    return "\n\n".join(
-        "<picture>\n"
-        f'  <source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.png">\n'
-        f'  <img alt="{plots.ALTERNATIVES[name.split("-")[0]]}" src="{folder}/{name}-light.png">\n'
-        "</picture>"
-        for name in names
-    )
+def laid_out(rows: DataFrame, *what: str) -> DataFrame:
+    """Lay out times and errors of projections: methods by what was measured, and of what."""
+    labels = {name: model.label for name, model in models.MODELS.items()}
+    rows = rows[rows.what.isin(what)]
+    rows = rows.assign(figure=rows.ms.fillna(rows.gradient_error), of=rows.of.replace(labels))
+    table = rows.pivot(index="method", columns=["what", "of"], values="figure").astype(float)
+    table = table.reindex([*projections.KINDS, *projections.SAMPLED])
+    return table[[*rows[["what", "of"]].drop_duplicates().itertuples(index=False, name=None)]]
 
 
-BLOCKS = {"speed": speed, "plots": pictures, "goals": goals, "slower": slower, "methods": methods}
-BLOCKS |= {"modes": modes, "accuracy": errors, "models": whole_models, "losses": named_losses}
+def of_projections(rows: DataFrame, table: DataFrame) -> str:
+    table = table.dropna(how="all").map(number)
+    table.columns = [", ".join(names) for names in table]
+    return block(rows, table.rename_axis("projections").reset_index())
+
+
+def kinds(rows: DataFrame) -> str:
+    """Lay out times in milliseconds, and errors."""
+    rows = rows[rows.of.isin(projections.OF_KINDS) & rows.method.isin(projections.KINDS)]
+    whats = projections.STEP, projections.PROJECTIONS, projections.ERROR
+    return of_projections(rows, laid_out(rows, *whats))
+
+
+def sampled_rows(rows: DataFrame, *what: str) -> DataFrame:
+    """Select what compares sampled with exact energies; nothing as long as that has no rows."""
+    rows = rows[rows.of.isin(projections.OF_SAMPLES) & rows.what.isin(what)]
+    rows = rows[rows.method.isin({**projections.TWO, **projections.SAMPLED})]
+    return rows if rows.method.isin(projections.SAMPLED).any() else rows[:0]
+
+
+def sampled_steps(rows: DataFrame) -> str:
+    """Compare steps, and what the pairs take of them, with 20 Gaussian projections, exact."""
+    rows = sampled_rows(rows, projections.STEP, projections.PROJECTIONS)
+    steps, alone = laid_out(rows, projections.STEP), laid_out(rows, projections.PROJECTIONS)
+    # what the projections take depends on their kind alone
+    alone = alone.loc[[name.split(",")[0] for name in steps.index]].set_axis(steps.index)
+    pairs = steps - alone.rename(columns={projections.PROJECTIONS: projections.STEP})
+    table = steps.join(pairs.rename(columns={projections.STEP: "pairs alone"}))
+    return of_projections(rows, table / table.loc["gaussian 20"])
+
+
+def sampled_gradients(rows: DataFrame) -> str:
+    """Compare errors of gradients with that of 20 Gaussian projections without sampling."""
+    rows = sampled_rows(rows, projections.ERROR)
+    table = laid_out(rows, projections.ERROR)
+    return of_projections(rows, table / table.loc["gaussian 20"])
+
+
+def sampled_errors(rows: DataFrame) -> str:
+    """Lay out the errors of single draws, kinds of rows by what is estimated how."""
+    rows = rows[rows.kind.isin(KINDS) & rows.method.str.startswith("degree")]
+    table = rows.pivot(index="method", columns="kind", values="gradient_error")
+    table = table.reindex(columns=list(KINDS)).map(number)
+    return block(rows, table.rename_axis("").reset_index())
+
+
+def sampled_sets(rows: DataFrame) -> str:
+    """Say what part of an exact energy's time a sampled one takes, by the number of rows."""
+    rows = rows[rows.kind == sampled.PROJECTED]
+    ms = rows.pivot(index="method", columns="rows", values="ms")
+    table = ms.div(rows[rows.method == "exact"].set_index("rows").ms)
+    table = table.reindex([f"sampled, {samples}" for samples in sampled.SMALL_BLOCKS])
+    return block(rows, table.map(number).rename_axis("rows").reset_index())
+
+
+def sampled_times(rows: DataFrame) -> str:
+    rows = rows[rows.ms.notna() & (rows.kind != sampled.PROJECTED)]
+    rows = rows.sort_values("rows", kind="stable")
+    numbers = rows[["ms", "peak_mib", *ERRORS]].map(number).rename(columns=FIGURES | ERRORS)
+    return block(rows, rows[["kind", "rows", "method"]].join(numbers).astype(str))
+
+
+# the blocks that are made of the newest rows of one study
+BLOCKS = {
+    "accuracy": (ACCURACY.table, errors),
+    "models": (models.STUDY.table, whole_models),
+    "losses": (losses.STUDY.table, named_losses),
+    "projections": (projections.STUDY.table, kinds),
+    "sampled errors": (sampled.STUDY.table, sampled_errors),
+    "sampled sets": (sampled.STUDY.table, sampled_sets),
+    "sampled times": (sampled.STUDY.table, sampled_times),
+    "sampled steps": (projections.STUDY.table, sampled_steps),
+    "sampled gradients": (projections.STUDY.table, sampled_gradients),
+}
 
 
 def parts(folder: Path) -> dict[str, str]:
     """Make the text of each block, by its name."""
     cpu, cuda = Sweep(folder, "cpu"), Sweep(folder, "cuda")
-    texts = {f"{name} cpu": part(cpu) for name, part in BLOCKS.items()}
-    return texts | {"shapes": shapes(cpu), "speed cuda": speed(cuda)}
+    texts = {"shapes": speed(cpu, SHORT), "methods": methods(cpu), "goals": goals(cpu)}
+    for sweep in (cpu, cuda):
+        shapes = [*MAIN[sweep.device], *SMALL, *LAYERS]
+        texts[f"speed {sweep.device}"] = speed(sweep, shapes, modes=True)
+    for name, (table, make) in BLOCKS.items():
+        rows = newest(table, folder, "cpu")
+        texts[name] = make(rows) if len(rows) else NOTHING
+    for plan in ("small", "paper"):  # of `python -m bench.training`, which writes its own tables
+        report = folder / "training" / plan / "report.md"
+        texts[f"training {plan}"] = report.read_text().strip() if report.exists() else NOTHING
+    return texts

@@ -1,7 +1,5 @@
 """The table, the paired differences and the pictures of a plan's runs."""
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from bench.report.theme import Theme, name_line, part_names, save
+from bench.report.theme import save
 from bench.training.plans import HELD, NONE
 from bench.training.runs import read_lines
 
@@ -120,65 +118,47 @@ def report(folder: Path) -> None:
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     pictures = {
-        "errors": lambda theme: error_picture(theme, last),
-        "energies": lambda theme: energy_picture(theme, frame),
+        "errors": lambda: error_picture(last),
+        "energies": lambda: energy_picture(frame),
     }
     if last.width.nunique() > 1:
-        pictures["widths"] = lambda theme: width_picture(theme, last)
+        pictures["widths"] = lambda: width_picture(last)
     save(folder, pictures)
 
 
-def error_picture(theme: Theme, last: pd.DataFrame) -> Figure:
+def error_picture(last: pd.DataFrame) -> Figure:
     """Draw each run's test error, and each method's mean."""
     order = list(summary(last).method)[::-1]
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(order) + 1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(order) + 1))
     for place, method in enumerate(order):
         errors = last.test_error[last.method == method]
-        axes.plot(errors, [place] * len(errors), "o", alpha=0.5, color=theme.blue)
-        axes.plot(errors.mean(), place, "|", markersize=18, color=theme.ink)
+        axes.plot(errors, [place] * len(errors), "o", alpha=0.5, color="C0")
+        axes.plot(errors.mean(), place, "|", markersize=18, color="black")
     axes.set_yticks(range(len(order)), order)
     axes.set_xlabel("test error, %: each run, and the mean")
     return figure
 
 
-def _colors(theme: Theme) -> Iterator[str]:
-    """Go through the colors, again and again."""
-    names = (theme.blue, theme.orange, theme.green, theme.pink, theme.sky, theme.yellow)
-    return itertools.cycle(names)
-
-
-def energy_picture(theme: Theme, frame: pd.DataFrame) -> Figure:
+def energy_picture(frame: pd.DataFrame) -> Figure:
     """Draw the mean energy of the layers over the training, a line a method."""
     figure, axes = plt.subplots(figsize=(8, 4))
-    figure.subplots_adjust(right=0.75)
-    seen = frame.dropna(subset="energies")
-    end, names = seen.epoch.max(), []
-    for (method, lines), color in zip(
-        seen.groupby("method", sort=False), _colors(theme), strict=False
-    ):
-        curve = lines.groupby("epoch").energies.mean()
-        axes.plot(curve.index, curve, color=color)
-        names.append(name_line(axes, end, curve.iloc[-1], str(method), color, "right"))
+    for method, lines in frame.dropna(subset="energies").groupby("method", sort=False):
+        axes.plot(lines.groupby("epoch").energies.mean(), label=method)
     axes.set_xlabel("epoch")
     axes.set_ylabel("energy, the layers' mean")
-    part_names(figure, names)
+    figure.legend(loc="outside right upper")
     return figure
 
 
-def width_picture(theme: Theme, last: pd.DataFrame) -> Figure:
+def width_picture(last: pd.DataFrame) -> Figure:
     """Draw the mean test error against the width."""
     figure, axes = plt.subplots(figsize=(8, 4))
-    figure.subplots_adjust(right=0.75)
-    end, names = last.width.max(), []
-    for (method, runs), color in zip(
-        last.groupby("method", sort=False), _colors(theme), strict=False
-    ):
+    for method, runs in last.groupby("method", sort=False):
         errors = runs.groupby("width").test_error
         mean = errors.mean()
-        axes.errorbar(mean.index, mean, errors.std(), color=color, capsize=3)
-        names.append(name_line(axes, end, mean.iloc[-1], str(method), color, "right"))
+        axes.errorbar(mean.index, mean, errors.std(), capsize=3, label=method)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("channels of the first stage, logarithmic")
     axes.set_ylabel("test error, %, with the deviation of a run")
-    part_names(figure, names)
+    figure.legend(loc="outside right upper")
     return figure

@@ -8,22 +8,22 @@ import pytest
 import torch
 
 import comhe_ext
-from comhe_ext import testing
+from comhe_ext import backends, testing
 
 # it belongs to the checkout and is not installed; last, so that the checkout hides no package
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench.cases import losses, models, projections, sampled, sweep
-from bench.cases.shapes import Shape
-from bench.measure.errors import errors, judged
-from bench.peers import losses as formulas
-from bench.peers.energies import METHODS, naive_energy, run
+from bench.cases.sweep import Shape
+from bench.measure.contest import errors, judged
+from bench.peers import METHODS, naive_energy, run
 
 SHAPE = Shape(2, 70, 9)
 HERE = [
     (name, mode)
     for name, method in METHODS.items()
-    if method.unavailable("cpu") is None and not method.compiles
+    if "cpu" in method.devices and not method.compiles
+    if method.backend is None or backends.unavailable(method.backend) is None
     for mode in method.modes
 ]
 
@@ -91,10 +91,7 @@ LOSSES = [(name, method) for name, loss in losses.LOSSES.items() for method in l
 
 @pytest.mark.parametrize(("name", "method"), LOSSES)
 def test_every_method_computes_the_loss(name, method):
-    if method == "keops":
-        pytest.skip("compiles for a minute")
-    if (name, method) == ("regular_face", "published"):
-        pytest.importorskip("pytorch_metric_learning")
+    assert method in losses.METHODS
     loss = losses.LOSSES[name]
     shape = tuple(min(n, 70) for n in loss.shapes[0])
     result = losses.run(loss.methods[method], loss.inputs(*shape, "cpu"))
@@ -105,11 +102,11 @@ def test_every_method_computes_the_loss(name, method):
 
 @pytest.mark.parametrize("rows", [5, 64, 200])
 def test_row_blocks_are_the_whole(rows, monkeypatch):
-    monkeypatch.setattr(formulas, "block_rows", lambda columns: 64)
-    formula = formulas.Formula(formulas.mean_of_others(torch.exp))
+    monkeypatch.setattr(losses, "block_rows", lambda columns: 64)
+    formula = losses.Formula(losses.mean_of_others(torch.exp))
     x = testing.random_rows(rows, 6, dtype=torch.float64)
-    whole = losses.run(lambda x: formulas.dense(formula, x), [x])
-    blocks = losses.run(lambda x: formulas.in_row_blocks(formula, x), [x])
+    whole = losses.run(lambda x: losses.dense(formula, x), [x])
+    blocks = losses.run(lambda x: losses.in_row_blocks(formula, x), [x])
     for a, b in zip(blocks, whole, strict=True):
         assert testing.relative_error(a, b) < 1e-12
 
@@ -139,11 +136,12 @@ def test_a_step_of_a_model_with_and_without(method):
     assert models.check((torch.tensor(math.nan),))["status"] == "wrong"
 
 
-@pytest.mark.parametrize(("kind", "count"), projections.KINDS[:4])
-def test_kinds_of_projections_cost_and_err(kind, count):
-    for what in (projections.STEP, projections.PROJECTIONS):
-        projections.make_step("digits", what, kind, count)()
-    result = projections.make_gradients("2048 x 512", kind, count, 1)()
+@pytest.mark.parametrize("name", [*list(projections.KINDS)[:4], "fourier 20, blocks of 64"])
+def test_kinds_of_projections_cost_and_err(name):
+    method = {**projections.KINDS, **projections.SAMPLED}[name]
+    projections.make_step("digits", method)()
+    projections.make_projections("digits", method)()
+    result = projections.make_gradients("2048 x 512", method, 1)()
     found = projections.check("2048 x 512", 1, result)
     # one draw against another of 20 Gaussian ones
     assert 0.0 < found["gradient_error"] < 3.0

@@ -11,10 +11,9 @@ from PIL import Image
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from bench import RESULTS, ROOT
-from bench.cases import losses, sweep
+from bench.cases import losses, projections, sweep
 from bench.measure import machine
-from bench.peers.energies import METHODS
-from bench.report import pages, plots, tables, theme
+from bench.report import pages, plots, tables
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +21,12 @@ def results(tmp_path_factory):
     """Made-up results of a few methods: at 4 ns a pair we are 3 times slower than row blocks."""
     folder = tmp_path_factory.mktemp("results")
     stamp = machine.stamp("cpu", 1)
-    groups, rows = sweep.groups("cpu"), {}
-    for case in [*groups["goals"], *groups["scaling"], *groups["modes"]]:
+    groups, rows = sweep.groups("cpu", False), {}
+    for case in [*groups["main"], *groups["scaling"], *groups["modes"]]:
         shape = sweep.shape_of(case)
         for name, nanoseconds in (("comhe-cpu", 4.0), ("row-blocks", 1.25), ("naive", 100.0)):
             time = shape.pairs * nanoseconds * 1e-6
-            row = {**case, "method": name, "compiled": "no"}
+            row = {**case, "method": name}
             if name == "naive" and shape.rows > 20_000:
                 row |= {"status": "out of memory", "note": "needs about 99 GiB"}
             else:
@@ -49,53 +48,49 @@ def results(tmp_path_factory):
     return folder
 
 
+def squeezed(table):
+    """A table without the spaces that align its cells."""
+    return re.sub(" +", " ", table)
+
+
 def test_plots_need_nothing_but_the_results(results):
     written = plots.draw(results)
-    names = {path.name for path in written}
-    assert names == {
-        f"{name}-cpu-{theme}.png"
-        for name in ("time", "memory", "speed", "accuracy")
-        for theme in ("light", "dark")
-    }
+    assert [path.name for path in written] == ["sweep-cpu.png"]
     first = {path: path.read_bytes() for path in written}
     for path, picture in first.items():
         assert len(picture) < 120_000, path
         with Image.open(path) as image:
             assert image.width > 1200
             assert len(image.convert("L").getcolors()) > 8
-    one = next(path for path in written if path.name == "time-cpu-dark.png")
-    theme.save(results / "plots", {one.stem: plots.figures(results)["time-cpu"]}, theme.DARK)
-    assert one.read_bytes() == first[one]
+    again = plots.draw(results)
+    assert {path: path.read_bytes() for path in again} == first
 
 
 def test_a_few_results_make_fewer_pictures(results, tmp_path):
     rows = sweep.STUDY.table.read(results)
     few = rows[rows["rows"] == 512].to_dict("records")
     sweep.STUDY.table.upsert(tmp_path, few)
-    assert set(plots.figures(tmp_path)) == {"time-cpu", "memory-cpu"}
-    assert len(plots.draw(tmp_path)) == 4
+    assert [path.name for path in plots.draw(tmp_path)] == ["sweep-cpu.png"]
     assert plots.draw(tmp_path / "empty") == []
 
 
 def test_tables_show_where_others_are_faster(results):
-    parts = tables.parts(results)
-    slower = parts["slower cpu"]
-    assert "- 4,096 × 30, energy + gradient: row blocks, own gradient takes 0.31 times" in slower
-    assert slower.startswith("Of 12 cases, a peer was faster in 12:")
-    lost, closest = slower.split("The next closest:")
-    assert "naive" not in lost
-    assert closest.count("naive PyTorch takes 25.00 times") == 5
-    goals = {line.split(" | ")[0]: line for line in parts["goals cpu"].splitlines()}
-    assert goals["| 4,096 × 30, over naive"].endswith("| at least 25 times | 25 times | yes |")
-    assert goals["| 16,384 × 30, over naive"].endswith("| at least 60 times | 25 times | **no** |")
-    missing = "| 4,096 × 30, two threads over one"
-    assert goals[missing] == f"{missing} | at least 1.9 times | not measured |  |"
+    parts = {name: squeezed(text) for name, text in tables.parts(results).items()}
     # 6 k flop a pair in 4 ns, of 100 Gflop/s
-    assert goals["| 4,096 × 30, of the peak"].endswith("| at least 65 % | 45 % | **no** |")
-    assert "| 0.312× |" in parts["speed cpu"]
-    assert parts["speed cuda"] == tables.NO_GPU
-    assert "| 25× | **0.312×** | row blocks, own gradient | 1 | 1 |" in parts["shapes"]
-    assert "| naive PyTorch | 1e-06 | 1e-06 | 1e-06 | 1e-06 | not finite |" in parts["accuracy cpu"]
+    assert "| 4,096 × 30 | 33.5 | 45 | 25× | **0.312×** |" in parts["speed cpu"]
+    assert "| 4,096 × 30, second order | 33.5 | | 25× | **0.312×** |" in parts["speed cpu"]
+    assert "| 4,096 × 30 | 33.5 | 45 | 25× | **0.312×** |" in parts["shapes"]
+    assert parts["speed cuda"] == tables.NOTHING
+    assert "| naive PyTorch | 839 | 839 | 839 | 839 | 1 | 1e-08 | 3e-07 |" in parts["methods"]
+    assert "| naive PyTorch | 1e-06 | 1e-06 | 1e-06 | 1e-06 | not finite |" in parts["accuracy"]
+
+
+def test_the_table_shows_how_much_faster_two_threads_are(results, tmp_path):
+    rows = sweep.STUDY.table.read(results)
+    two = rows[rows.method == "comhe-cpu"].assign(threads=2, wall_ms=lambda x: x.wall_ms / 1.9)
+    sweep.STUDY.table.upsert(tmp_path, rows.to_dict("records"))
+    sweep.STUDY.table.upsert(tmp_path, two.to_dict("records"))
+    assert "| 4,096 × 30 | 33.5 | 1.9× | 25× |" in squeezed(tables.parts(tmp_path)["shapes"])
 
 
 def test_the_table_of_losses_shows_which_method_is_faster(tmp_path):
@@ -106,10 +101,37 @@ def test_the_table_of_losses_shows_which_method_is_faster(tmp_path):
     ]
     rows.append(stamp | {"method": "row-blocks", "status": "out of memory"})
     losses.STUDY.table.upsert(tmp_path, rows)
-    text = tables.parts(tmp_path)["losses cpu"]
+    text = squeezed(tables.parts(tmp_path)["losses"])
+    assert "| loss | shape | comhe_ext | dense | row-blocks | published |" in text
     line = next(line for line in text.splitlines() if "koleo" in line)
-    assert line.startswith("| `koleo` | 256 × 128 | 4 | 2 | 3×, 2 MiB | memory |")
-    assert "| **0.5×**, 2 MiB |" in line
+    cells = "| koleo | 256x128 | 4 ms, 2 MiB | 3×, 2 MiB | memory | **0.5×**, 2 MiB |"
+    assert line == cells
+
+
+def test_sampled_energies_are_shown_as_parts_of_the_exact_one(tmp_path):
+    stamp, study = machine.stamp("cpu", 1) | {"status": "ok"}, projections.STUDY
+    rows = [
+        stamp | {"what": what, "of": "vit-b", "method": method, "cpu_ms": time}
+        for what, method, time in (
+            ("projections", "gaussian 20", 20.0),
+            ("projections", "fourier 20", 5.0),
+            ("step", "gaussian 20", 100.0),
+        )
+    ]
+    study.table.upsert(tmp_path, rows)
+    parts = tables.parts(tmp_path)
+    assert parts["sampled steps"] == parts["sampled gradients"] == tables.NOTHING
+    assert "| gaussian 20 | 20 | 100 |" in squeezed(parts["projections"])
+    rows.append(rows[-1] | {"method": "fourier 20, blocks of 64", "cpu_ms": 25.0})
+    rows += [
+        stamp | {"what": "error", "of": "512 x 512", "method": method, "gradient_error": off}
+        for method, off in (("gaussian 20", 2.0), ("gaussian 20, blocks of 64", 2.5))
+    ]
+    study.table.upsert(tmp_path, rows)
+    parts = {name: squeezed(text) for name, text in tables.parts(tmp_path).items()}
+    # the pairs take 100 - 20 of the exact step, and 25 - 5 of the sampled one
+    assert "| fourier 20, blocks of 64 | 0.25 | 0.25 |" in parts["sampled steps"]
+    assert "| gaussian 20, blocks of 64 | 1.25 |" in parts["sampled gradients"]
 
 
 def test_pages_are_rewritten_between_their_markers_only(results):
@@ -117,34 +139,24 @@ def test_pages_are_rewritten_between_their_markers_only(results):
     blocks = [f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in tables.parts(results)]
     texts = {readme: f"a\n{''.join(blocks[:3])}b\n", page: f"{''.join(blocks[3:])}c\n"}
     once = pages.filled(texts, results)
-    assert once[readme].startswith("a\n<!-- speed cpu -->\n\n")
+    assert once[readme].startswith("a\n<!-- shapes -->\n\n")
     assert "old" not in once[readme] + once[page]
     assert once[readme].endswith("-->\nb\n")
     assert once[page].endswith("-->\nc\n")
     assert pages.filled(once, results) == once
-    assert once[readme].count('src="bench/results') == 4
-    # a page below the root finds the pictures, too
-    pictures = "<!-- plots cpu -->\nold\n<!-- end plots cpu -->\n"
-    cut = texts[readme].replace(pictures, "")
-    moved = {readme: cut, page: texts[page] + pictures}
-    assert pages.filled(moved, results)[page].count('src="../bench/results') == 4
-    with pytest.raises(ValueError, match="must have the block 'plots cpu', 0 have it"):
-        pages.filled({**texts, readme: cut}, results)
-    with pytest.raises(ValueError, match="has the unknown blocks magic"):
-        pages.filled({**texts, page: f"{texts[page]}<!-- magic -->\n<!-- end magic -->\n"}, results)
-    endless = texts[readme].replace("<!-- end goals cpu -->\n", "")
-    with pytest.raises(ValueError, match="the block 'goals cpu' once, with an end"):
-        pages.filled({**texts, readme: endless}, results)
+    cut = texts[readme].replace("<!-- methods -->\nold\n<!-- end methods -->\n", "")
+    endless = texts[readme].replace("<!-- end methods -->\n", "")
+    twice = texts[readme] + blocks[0]
+    unknown = texts[readme] + "<!-- magic -->\n<!-- end magic -->\n"
+    for wrong in (cut, endless, twice, unknown):
+        with pytest.raises(ValueError, match=r"the pages have the blocks .* not"):
+            pages.filled({**texts, readme: wrong}, results)
 
 
 def test_pages_hold_the_committed_results():
-    assert pages.stale(RESULTS) == [], "run python -m bench readme"
-    for page, text in pages.read().items():
-        for picture in re.findall(r'"([^"]*bench/results/plots/[^"]+)"', text):
-            assert (page.parent / picture).exists(), "run python -m bench plot"
-
-
-def test_all_methods_are_drawn_or_named():
-    assert set(plots.COLORS) | set(plots.BARS) <= set(METHODS)
-    shown = {method for methods in tables.COLUMNS.values() for method in methods}
-    assert shown == {name for name, method in METHODS.items() if method.backend is None}
+    texts = pages.read()
+    stale = [p.name for p, text in pages.filled(texts, RESULTS).items() if text != texts[p]]
+    assert stale == [], "run python -m bench readme"
+    for page, text in texts.items():
+        for picture in re.findall(r"\]\(([^)]*bench/results/plots/[^)]+)\)", text):
+            assert (page.parent / picture).exists(), "run python -m bench readme"

@@ -28,7 +28,7 @@ pytest.importorskip("triton")
 def test_kernels_compile_without_spills_and_with_tensor_cores():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.compile", "--small", "--jobs", "2"],
+        [sys.executable, "-m", "tools.compile_gpu", "--small", "--jobs", "2"],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,

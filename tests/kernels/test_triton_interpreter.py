@@ -79,7 +79,7 @@ def test_the_gpu_suite_runs_dry_and_goes_on_where_it_stopped(tmp_path):
     arguments = ["--results", str(tmp_path), "--minutes", "1e6"]
     for _ in range(2):
         result = subprocess.run(
-            [sys.executable, "-m", "bench.gpu.suite", *arguments],
+            [sys.executable, "-m", "tools.gpu_suite", *arguments],
             env=INTERPRETED,
             cwd=ROOT,
             capture_output=True,

@@ -31,12 +31,12 @@ class Code:
         return self.matrix if wanted else names[0].split(".")[0] if names else "-"
 
     def spills(self, begin: int = 0, end: int = 1 << 62) -> int:
-        """Spill instructions from one address to another."""
+        """Count the spill instructions from one address to another."""
         found = [a for a, op, _ in self.instructions if op.startswith(self.spill)]
         return sum(begin <= address <= end for address in found)
 
     def hot_loop(self, with_matrix: bool) -> tuple[int, int] | None:
-        """First and last address of the innermost loop that does the work.
+        """Find the first and last address of the innermost loop that does the work.
 
         With matrix instructions it is the shortest that has them: the masked loop over the diagonal
         has them too, and is longer. Without them a loop does the work if it is at least half as
@@ -57,7 +57,7 @@ class Code:
 
 
 def nvidia(kernel: triton.compiler.CompiledKernel, matrix: str) -> Code:
-    """The SASS of a cubin, by the disassembler that comes with Triton."""
+    """Read the SASS of a cubin, by the disassembler that comes with Triton."""
     binary = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
     def dump(what: str) -> str:
@@ -73,7 +73,7 @@ def nvidia(kernel: triton.compiler.CompiledKernel, matrix: str) -> Code:
 
 
 def amd(kernel: triton.compiler.CompiledKernel, matrix: str) -> Code:
-    """The assembly of a kernel, its lines numbered; a branch's operand is where it jumps to."""
+    """Read the assembly of a kernel by numbered lines; a branch's operand is where it jumps to."""
     text = kernel.asm["amdgcn"]
     code: list[Instruction] = []
     labels: dict[str, int] = {}

@@ -5,19 +5,14 @@ pairs, which autograd can differentiate. `METHODS` lists them.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
 
 import comhe_ext
-from comhe_ext import backends
 from comhe_ext.settings import BackendName
 
 Energies = Callable[..., Tensor]  # [B, N, k] -> [B]
@@ -28,7 +23,7 @@ MODES: tuple[Mode, ...] = ("gradient", "half space", "energy", "second order")
 
 
 def run(energies: Energies, points: Tensor, mode: Mode) -> Derived:
-    """Compute energies [B], and the gradient or the Hessian's product with `direction(points)`."""
+    """Compute energies [B], and the gradient or the Hessian's product with a fixed direction."""
     if mode == "half space":
         energies = partial(energies, half_space=True)
     if mode == "energy":
@@ -38,13 +33,8 @@ def run(energies: Energies, points: Tensor, mode: Mode) -> Derived:
     energy = energies(leaf)
     (derivative,) = torch.autograd.grad(energy.sum(), leaf, create_graph=mode == "second order")
     if mode == "second order":
-        (derivative,) = torch.autograd.grad((derivative * direction(points)).sum(), leaf)
+        (derivative,) = torch.autograd.grad((derivative * points.roll(1, -1)).sum(), leaf)
     return energy.detach(), derivative
-
-
-def direction(points: Tensor) -> Tensor:
-    """Make a fixed direction for Hessian-vector products."""
-    return torch.linspace(-1.0, 1.0, points.numel()).sin().to(points).view_as(points)
 
 
 def replayed(call: Callable[[], Derived]) -> Callable[[], Derived]:
@@ -101,11 +91,10 @@ def pdist_energy(rows: Tensor) -> Tensor:
     return torch.nn.functional.pdist(normalize(rows)).pow(-2).mean()
 
 
-def cdist_energies(points: Tensor, compute_mode: str) -> Tensor:
+def cdist_energies(points: Tensor) -> Tensor:
     unit, n = normalize(points, dim=-1), points.shape[-2]
     above = torch.ones(n, n, dtype=torch.bool, device=points.device).triu(1)
-    distances = torch.cdist(unit, unit, compute_mode=compute_mode)
-    return torch.where(above, distances, torch.inf).pow(-2).sum((-1, -2)) / pairs(n)
+    return torch.where(above, torch.cdist(unit, unit), torch.inf).pow(-2).sum((-1, -2)) / pairs(n)
 
 
 def block_rows(points: Tensor) -> int:
@@ -114,42 +103,14 @@ def block_rows(points: Tensor) -> int:
     return max(elements // len(points), 64)
 
 
-def checkpointed_energy(rows: Tensor) -> Tensor:
-    """Compute the Gram matrix in blocks of rows, each again in backward instead of kept."""
-
-    def block_sum(block: Tensor, unit: Tensor, begin: int) -> Tensor:
-        r2 = (2.0 - (2.0 * block) @ unit.mT).clamp(min=1e-12)
-        index = torch.arange(len(block), device=unit.device)
-        return r2.index_put((index, index + begin), r2.new_tensor(torch.inf)).reciprocal().sum()
-
-    unit = normalize(rows)
-    total, size = unit.new_zeros(()), block_rows(rows)
-    for begin in range(0, len(unit), size):
-        block = unit[begin : begin + size]
-        total = total + checkpoint(block_sum, block, unit, begin, use_reentrant=False)
-    return total / (2 * pairs(len(unit)))
-
-
-class GradientInForward(torch.autograd.Function):
-    """The energy of rows [N, k], whose gradient is computed with it; backward only scales."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sweep: Sweep) -> Tensor:
-        with_gradient = ctx.needs_input_grad[0]
-        energy, gradient = sweep(rows, with_gradient)
-        if with_gradient:
-            ctx.save_for_backward(gradient)
-        return energy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_energy: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_energy, None
-
-
 def gradient_in_forward(sweep: Sweep) -> Energies:
-    return by_set(lambda rows: GradientInForward.apply(rows, sweep))
+    """Make energies of a sweep that computes the gradient, too; backward only scales it."""
+
+    def energy(rows: Tensor) -> Tensor:
+        value, gradient = sweep(rows.detach(), rows.requires_grad)
+        return value if gradient is None else value + ((rows - rows.detach()) * gradient).sum()
+
+    return by_set(energy)
 
 
 def across(pull: Tensor, unit: Tensor) -> Tensor:
@@ -212,8 +173,7 @@ ONCE: tuple[Mode, ...] = ("gradient", "energy")
 TWICE: tuple[Mode, ...] = ("gradient", "energy", "second order")
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One way to compute the energy.
 
     `load` is called once in the process that measures: what it imports or compiles is part of the
@@ -224,82 +184,36 @@ class Method:
     load: Callable[[], Energies]
     modes: tuple[Mode, ...] = ONCE
     devices: tuple[str, ...] = ("cpu", "cuda")
-    matrices: float = 0.0  # N x N, float32, that energy and gradient of a set hold at their peak
-    package: str = "torch"  # that it comes from
-    backend: BackendName | None = None  # ours
+    backend: BackendName | None = None  # of ours
     compiles: bool = False  # its first call compiles, for many seconds
-    environment: Mapping[str, str] = field(default_factory=dict)
-    only_batches: bool = False  # with a single set it equals another method
+    environment: Mapping[str, str] = {}
     graph: bool = False  # replayed from a CUDA graph
-
-    def unavailable(self, device: str) -> str | None:
-        """Say why it cannot run here, or None."""
-        if find_spec(self.package) is None:
-            return f"{self.package} is not installed"
-        if device not in self.devices:
-            return f"does not run on {device}"
-        return None if self.backend is None else backends.unavailable(self.backend)
-
-    def version(self) -> str:
-        """Find the version of the package that it comes from."""
-        if self.package == "comhe_ext":
-            return comhe_ext.__version__
-        return metadata.version(self.package) if find_spec(self.package) else ""
 
 
 def ours(backend: BackendName, label: str, *devices: str, **options: Any) -> Method:
     load = partial(partial, comhe_ext.hyperspherical_energy, backend=backend)
-    return Method(label, load, MODES, devices, package="comhe_ext", backend=backend, **options)
+    return Method(label, load, MODES, devices, backend, **options)
 
-
-def keops(label: str, energies: Callable[[], Energies], **options: Any) -> Method:
-    def load() -> Energies:
-        import pykeops
-
-        pykeops.set_verbose(False)
-        return energies()
-
-    return Method(label, load, package="pykeops", compiles=True, **options)
-
-
-def cdist(label: str, mode: str, modes: tuple[Mode, ...]) -> Method:
-    load = partial(partial, cdist_energies, compute_mode=mode)
-    return Method(label, load, modes, matrices=5.5)
-
-
-NATIVE = {"CXXFLAGS": "-march=native -ffast-math"}
-ONE_SWEEP = partial(gradient_in_forward, keops_sweep)
 
 METHODS = {
     "comhe-cpu": ours("cpu", "comhe_ext", "cpu"),
     "comhe-triton": ours("triton", "comhe_ext", "cuda", compiles=True),
     "comhe-graph": ours("triton", "comhe_ext, CUDA graph", "cuda", compiles=True, graph=True),
     "comhe-torch": ours("torch", "comhe_ext, portable", "cpu", "cuda"),
-    "naive": Method("naive PyTorch", lambda: naive_energy, MODES, matrices=6),
-    "naive-by-set": Method(
-        "naive PyTorch, set by set",
-        partial(by_set, naive_energy),
-        TWICE,
-        matrices=6,
-        only_batches=True,
-    ),
-    "checkpoint": Method(
-        "row blocks, checkpointed", partial(by_set, checkpointed_energy), TWICE, matrices=1.4
-    ),
-    "row-blocks": Method("row blocks, own gradient", partial(gradient_in_forward, blocked_sweep)),
-    "pdist": Method("torch.pdist", partial(by_set, pdist_energy), matrices=3),
-    "cdist-mm": cdist("torch.cdist, products", "use_mm_for_euclid_dist", TWICE),
-    "cdist-direct": cdist("torch.cdist, differences", "donot_use_mm_for_euclid_dist", ONCE),
+    "naive": Method("naive PyTorch", lambda: naive_energy, MODES),
+    "row-blocks": Method("row blocks", partial(gradient_in_forward, blocked_sweep)),
+    "pdist": Method("torch.pdist", partial(by_set, pdist_energy)),
+    "cdist-mm": Method("torch.cdist", lambda: cdist_energies, TWICE),
     "compile": Method(
-        "torch.compile",
-        lambda: torch.compile(naive_energy, dynamic=False),
-        matrices=1,
-        compiles=True,
+        "torch.compile", lambda: torch.compile(naive_energy, dynamic=False), compiles=True
     ),
-    "keops": keops("KeOps", partial(by_set, keops_energy), modes=TWICE),
-    "keops-analytic": keops("KeOps, one sweep", ONE_SWEEP),
-    "keops-native": keops(
-        "KeOps, one sweep, native flags", ONE_SWEEP, devices=("cpu",), environment=NATIVE
+    "keops": Method("KeOps", partial(by_set, keops_energy), TWICE, compiles=True),
+    # the best that it can do: energy and force in one reduction, compiled for this machine
+    "keops-native": Method(
+        "KeOps, one sweep",
+        partial(gradient_in_forward, keops_sweep),
+        compiles=True,
+        environment={"CXXFLAGS": "-march=native -ffast-math"},
     ),
 }
 OURS = [name for name, method in METHODS.items() if method.backend is not None]

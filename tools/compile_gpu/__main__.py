@@ -1,9 +1,9 @@
 """Compile every Triton kernel ahead of time for GPUs that need not be there, and check the result.
 
-    python -m bench.gpu.compile             the variants of two pair functions, and the hot loops of
+    python -m tools.compile_gpu             the variants of two pair functions, and the hot loops of
                                             those that need most registers; `--all`, hours: the rest
-    python -m bench.gpu.compile --small     what `make test` runs
-    python -m bench.gpu.compile --target sm_90 --only pairwise
+    python -m tools.compile_gpu --small     what `make test` runs
+    python -m tools.compile_gpu --target sm_90 --only pairwise
 
 One line a variant: registers, spill instructions in the hot loop and in all, shared memory,
 instructions a pair in the hot loop, matrix instruction found. The exit status is not zero if a hot
@@ -30,9 +30,9 @@ import triton
 from pandas import DataFrame
 
 from bench import RESULTS
-from bench.gpu import machine_code
-from bench.gpu.launches import PAIRS, TARGETS, Launch, launches
 from comhe_ext.kernels.gpu import plan
+from tools.compile_gpu import machine_code
+from tools.compile_gpu.launches import PAIRS, TARGETS, Launch, launches
 
 TABLE = RESULTS / "compile_gpu.csv"
 COUNTED, TENSOR_CORES = "instructions a pair are counted", "multiplies on tensor cores"
@@ -77,20 +77,20 @@ Row = dict[str, Any]
 
 
 def is_small(launch: Launch) -> bool:
-    """Whether a launch belongs to the part that `make test` compiles."""
+    """Tell whether a launch belongs to the part that `make test` compiles."""
     if launch.target not in ("sm_90", "gfx942") and launch.kernel not in SMALL_ON_ALL_TARGETS:
         return False
     return re.fullmatch(KERNELS[launch.kernel][0], launch.variant) is not None
 
 
 def is_main(launch: Launch) -> bool:
-    """Whether a launch belongs to the part that goes into the table."""
+    """Tell whether a launch belongs to the part that goes into the table."""
     heavy = launch.pair is not None and launch.pair not in MAIN_PAIRS
     return not heavy or (COUNTED in KERNELS[launch.kernel][1] and launch.constants["WITH_FORCE"])
 
 
 def programs_wanted(launch: Launch) -> int:
-    """Programs a multiprocessor that `splits` counts on; 1 where it does not."""
+    """Look up the programs a multiprocessor that `splits` counts on; 1 where it does not."""
     given = launch.constants
     if launch.kernel != "pairwise_kernel" or launch.pair not in MAIN_PAIRS:
         return 1
@@ -104,7 +104,7 @@ def programs_wanted(launch: Launch) -> int:
 
 
 def programs_that_fit(launch: Launch, registers: int, metadata: Any) -> int:
-    """Programs that the registers, shared and tensor memory of a multiprocessor hold."""
+    """Count the programs that the registers, shared and tensor memory of a multiprocessor hold."""
     registers = -(-registers // 8) * 8 * 32 * launch.num_warps
     fit = min(REGISTERS // registers, SHARED[launch.target] // (metadata.shared + 1024))
     return min(fit, TENSOR_COLUMNS // max(getattr(metadata, "tmem_size", 0), 1))
@@ -152,6 +152,7 @@ _chosen: list[Launch] = []  # what a forked process compiles: a kernel cannot be
 
 
 def check_number(number: int) -> tuple[Row, list[str]]:
+    """Check one of the launches that were chosen, in a process of its own."""
     return check(_chosen[number])
 
 
@@ -168,6 +169,7 @@ def save(rows: list[Row], every: list[Launch]) -> None:
 
 
 def main() -> int:
+    """Compile what is asked for, and say whether all of it is right."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a few variants of every kernel")
     parser.add_argument("--all", action="store_true", help="every variant of every kernel")

@@ -124,12 +124,14 @@ Call = tuple[str, str, Callable[[], object]]
 
 
 def sweep(k: int, pair: str = "s=2", precision: str = "highest", **wanted: Any) -> Call:
+    """Sweep a set of rows."""
     rows = torch.ones(70, k, dtype=wanted.pop("dtype", None))
     request = SweepRequest(rows, [70], [1.0], PAIRS[pair], **wanted)
     return pair, precision, partial(gpu.sweep, request)
 
 
 def projected(k: int, dtype: torch.dtype, precision: str) -> Call:
+    """Sweep weights that are projected in the same launch."""
     weights = [torch.ones(2, 48, dtype=dtype)] * NUM_WEIGHTS
     source = Projected(weights, [torch.ones(1, k, 48)] * NUM_WEIGHTS)
     sizes, scales = [2] * NUM_WEIGHTS, [1.0] * NUM_WEIGHTS
@@ -146,6 +148,7 @@ def cross(k: int, pair: str = "s=2", weighted: bool = False, gradient: bool = Tr
 
 
 def nearest(k: int, half_space: bool, *columns_and_ids: Tensor) -> Call:
+    """Find the nearest row, or column, of each row."""
     request = NearestRequest(torch.ones(70, k), [70], half_space, 0.0, *columns_and_ids)
     return "", "highest", partial(gpu.nearest, request)
 
@@ -157,7 +160,7 @@ def difference(angle: bool, *gradients: bool) -> Call:
 
 
 def calls(pairs: Collection[str]) -> Iterator[Call]:
-    """Calls that take every branch of every kernel, of some pair functions beside s = 2.
+    """Make calls that take every branch of every kernel, of some pair functions beside s = 2.
 
     The widest come first: of several launches with one name the first is compiled.
     """
@@ -189,7 +192,7 @@ def calls(pairs: Collection[str]) -> Iterator[Call]:
 
 
 def launches(target: str, pairs: Collection[str] = tuple(PAIRS)) -> list[Launch]:
-    """Every variant of every kernel that a GPU is asked to run for these pair functions."""
+    """List every variant of every kernel that a GPU is asked to run for these pair functions."""
     compiler = make_backend(TARGETS[target][0])
     found: dict[tuple[str, str, str], Launch] = {}
 

@@ -1,1 +1,0 @@
-"""The Triton backend: what the compiler makes of it (`compile`), and what a GPU does (`suite`)."""

@@ -1,1 +1,0 @@
-"""What is measured: the package, and what one would take instead."""

@@ -1,0 +1,1 @@
+"""What compilers make of the Triton kernels, for GPUs that need not be there."""
