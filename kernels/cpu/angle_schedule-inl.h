@@ -117,7 +117,7 @@ Block cut(const Differences &all, const Sweep &sweep, int64_t set, int64_t first
     Block block = {};
     const int64_t n = all.call.n - first;
     block.n = n < all.block_rows ? int(n) : all.block_rows;
-    block.capacity = up(block.n, SHORT);
+    block.capacity = capacity_of(block.n);
     const int64_t row = (set * all.call.n + first) * sweep.k;
     block.raw = (const char *)sweep.call.points + (sweep.call.dtype == FLOAT32 ? 4 : 2) * row;
     block.gradient = gradient ? gradient + (result * all.call.n + first) * sweep.k : nullptr;

@@ -8,6 +8,7 @@ namespace ISA {
 namespace {
 
 constexpr int SHORT = MR / 3;
+static_assert(VL % SHORT == 0, "tiles must divide the room for rows");
 INLINE int tile_rows(int left) { return left > 2 * SHORT ? MR : SHORT; }
 
 // acc += u ut over n columns of a strip of width W.

@@ -40,7 +40,8 @@ void prepare_twice(const Sweep &sweep, Scratch &scratch, Block &block) {
         for (int q = 0; q < k; q += VL / 2) along += widen(raw + q, k - q) * widen(tangent + q, k - q);
         block.tau[i] = block.inverse[i] * sum(along);
         block.outward[i] = block.axial_dot[i] = 0;
-        pack(sweep, block, block.u_dot, i, dot_of(sweep, block, i, raw));
+        const Dot dot = dot_of(sweep, block, i, raw);
+        pack(sweep, block, block.u_dot, i, [&](int q, int) { return dot(q); });
     }
     transpose(sweep, block, block.u_dot, block.ut_dot);
 }

@@ -38,21 +38,44 @@ INLINE const float *raw_row(const Sweep &sweep, const Block &block, int i, int q
 }
 
 // Asks for a row that will be wanted soon, where no order of addresses tells the processor so, and for the
-// place of its gradient.
-constexpr int ROWS_AHEAD = 6;
+// place of its gradient: of the next part, too.
+constexpr int ROWS_AHEAD = 12;
 INLINE void prefetch_row(const Sweep &sweep, const Block &block, int i, float *gradient) {
-    if (!block.order || i >= block.n) return;
+    if (!block.order || i >= block.ordered) return;
     prefetch((const float *)block.raw + place_of(sweep, block, i), sweep.k);
     if (gradient) prefetch(gradient + gradient_place_of(sweep, block, i), sweep.k);
 }
 
-// Stores row i of u, of which row(q) are VL / 2 columns.
-template <class Row> INLINE void pack(const Sweep &sweep, const Block &block, float *u, int i, Row row) {
-    for (int q = 0, w; q < sweep.kp; q += w) {
-        w = width(sweep.kp, q);
-        float *to = u + int64_t(q) * block.capacity + i * w;
-        for (int l = 0; l < w; l += VL / 2) narrow(to + l, row(q + l));
+// Calls each(q, place, n) for all pieces of VL / 2 columns: their first one, where it stands in row i of a
+// matrix like u, and how many columns the caller's rows have from there on.
+template <class Each> INLINE void each_piece(const Sweep &sweep, const Block &block, int i, Each each) {
+    // read once: to the compiler, what is stored on the way could be anything
+    const int k = sweep.k, kp = sweep.kp;
+    const int64_t capacity = block.capacity;
+    int q = 0;
+    for (; q + NR <= k; q += NR)
+#pragma GCC unroll 4
+        for (int l = 0; l < NR; l += VL / 2) each(q + l, q * capacity + i * NR + l, VL / 2);
+    for (int w; q < kp; q += w) {
+        w = width(kp, q);
+        for (int l = 0; l < w; l += VL / 2) each(q + l, q * capacity + i * w + l, k - q - l);
     }
+}
+
+// Stores row i of u, of which row(q, n) are VL / 2 columns, or the n that are left of them.
+template <class Row> INLINE void pack(const Sweep &sweep, const Block &block, float *u, int i, Row row) {
+    each_piece(sweep, block, i, [=](int q, int64_t place, int n) { narrow(u + place, row(q, n)); });
+}
+
+// Transposes VL rows of COUNT columns, `spacing` apart; n of the columns are wanted, `apart` from each other.
+template <int COUNT> INLINE void turn(const float *rows, int spacing, float *columns, int apart, int n) {
+    vf x[COUNT];
+#pragma GCC unroll 16
+    for (int v = 0; v < COUNT; v++) x[v] = load(rows + v * spacing);
+    transpose<VL>(x);
+#pragma GCC unroll 16
+    for (int q = 0; q < COUNT; q++)
+        if (q < n) store(columns + q * apart, x[q]);
 }
 
 // Fills u up with rows of zeros, and lays it out as the other operand of a product.
@@ -61,12 +84,15 @@ void transpose(const Sweep &sweep, const Block &block, float *u, float *ut) {
     if (whole < block.n) memset(ut + int64_t(whole) * k, 0, sizeof(float) * NR * k);
     for (int q = 0, w; q < kp; q += w) {
         w = width(kp, q);
-        const int n = k - q < w ? k - q : w;
         float *strip = u + int64_t(q) * block.capacity;
         memset(strip + block.n * w, 0, sizeof(float) * (block.capacity - block.n) * w);
-        for (int i = 0; i < block.n; i++) {
+        for (int i = 0; i < block.n; i += VL) {
+            const float *rows = strip + int64_t(i) * w;
             float *to = ut + int64_t(i / NR * NR) * k + q * NR + i % NR;
-            for (int l = 0; l < n; l++) to[l * NR] = strip[i * w + l];
+            if (w < VL)
+                turn<LEAST>(rows, VL, to, NR, k - q);
+            else
+                for (int l = 0; l < w; l += VL) turn<VL>(rows + l, w, to + l * NR, NR, k - q - l);
         }
     }
 }
@@ -74,23 +100,35 @@ void transpose(const Sweep &sweep, const Block &block, float *u, float *ut) {
 void prepare(const Sweep &sweep, Scratch &scratch, Block &block) {
     const int k = sweep.k, kp = sweep.kp;
     const double eps = sweep.call.eps;
-    for (int i = 0; i < block.n; i++) {
-        prefetch_row(sweep, block, i + ROWS_AHEAD, nullptr);
-        const float *raw = raw_row(sweep, block, i, 0, k, scratch.raw);
-        vd squares = {};
-        for (int q = 0; q < kp; q += VL / 2) {
-            const vd x = widen(raw + q, k - q);
-            squares += x * x;
+    for (int first = 0; first < block.n; first += ROWS_BESIDE) {
+        const int rows = block.n - first < ROWS_BESIDE ? block.n - first : ROWS_BESIDE;
+        const float *raw[ROWS_BESIDE];
+        alignas(vd) double square[ROWS_BESIDE] = {};
+        for (int m = 0; m < rows; m++) {
+            prefetch_row(sweep, block, first + m + ROWS_AHEAD, nullptr);
+            raw[m] = raw_row(sweep, block, first + m, 0, k, scratch.raw + m * kp);
+            vd squares = {};
+            int q = 0;
+            for (; q + VL / 2 <= k; q += VL / 2) {
+                const vd x = widen_anywhere(raw[m] + q);
+                squares += x * x;
+            }
+            const vd x = widen(raw[m] + q, k - q);
+            square[m] = sum(squares + x * x);
         }
-        const double square = sum(squares), nu = __builtin_sqrt(square + eps);
-        const bool dead = nu < __FLT_MIN__;  // NaN is not dead: it must come out
-        const double inverse = dead ? 0 : 1 / nu;
-        block.energy += square - square;  // NaN in a row of NaN or infinity: logarithms lose it
-        block.broken |= square - square != 0;
-        block.inverse[i] = inverse;
-        block.deficit[i] = dead ? 1 : eps / (nu * nu);
-        block.axial[i] = 0;
-        pack(sweep, block, block.u, i, [=](int q) { return inverse * widen(raw + q, k - q); });
+        const vd squares = load(square), nu = square_root(squares + eps), lost = squares - squares;
+        const vl dead = nu < double(__FLT_MIN__);  // NaN is not dead: it must come out
+        const vd inverse = dead ? vd{} : 1.0 / nu;
+        block.energy += sum(lost);  // NaN in a row of NaN or infinity: logarithms lose it
+        block.broken |= any((vi)(lost != 0.0));
+        store(block.inverse + first, inverse);
+        store(block.deficit + first, dead ? all(1.0) : eps / (nu * nu));
+        store(block.axial + first, vd{});
+        for (int m = 0; m < rows; m++) {
+            const float *const row = raw[m];
+            const double factor = block.inverse[first + m];
+            pack(sweep, block, block.u, first + m, [=](int q, int n) { return factor * widen(row + q, n); });
+        }
     }
     transpose(sweep, block, block.u, block.ut);
     if (block.g) memset(block.g, 0, sizeof(float) * (int64_t(block.capacity) * kp + block.lost));
@@ -114,18 +152,22 @@ INLINE bool broken(const Block &block, int i) { return !(block.inverse[i] > 0) &
 
 // G of a row, in double and in order, into scratch.g; returns <v, G>. `raw` is that row.
 INLINE double gather_force(const Sweep &sweep, Scratch &scratch, const Block &block, int i, const float *raw) {
-    const double inverse = block.inverse[i];
+    const int64_t lost = block.lost;
+    const float *const g = block.g;
+    const double *const near = block.near, inverse = block.inverse[i];
+    double *const sums = scratch.g;
     vd along = {};
-    for (int q = 0, w; q < sweep.kp; q += w) {
-        w = width(sweep.kp, q);
-        const float *p = block.g + int64_t(q) * block.capacity + i * w;
-        for (int l = 0; l < w; l += VL / 2) {
-            vd g = block.lost ? widen(p + l) + widen(p + l + block.lost) : widen(p + l);
-            if (block.near) g += load(block.near + (p - block.g) + l);
-            along += g * (inverse * widen(raw + q + l, sweep.k - q - l));
-            store(scratch.g + q + l, g);
-        }
-    }
+    const auto gather = [&](int q, int64_t place, int n, bool plain) {
+        vd force = widen(g + place);
+        if (!plain && lost) force += widen(g + place + lost);
+        if (!plain && near) force += load(near + place);
+        along += force * (inverse * widen(raw + q, n));
+        store(sums + q, force);
+    };
+    if (lost || near)
+        each_piece(sweep, block, i, [&](int q, int64_t place, int n) { gather(q, place, n, false); });
+    else
+        each_piece(sweep, block, i, [&](int q, int64_t place, int n) { gather(q, place, n, true); });
     return sum(along);
 }
 
@@ -133,7 +175,7 @@ INLINE double gather_force(const Sweep &sweep, Scratch &scratch, const Block &bl
 // the tangent space, in double: G can be nearly radial, and then the rounding of v would be much of
 // what is left.
 void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
-    const int k = sweep.k, kp = sweep.kp;
+    const int k = sweep.k;
     // of a cross set every pair counts once, in half space too
     const bool antipodes = sweep.call.pair.half_space && !sweep.call.cross;
     const double factor = block.scale * sweep.functions.slope, weight = sweep.call.sample ? sweep.weight : 1;
@@ -159,11 +201,15 @@ void finish(const Sweep &sweep, Scratch &scratch, Block &block) {
         const double along = both * (block.axial[i] * deficit - gather_force(sweep, scratch, block, i, raw)) -
                              2 * antipode * deficit;
         float *out = block.gradient + gradient_place_of(sweep, block, i);
-        for (int q = 0; q < kp; q += VL / 2) {
+        const double *const sums = scratch.g, outer = factor * inverse;
+        const auto project = [&](int q, int n) {
             // the sum first: one of its terms alone may leave the range
-            const vd g = both * load(scratch.g + q) + along * (inverse * widen(raw + q, k - q));
-            narrow(out + q, factor * inverse * g, k - q);
-        }
+            const vd g = both * load(sums + q) + along * (inverse * widen(raw + q, n));
+            narrow(out + q, outer * g, n);
+        };
+        int q = 0;
+        for (; q + VL / 2 <= k; q += VL / 2) project(q, VL / 2);
+        if (q < k) project(q, k - q);
     }
     release(block.near);
     block.near = nullptr;

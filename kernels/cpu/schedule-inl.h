@@ -99,20 +99,9 @@ void perform(const Sweep &sweep, Scratch &scratch, const Set &set, int stage, in
     if (col && col != row) col->stage.advance(stage);
 }
 
-// Hands out memory in cache lines; with a null base it only counts.
-struct Arena {
-    char *base;
-    size_t used;
-    template <class T> T *take(size_t count) {
-        T *p = base ? (T *)(base + used) : nullptr;
-        used += (count * sizeof(T) + 63) / 64 * 64;
-        return p;
-    }
-};
-
 // Memory of a block that will meet n rows.
 void place(const Sweep &sweep, Block &block, int64_t n, Arena &arena) {
-    const size_t capacity = block.capacity = up(block.n, SHORT), padded = up(block.n, NR) + NEAR_ROWS;
+    const size_t capacity = block.capacity = capacity_of(block.n), padded = up(block.n, NR) + NEAR_ROWS;
     block.u = arena.take<float>(capacity * sweep.kp);
     block.ut = arena.take<float>(size_t(up(block.n, NR)) * sweep.k);
     const bool axial = n / sweep.k >= (sweep.call.pair.half_space ? MOSTLY_AXIAL_HALF : MOSTLY_AXIAL);
@@ -144,7 +133,7 @@ void place(const Sweep &sweep, Block &block, int64_t n, Arena &arena) {
 void place(const Sweep &sweep, Scratch &scratch, int largest_block, Arena &arena) {
     const int rows = up(largest_block, NR) + NEAR_ROWS;
     scratch.c = arena.take<float>(size_t(rows) * R);
-    scratch.raw = arena.take<float>(sweep.kp);
+    scratch.raw = arena.take<float>(size_t(ROWS_BESIDE) * sweep.kp);
     scratch.g = arena.take<double>(sweep.kp);
     scratch.row_energies = arena.take<char>(sweep.by_row ? rows * MOST_ENERGIES : 0);
     scratch.patches = arena.take<NearPatch>((rows / NEAR_ROWS + 2) * (rows / NEAR_COLS));
@@ -231,6 +220,7 @@ int cut_parts(const Sweep &sweep, Set &set, Block *blocks) {
             block.raw = (const char *)((const float *)sweep.call.points + set.index * sample.set_stride);
             block.gradient = gradient ? gradient + set.index * sample.gradient_set_stride : nullptr;
             block.order = order;
+            block.ordered = sample.order + set.first + set.n - order;
             block.scale = set.scale;
             block.n = left < most ? int(left) : int(most);
             order += block.n;

@@ -23,6 +23,7 @@ constexpr int MOSTLY_AXIAL = 600, MOSTLY_AXIAL_HALF = 100;
 // near pairs are worked on by patches of a tile, their forces by as many rows as registers can hold
 constexpr int NEAR_ROWS = 6, NEAR_COLS = VL / 2;
 constexpr int FORCE_ROWS = MR / 2;
+constexpr int ROWS_BESIDE = VL / 2;  // rows whose norms are computed at a time
 
 constexpr int MOST_ENERGIES = 2 * sizeof(vf);  // bytes of an F::Energies
 
@@ -33,6 +34,7 @@ static_assert(R % NR == 0 && R_TWICE % NR == 0 && KC % NR == 0 && MR % NEAR_ROWS
 struct Block {
     const char *raw;            // first row as the caller stores it; where there is an order, of the set
     const int64_t *order;       // of a sample: which rows of the set these are, else null
+    int64_t ordered;            // how many there are from here to the end of the set
     int64_t first;              // its number in the set
     const int32_t *given_ids;   // cross form, where it has some, else null
     int32_t *ids;               // a copy, with room for whole tiles
@@ -101,7 +103,7 @@ struct Scratch {
     float *c_dot;        // [R][R] second order: the same of their derivatives
     float *row_sums;     // [R][VL] second order: sums over the columns, vector by vector
     float *col_sums;     // [R]
-    float *raw;          // [kp] a row
+    float *raw;          // [ROWS_BESIDE][kp] rows
     double *g;           // [kp] G of a row
     char *memory;        // for the blocks of a set that this thread sees to alone
     // nearest rows: what the cosines of a meeting have to exceed; a block with itself has one for both
@@ -165,8 +167,21 @@ INLINE void release(void *memory) {
 #endif
 }
 
+// Hands out memory in cache lines; with a null base it only counts.
+struct Arena {
+    char *base;
+    size_t used;
+    template <class T> T *take(size_t count) {
+        T *p = base ? (T *)(base + used) : nullptr;
+        used += (count * sizeof(T) + 63) / 64 * 64;
+        return p;
+    }
+};
+
 INLINE int width(int kp, int q) { return kp - q >= NR ? NR : kp - q >= VL ? VL : LEAST; }
 INLINE int up(int64_t x, int step) { return int((x + step - 1) / step * step); }
+// Rows that a block of n has room for: whole vectors of them, and whole tiles.
+INLINE int capacity_of(int n) { return up(n, VL); }
 
 }  // namespace
 }  // namespace ISA

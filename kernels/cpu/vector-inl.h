@@ -83,8 +83,9 @@ INLINE vi lanes(int first) {
 
 // Floats as doubles: VL / 2 of them, or the first n where n is smaller and 0 in the other lanes.
 INLINE vd widen(const float *p) { return to_doubles(*(const vh *)p); }
+INLINE vd widen_anywhere(const float *p) { return to_doubles(*(const anywhere *)p); }
 INLINE vd widen(const float *p, int n) {
-    if (n >= VL / 2) return to_doubles(*(const anywhere *)p);
+    if (n >= VL / 2) return widen_anywhere(p);
 #if defined(__AVX512F__)
     return to_doubles((vh)_mm256_maskz_loadu_ps(n > 0 ? (1 << n) - 1 : 0, p));
 #else
@@ -106,6 +107,41 @@ INLINE void narrow(float *p, vd x, int n) {
 #else
     for (int l = 0; l < n; l++) p[l] = float(x[l]);
 #endif
+}
+
+// The first halves of a and b lane by lane, a0 b0 a1 b1 ..., and the second ones.
+#if defined(__AVX512F__)
+#define FIRST_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SECOND_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define FIRST_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define SECOND_HALVES 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define FIRST_HALVES 0, 4, 1, 5
+#define SECOND_HALVES 2, 6, 3, 7
+#endif
+#if defined(__clang__)
+INLINE vf first_halves(vf a, vf b) { return __builtin_shufflevector(a, b, FIRST_HALVES); }
+INLINE vf second_halves(vf a, vf b) { return __builtin_shufflevector(a, b, SECOND_HALVES); }
+#else
+INLINE vf first_halves(vf a, vf b) { return __builtin_shuffle(a, b, vi{FIRST_HALVES}); }
+INLINE vf second_halves(vf a, vf b) { return __builtin_shuffle(a, b, vi{SECOND_HALVES}); }
+#endif
+
+// Transposes a matrix of ROWS rows, both of its sizes powers of two, which fills the vectors row by row.
+template <int ROWS, int COUNT> INLINE void transpose(vf (&x)[COUNT]) {
+    // of a place's number, the bits of its row stand first; each step moves one of them to the end
+#pragma GCC unroll 4
+    for (int rows = ROWS; rows > 1; rows /= 2) {
+        vf y[COUNT];
+#pragma GCC unroll 16
+        for (int i = 0; i < COUNT / 2; i++) {
+            y[2 * i] = first_halves(x[i], x[i + COUNT / 2]);
+            y[2 * i + 1] = second_halves(x[i], x[i + COUNT / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < COUNT; i++) x[i] = y[i];
+    }
 }
 
 // Asks for memory that will be wanted soon; harmless where there is none.
