@@ -107,35 +107,100 @@ INLINE void push(const float *c, const float *u, float *g, int64_t lost, int n) 
         }
 }
 
-// One strip of both forces, as far as they are wanted: G_a += C u_b and G_b += C^T u_a. With itself a block uses the part
-// of C above the diagonal; the rest is zero.
+// One strip of both forces, as far as they are wanted: G_a += C u_b and G_b += C^T u_a.
 template <class V, int WV>
 void push_strip(const Block &a, const Block &b, const float *ua, const float *ub, const float *c, int64_t strip) {
     constexpr int W = WV * sizeof(V) / sizeof(float);
     ua += strip * a.capacity;
     ub += strip * b.capacity;
-    const bool diagonal = &a == &b;
     for (int i = 0, rows; a.g && i < a.n; i += rows) {
         float *ga = a.g + strip * a.capacity;
         rows = tile_rows(a.n - i);
-        const int first = diagonal ? i : 0, n = b.n - first;
         if (rows == MR)
-            push<V, WV, MR, false>(c + i * R + first, ub + first * W, ga + i * W, a.lost, n);
+            push<V, WV, MR, false>(c + i * R, ub, ga + i * W, a.lost, b.n);
         else
-            push<V, WV, SHORT, false>(c + i * R + first, ub + first * W, ga + i * W, a.lost, n);
+            push<V, WV, SHORT, false>(c + i * R, ub, ga + i * W, a.lost, b.n);
     }
     for (int j = 0, rows; b.g && j < b.n; j += rows) {
         float *gb = b.g + strip * b.capacity;
         rows = tile_rows(b.n - j);
-        const int n = diagonal && j + rows < a.n ? j + rows : a.n;
         if (rows == MR)
-            push<V, WV, MR, true>(c + j, ua, gb + j * W, b.lost, n);
+            push<V, WV, MR, true>(c + j, ua, gb + j * W, b.lost, a.n);
         else
-            push<V, WV, SHORT, true>(c + j, ua, gb + j * W, b.lost, n);
+            push<V, WV, SHORT, true>(c + j, ua, gb + j * W, b.lost, a.n);
     }
 }
 
-void push(const Sweep &sweep, const Block &a, const Block &b, const float *ua, const float *ub, const float *c) {
+// --- a block and itself ----------------------------------------------------------------------------
+
+// Columns of G that are summed at a time, VL rows side by side: so any number of columns fills the vectors.
+constexpr int BESIDE = VL == 4 ? VL : VL / 2;
+typedef float vg __attribute__((vector_size(4 * BESIDE), may_alias));
+static_assert(LEAST % BESIDE == 0, "they must not cross strips");
+
+// BESIDE columns of V vectors of rows of g += (left right)^T, summed over n: `left` has these columns, `step`
+// apart, and `right` these rows, `spacing` apart. The sum begins with `start` in each row, where that is given.
+template <int V>
+INLINE void push_turned(const float *left, int step, const float *right, int spacing, int n, const float *start,
+                        float *g, int w, int64_t lost) {
+    vf acc[BESIDE][V];
+#pragma GCC unroll 8
+    for (int q = 0; q < BESIDE; q++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) acc[q][v] = start ? all(start[q]) : vf{};
+    for (int t = 0; t < n; t++) {
+        vf b[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) b[v] = load(right + t * spacing + v * VL);
+#pragma GCC unroll 8
+        for (int q = 0; q < BESIDE; q++)
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v++) acc[q][v] += left[t * step + q] * b[v];
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) {
+        vf x[BESIDE];
+#pragma GCC unroll 8
+        for (int q = 0; q < BESIDE; q++) x[q] = acc[q][v];
+        transpose<BESIDE>(x);
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++)
+            accumulate((vg *)(g + (v * VL + i) * w), *((const vg *)x + i), lost);
+    }
+}
+
+// The coefficients of a block with itself, which stand above the diagonal, below it, too.
+void mirror(float *c, int n) {
+    for (int i = 0; i < n; i += VL) {
+        vf x[VL];
+        float *const diagonal = c + i * R + i;
+#pragma GCC unroll 16
+        for (int m = 0; m < VL; m++) x[m] = load(diagonal + m * R);
+        transpose<VL>(x);
+#pragma GCC unroll 16
+        for (int m = 0; m < VL; m++) store(diagonal + m * R, lanes(0) > m ? load(diagonal + m * R) : x[m]);
+        for (int j = i + VL; j < n; j += VL) turn<VL>(c + i * R + j, R, c + j * R + i, R, VL);
+    }
+}
+
+// G += C u.
+void push_itself(const Sweep &sweep, const Block &block, const float *u, const float *c) {
+    for (int i = 0; i < block.n; i += NR)
+        for (int q = 0, w; q < sweep.kp; q += w) {
+            w = width(sweep.kp, q);
+            const float *left = u + int64_t(q) * block.capacity;
+            float *g = block.g + int64_t(q) * block.capacity + i * w;
+            for (int l = 0; l < w; l += BESIDE)
+                (block.n - i > VL ? push_turned<NV> : push_turned<1>)(left + l, w, c + i, R, block.n, nullptr,
+                                                                      g + l, w, block.lost);
+        }
+}
+
+void push(const Sweep &sweep, const Block &a, const Block &b, const float *ua, const float *ub, float *c) {
+    if (&a == &b) {
+        mirror(c, a.n);
+        return push_itself(sweep, a, ua, c);
+    }
     for (int q = 0, w; q < sweep.kp; q += w) {
         w = width(sweep.kp, q);
         if (w == NR)
