@@ -7,8 +7,8 @@
 // adds is the polynomial over all pairs less W times that over the pairs within parts. Energies and forces
 // are divided by W here, for finish() multiplies them by it.
 //
-// The moments of a block are M, cut into the strips of columns that rows are cut into, [strip][k][width],
-// where b is not 0, and then s.
+// The moments of a block are M, where b is not 0, and then s. M is symmetric: of VL columns there are the
+// rows from the first of these columns on, [row][VL], and then those of the next VL columns.
 #pragma once
 #include "blocks-inl.h"
 #include "sweep-inl.h"
@@ -20,73 +20,92 @@ namespace {
 constexpr int MOMENT_ROWS = VL == 16 ? 8 : 4;
 static_assert(LEAST % MOMENT_ROWS == 0, "they must not cross strips");
 
-INLINE int64_t matrix_size(const Sweep &sweep) {
-    return sweep.call.sample->coefficients[1] != 0 ? int64_t(sweep.k) * sweep.kp : 0;
-}
-// Where s begins: at a whole vector, with a gap of which nothing is used.
-INLINE int64_t sum_place(const Sweep &sweep) { return (matrix_size(sweep) + VL - 1) / VL * VL; }
-INLINE int64_t moment_size(const Sweep &sweep) { return sum_place(sweep) + sweep.kp; }
+INLINE bool has_matrix(const Sweep &sweep) { return sweep.call.sample->coefficients[1] != 0; }
+// Columns of whole vectors.
+INLINE int moment_columns(const Sweep &sweep) { return up(sweep.k, VL); }
 
-// The first column of the strip that holds a column.
-INLINE int strip_of(const Sweep &sweep, int column) {
+// Where the columns from q on begin; q is a multiple of VL, and the last one tells the size of M.
+INLINE int64_t moment_place(const Sweep &sweep, int q) { return int64_t(q) * sweep.k - int64_t(q) * (q - VL) / 2; }
+INLINE int64_t sum_place(const Sweep &sweep) {
+    return has_matrix(sweep) ? moment_place(sweep, moment_columns(sweep)) : 0;
+}
+INLINE int64_t moment_size(const Sweep &sweep) { return sum_place(sweep) + moment_columns(sweep); }
+INLINE int64_t operand_size(const Sweep &sweep) {
+    return int64_t(has_matrix(sweep) ? moment_columns(sweep) : 0) * moment_columns(sweep) + moment_columns(sweep);
+}
+
+// Where a column of u begins; w becomes the distance to its next row.
+INLINE const float *column_of(const Sweep &sweep, const Block &block, int column, int &w) {
     int q = 0;
     while (q + width(sweep.kp, q) <= column) q += width(sweep.kp, q);
-    return q;
+    w = width(sweep.kp, q);
+    return block.u + int64_t(q) * block.capacity + (column - q);
 }
 
-template <class V, int WV> void sum_strip(const Sweep &sweep, const Block &block, int strip) {
-    constexpr int LANES = sizeof(V) / sizeof(float), W = WV * LANES;
-    const float *u = block.u + int64_t(strip) * block.capacity;
-    V sums[WV] = {};
-    for (int i = 0; i < block.n; i++)
-        for (int v = 0; v < WV; v++) sums[v] += *(const V *)(u + i * W + v * LANES);
-    for (int v = 0; v < WV; v++) *(V *)(block.moment + sum_place(sweep) + strip + v * LANES) = sums[v];
+// As many columns of s as V has lanes, from q on.
+template <class V> void sum_columns(const Sweep &sweep, const Block &block, int q) {
+    int w;
+    const float *u = column_of(sweep, block, q, w);
+    V sums[4] = {};  // one alone would wait for itself at every step
+    for (int i = 0; i < block.n; i += 4)
+        for (int v = 0; v < 4 && i + v < block.n; v++) sums[v] += *(const V *)(u + (i + v) * w);
+    *(V *)(block.moment + sum_place(sweep) + q) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The columns of M that stand in one strip, from the first row of that number on: M is symmetric.
-template <class V, int WV> void moment_strip(const Sweep &sweep, const Block &block, int strip) {
-    constexpr int LANES = sizeof(V) / sizeof(float), W = WV * LANES;
-    const float *u = block.u + int64_t(strip) * block.capacity;
-    float *moment = block.moment + int64_t(strip) * sweep.k;
-    for (int q = strip; q < sweep.kp; q += MOMENT_ROWS) {
-        const int first = strip_of(sweep, q), w = width(sweep.kp, first);
-        const float *left = block.u + int64_t(first) * block.capacity + (q - first);
-        V sums[MOMENT_ROWS][WV] = {};
+// Of the columns of M from q on, GROUPS times VL of them or half a vector, the rows from `row` on to `end`.
+template <class V, int GROUPS>
+void sum_products(const Sweep &sweep, const Block &block, int q, int row, int end) {
+    int w, left_w;
+    const float *u = column_of(sweep, block, q, w);
+    for (; row < end; row += MOMENT_ROWS) {
+        const float *left = column_of(sweep, block, row, left_w);
+        V sums[MOMENT_ROWS][GROUPS] = {};
         for (int i = 0; i < block.n; i++) {
-            V right[WV];
+            V right[GROUPS];
 #pragma GCC unroll 2
-            for (int v = 0; v < WV; v++) right[v] = *(const V *)(u + i * W + v * LANES);
+            for (int v = 0; v < GROUPS; v++) right[v] = *(const V *)(u + i * w + v * VL);
 #pragma GCC unroll 8
             for (int m = 0; m < MOMENT_ROWS; m++)
 #pragma GCC unroll 2
-                for (int v = 0; v < WV; v++) sums[m][v] += left[i * w + m] * right[v];
+                for (int v = 0; v < GROUPS; v++) sums[m][v] += left[i * left_w + m] * right[v];
         }
-        for (int m = 0; m < MOMENT_ROWS && q + m < sweep.k; m++)
-            for (int v = 0; v < WV; v++) *(V *)(moment + (q + m) * W + v * LANES) = sums[m][v];
-    }
-}
-
-// Copies what M has below a strip to the right of it.
-void mirror_strip(const Sweep &sweep, const Block &block, int strip) {
-    const int w = width(sweep.kp, strip);
-    const float *below = block.moment + int64_t(strip) * sweep.k;
-    for (int q = strip + w, n; q < sweep.kp; q += n) {
-        n = width(sweep.kp, q);
-        float *right = block.moment + int64_t(q) * sweep.k;
-        for (int c = strip; c < strip + w; c++)
-            for (int r = 0; r < n; r++) right[c * n + r] = q + r < sweep.k ? below[(q + r) * w + c - strip] : 0;
+        for (int v = 0; v < GROUPS; v++) {
+            const int column = q + v * VL;
+            float *to = block.moment + moment_place(sweep, column);
+            for (int m = 0; m < MOMENT_ROWS && row + m < sweep.k; m++)
+                *(V *)(to + (row + m - column) * VL) = sums[m][v];
+        }
     }
 }
 
 void prepare_moments(const Sweep &sweep, const Block &block) {
-    const bool matrix = matrix_size(sweep);
-    for (int q = 0, w; q < sweep.kp; q += w) {
-        w = width(sweep.kp, q);
-        (w == NR ? sum_strip<vf, NV> : w == VL ? sum_strip<vf, 1> : sum_strip<vh, 1>)(sweep, block, q);
-        if (!matrix) continue;
-        (w == NR ? moment_strip<vf, NV> : w == VL ? moment_strip<vf, 1> : moment_strip<vh, 1>)(sweep, block, q);
-        mirror_strip(sweep, block, q);
+    const int k = sweep.k, whole = sweep.kp / VL * VL;
+    for (int q = 0; q < whole; q += VL) sum_columns<vf>(sweep, block, q);
+    const bool half = whole < sweep.kp;  // a vector, of which the second half stays empty
+    if (half) {
+        memset(block.moment + sum_place(sweep) + whole, 0, sizeof(float) * VL);
+        sum_columns<vh>(sweep, block, whole);
     }
+    if (!has_matrix(sweep)) return;
+    for (int q = 0, groups; q < whole; q += groups * VL) {
+        groups = width(sweep.kp, q) / VL;
+        if (groups == 1) {
+            sum_products<vf, 1>(sweep, block, q, q, k);
+            continue;
+        }
+        // rows above the second VL columns' own are of the first ones alone
+        const int next = k < q + VL ? k : q + VL;
+        sum_products<vf, 1>(sweep, block, q, q, next);
+        sum_products<vf, NV>(sweep, block, q, next, k);
+    }
+    if (!half) return;
+    float *last = block.moment + moment_place(sweep, whole);
+    memset(last, 0, sizeof(float) * VL * (k - whole));
+    sum_products<vh, 1>(sweep, block, whole, whole, k);
+}
+
+template <class Number> void add_moments(double *sums, const Number *moment, int64_t size) {
+    for (int64_t x = 0; x < size; x++) sums[x] += moment[x];
 }
 
 // Sums those of all blocks, once they are prepared; always in the same order.
@@ -95,8 +114,7 @@ void sum_moments(const Sweep &sweep, const Set &set) {
     memset(set.moment, 0, sizeof(double) * size);
     for (int a = 0; a < set.rows; a++) {
         set.row[a].stage.wait(1);
-        const float *moment = set.row[a].moment;
-        for (int64_t x = 0; x < size; x++) set.moment[x] += moment[x];
+        add_moments(set.moment, set.row[a].moment, size);
     }
 }
 
@@ -104,7 +122,7 @@ INLINE vd as_doubles(const float *x) { return widen(x); }
 INLINE vd as_doubles(const double *x) { return load(x); }
 
 template <class Number> double sum_of_squares(const Number *numbers, int64_t count) {
-    vd sums[4] = {};  // one alone would wait for itself at every step
+    vd sums[4] = {};
     for (int64_t x = 0; x < count; x += 2 * VL)
         for (int v = 0; v < 4; v++) {
             const int64_t place = x + v * (VL / 2);
@@ -117,51 +135,55 @@ template <class Number> double sum_of_squares(const Number *numbers, int64_t cou
 // (a |s|^2 + b |M|^2) / 2.
 template <class Number> double energy_of_moments(const Sweep &sweep, const Number *moment) {
     const double *coefficients = sweep.call.sample->coefficients;
-    return coefficients[0] / 2 * sum_of_squares(moment + sum_place(sweep), sweep.kp) +
-           coefficients[1] / 2 * sum_of_squares(moment, matrix_size(sweep));
+    double squares = 0;
+    for (int q = 0; q < sweep.k && has_matrix(sweep); q += VL) {
+        const Number *columns = moment + moment_place(sweep, q);
+        const int64_t rows = sweep.k - q, own = rows < VL ? rows : VL;
+        // what is below the rows of these columns' own numbers stands for as much to the right of them
+        squares += sum_of_squares(columns, own * VL) + 2 * sum_of_squares(columns + own * VL, (rows - own) * VL);
+    }
+    return coefficients[0] / 2 * sum_of_squares(moment + sum_place(sweep), moment_columns(sweep)) +
+           coefficients[1] / 2 * squares;
 }
 
-// M rows of one strip of g += s + v M.
-template <class V, int WV, int M>
-INLINE void push_rows(const Sweep &sweep, const Block &block, const float *moment, int i, int strip) {
-    constexpr int LANES = sizeof(V) / sizeof(float), W = WV * LANES;
-    const float *total = moment + sum_place(sweep) + strip, *columns = moment + int64_t(strip) * sweep.k;
-    V acc[M][WV];
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-        for (int v = 0; v < WV; v++) acc[m][v] = *(const V *)(total + v * LANES);
-    const int k = matrix_size(sweep) ? sweep.k : 0;
-    for (int q = 0, w; q < k; q += w) {
-        w = width(sweep.kp, q);
-        const float *u = block.u + int64_t(q) * block.capacity + i * w;
-        const int n = k - q < w ? k - q : w;
-        for (int l = 0; l < n; l++) {
-            V row[WV];
-#pragma GCC unroll 2
-            for (int v = 0; v < WV; v++) row[v] = *(const V *)(columns + (q + l) * W + v * LANES);
-#pragma GCC unroll 12
-            for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-                for (int v = 0; v < WV; v++) acc[m][v] += u[m * w + l] * row[v];
+// What the rows of a part are multiplied by, a matrix with all of its columns, and then what is added to them:
+// factors of M and s, of all pairs' share less the part's.
+template <class Number>
+void make_operand(const Sweep &sweep, const Set &set, const Number *part, float *operand) {
+    const double *coefficients = sweep.call.sample->coefficients;
+    const double slope = sweep.functions.slope, share = 1 / sweep.weight;
+    const int k = sweep.k, columns = moment_columns(sweep);
+    const auto fill = [&](float *to, int64_t from, double factor) {
+        for (int l = 0; l < VL; l += VL / 2)
+            narrow(to + l, factor * (share * load(set.moment + from + l) - as_doubles(part + from + l)));
+    };
+    if (has_matrix(sweep)) {
+        memset(operand + int64_t(k) * columns, 0, sizeof(float) * (columns - k) * columns);
+        for (int q = 0; q < k; q += VL)
+            for (int row = q; row < k; row++)
+                fill(operand + int64_t(row) * columns + q, moment_place(sweep, q) + int64_t(row - q) * VL,
+                     2 * coefficients[1] / slope);
+        for (int q = 0; q < k; q += VL)
+            for (int row = q + VL; row < k; row += VL)
+                turn<VL>(operand + int64_t(row) * columns + q, columns, operand + int64_t(q) * columns + row, columns, VL);
+        operand += int64_t(columns) * columns;
+    }
+    for (int q = 0; q < columns; q += VL) fill(operand + q, sum_place(sweep) + q, coefficients[0] / slope);
+}
+
+// G += s + M v.
+void push_moments(const Sweep &sweep, const Block &block, const float *operand) {
+    const int columns = moment_columns(sweep), n = has_matrix(sweep) ? sweep.k : 0;
+    const float *start = operand + int64_t(has_matrix(sweep) ? columns : 0) * columns;
+    for (int i = 0; i < block.n; i += NR)
+        for (int q = 0, w; q < sweep.kp; q += w) {
+            w = width(sweep.kp, q);
+            float *g = block.g + int64_t(q) * block.capacity + i * w;
+            for (int l = 0; l < w; l += BESIDE)
+                (block.n - i > VL ? push_turned<NV> : push_turned<1>)(
+                    operand + q + l, columns, block.ut + int64_t(i) * sweep.k, NR, n, start + q + l, g + l, w,
+                    block.lost);
         }
-    }
-    float *g = block.g + int64_t(strip) * block.capacity + i * W;
-#pragma GCC unroll 12
-    for (int m = 0; m < M; m++)
-#pragma GCC unroll 2
-        for (int v = 0; v < WV; v++) accumulate((V *)(g + m * W + v * LANES), acc[m][v], block.lost);
-}
-
-template <class V, int WV>
-void push_moments(const Sweep &sweep, const Block &block, const float *moment, int strip) {
-    for (int i = 0, rows; i < block.n; i += rows) {
-        rows = tile_rows(block.n - i);
-        if (rows == MR)
-            push_rows<V, WV, MR>(sweep, block, moment, i, strip);
-        else
-            push_rows<V, WV, SHORT>(sweep, block, moment, i, strip);
-    }
 }
 
 // Adds to block a of a set what the polynomial is over all pairs less W times what it is within parts.
@@ -169,36 +191,26 @@ void add_polynomial(const Sweep &sweep, Scratch &scratch, const Set &set, int a)
     Block &block = set.row[a];
     const double *coefficients = sweep.call.sample->coefficients, slope = sweep.functions.slope;
     const int first = a - a % set.rounds;  // of the part
-    const int64_t matrix = matrix_size(sweep), size = moment_size(sweep);
     set.row[0].stage.wait(2);  // the set's moments are summed
-    const float *part = block.moment;
-    float *const operand = scratch.operand;
-    if (set.rounds > 1) {
-        memset(operand, 0, sizeof(float) * size);
-        for (int b = first; b < first + set.rounds; b++)
-            for (int64_t x = 0; x < size; x++) operand[x] += set.row[b].moment[x];
-        part = operand;
-    }
     const double share = 1 / sweep.weight;
     if (a == 0) block.energy += share * energy_of_moments(sweep, set.moment);
-    if (a == first) block.energy -= energy_of_moments(sweep, part);
+    if (set.rounds == 1) {
+        block.energy -= energy_of_moments(sweep, block.moment);
+        if (sweep.with_gradient) make_operand(sweep, set, block.moment, scratch.operand);
+    } else {
+        memset(scratch.part, 0, sizeof(double) * moment_size(sweep));
+        for (int b = first; b < first + set.rounds; b++) add_moments(scratch.part, set.row[b].moment, moment_size(sweep));
+        if (a == first) block.energy -= energy_of_moments(sweep, scratch.part);
+        if (sweep.with_gradient) make_operand(sweep, set, scratch.part, scratch.operand);
+    }
     // a row and itself are no pair
     const double own[2] = {(1 - share) * coefficients[0], (1 - share) * coefficients[1]};
     for (int i = 0; i < block.n; i++) {
         const double rho = 1 - block.deficit[i];
         block.energy += (own[0] + own[1] * rho) * (rho / 2);
+        block.axial[i] += own[0] * (1 / slope) + own[1] * (2 / slope) * rho;
     }
-    if (!sweep.with_gradient) return;
-    for (int i = 0; i < block.n; i++)
-        block.axial[i] += own[0] * (1 / slope) + own[1] * (2 / slope) * (1 - block.deficit[i]);
-    const double factor = 2 * coefficients[1] / slope, factor_of_sum = coefficients[0] / slope;
-    for (int64_t x = 0; x < matrix; x++) operand[x] = float(factor * (share * set.moment[x] - part[x]));
-    for (int64_t x = matrix; x < size; x++)
-        operand[x] = float(factor_of_sum * (share * set.moment[x] - part[x]));
-    for (int q = 0, w; q < sweep.kp; q += w) {
-        w = width(sweep.kp, q);
-        (w == NR ? push_moments<vf, NV> : w == VL ? push_moments<vf, 1> : push_moments<vh, 1>)(sweep, block, operand, q);
-    }
+    if (sweep.with_gradient) push_moments(sweep, block, scratch.operand);
 }
 
 }  // namespace

@@ -145,7 +145,10 @@ void place(const Sweep &sweep, Scratch &scratch, int largest_block, Arena &arena
         scratch.row_bound = arena.take<float>(rows);
         scratch.other_bound = arena.take<float>(rows);
     }
-    if (sweep.moments) scratch.operand = arena.take<float>(moment_size(sweep));
+    if (sweep.moments) {
+        scratch.operand = arena.take<float>(operand_size(sweep));
+        scratch.part = arena.take<double>(moment_size(sweep));
+    }
     if (!sweep.twice) return;
     scratch.c_dot = arena.take<float>(size_t(rows) * R);
     scratch.row_sums = arena.take<float>(size_t(rows) * VL);
@@ -264,8 +267,12 @@ int tasks(const Set &set) { return set.rows > set.cols ? set.rows : set.cols; }
 void perform_alone(const Sweep &sweep, Scratch &scratch, Set &set) {
     Arena arena = {scratch.memory, 0};
     place(sweep, set, arena);
-    for (int stage = 0; stage <= set.rounds + 1; stage++)
-        for (int a = 0; a < tasks(set); a++) perform(sweep, scratch, set, stage, a);
+    const int count = tasks(set), together = sweep.call.sample ? set.rounds : count;
+    for (int a = 0; a < count; a++) perform(sweep, scratch, set, 0, a);
+    // part by part, each to its end while it is in the nearest cache
+    for (int first = 0; first < count; first += together)
+        for (int stage = 1; stage <= set.rounds + 1; stage++)
+            for (int a = first; a < first + together; a++) perform(sweep, scratch, set, stage, a);
 }
 
 // Every thread walks the same list of tasks and takes those whose number it has drawn. Tasks are

@@ -59,7 +59,7 @@ struct Block {
     float *weight;
 
     // of a sample
-    float *moment;     // V^T V, laid out like ut, then the sum of the rows v; see moments-inl.h
+    float *moment;     // V^T V and the sum of the rows v, see moments-inl.h
 
     // nearest rows
     int64_t *nearest;                       // where the result goes, or null
@@ -116,6 +116,7 @@ struct Scratch {
     Piece *exact_rows, *exact_cols, *row_force, *col_force;
     Piece *dot_rows, *dot_cols;  // second order
     float *operand;  // of a sample, see moments-inl.h
+    double *part;    // the moments of a part of several blocks
 };
 
 typedef void Meet(const struct Sweep &, Scratch &, Block &a, Block &b);
