@@ -20,7 +20,9 @@ from comhe_ext.settings import Settings
 # rows of so many columns each for one column: then moments of them cost little beside exact pairs
 ROWS_OF_A_COLUMN = 2
 # from so many rows on "auto" samples, where the compiled kernel does it in one pass, and elsewhere
-ABOVE_IN_ONE_PASS, ABOVE = 512, 16_384
+ABOVE_IN_ONE_PASS, ABOVE = 192, 16_384
+# blocks in a layer, and the rows of one: fewer in small layers, where their error is smaller
+BLOCKS, FEWEST_SAMPLES, MOST_SAMPLES = 12, 64, 128
 
 
 @dataclass(frozen=True)
@@ -61,21 +63,27 @@ class Partitions:
 
     Args:
         method: "exact", "sampled", or "auto" for sets of more than `above` rows.
-        samples: rows of a block.
-        above: see `method`; None: 512 in float32 on a processor, 16,384 elsewhere.
+        samples: rows of a block; None: a twelfth of the rows, from 64 to 128.
+        above: see `method`; None: 192 in float32 on a processor, 16,384 elsewhere.
     """
 
     method: str = "exact"
-    samples: int = 128
+    samples: int | None = None
     above: int | None = None
 
     @classmethod
-    def checked(cls, method: str, samples: int, above: int | None) -> "Partitions":
+    def checked(cls, method: str, samples: int | None, above: int | None) -> "Partitions":
         """Check what a user gave."""
         if method not in ("exact", "sampled", "auto"):
             raise ValueError(f"`method` must be 'exact', 'sampled' or 'auto', got {quote(method)}")
-        samples = check_count("samples", samples, least=2)
+        samples = samples if samples is None else check_count("samples", samples, least=2)
         return cls(method, samples, above if above is None else check_count("above", above, 0))
+
+    def samples_of(self, rows: int) -> int:
+        """Tell how many rows a block has, of sets of so many."""
+        if self.samples is not None:
+            return self.samples
+        return max(FEWEST_SAMPLES, min(rows // BLOCKS, MOST_SAMPLES))
 
     def takes(
         self, rows: int, width: int, pair: PairFunction, device: torch.device, dtype: torch.dtype
@@ -84,14 +92,15 @@ class Partitions:
 
         One or two blocks save none, nor do the moments of rows as wide as they are many.
         """
-        least = 2 * self.samples
+        samples = self.samples_of(rows)
+        least = 2 * samples
         if self.method == "auto":
             one_pass = device.type == "cpu" and dtype != torch.float64
             above = ABOVE_IN_ONE_PASS if one_pass else ABOVE
             least = max(least, above if self.above is None else self.above)
         if self.method == "exact" or rows <= least:
             return False
-        return _degree(width, self.samples, pair) < 2 or rows > ROWS_OF_A_COLUMN * width
+        return _degree(width, samples, pair) < 2 or rows > ROWS_OF_A_COLUMN * width
 
     def part(
         self,
@@ -116,7 +125,8 @@ class Partitions:
         permutation = torch.ops.comhe_ext.permutations(
             step, stream, part.num_sets, rows.shape[1], rows.device
         )
-        return replace(part, permutation=permutation, samples=self.samples)
+        samples = self.samples_of(rows.shape[1])
+        return replace(part, permutation=permutation, samples=samples)
 
 
 def set_energies(rows: Tensor, options: SweepOptions) -> Tensor:

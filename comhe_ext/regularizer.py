@@ -88,8 +88,9 @@ class CoMHE(nn.Module):
             "auto", "sampled" for layers of more than `above` rows. On several ranks all draw the
             same. Adversarial matrices learn from samples, too, of other blocks; angle-preserving
             ones from all rows.
-        samples: rows of a block; sets of at most twice as many are never sampled.
-        above: see `method`; None is 512 in float32 on a processor, 16,384 elsewhere.
+        samples: rows of a block; None is a twelfth of a layer's rows, from 64 to 128. Sets of at
+            most twice as many are never sampled.
+        above: see `method`; None is 192 in float32 on a processor, 16,384 elsewhere.
         options: `pair`, any pair function, in place of `s`, `angular` and `min_distance`; and all
             other keywords of `comhe_ext.hyperspherical_energy` but `reduction`.
 
@@ -131,7 +132,7 @@ class CoMHE(nn.Module):
         warm_up: int = 0,
         auto_step: bool = True,
         method: Literal["exact", "sampled", "auto"] = "exact",
-        samples: int = 128,
+        samples: int | None = None,
         above: int | None = None,
         **options: "Unpack[EnergyOptions]",
     ) -> None:

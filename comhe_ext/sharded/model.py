@@ -183,4 +183,4 @@ def sampled_shard(
         return shard
     # all ranks count the same steps: they have nothing to agree on
     seed = seed_of(int(step), stream)
-    return replace(shard, sampling=CommonSampling(seed, partitions.samples))
+    return replace(shard, sampling=CommonSampling(seed, partitions.samples_of(neurons)))

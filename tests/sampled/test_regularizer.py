@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from comhe_ext import CoMHE, compressive_energy
+from comhe_ext.packing import Partitions
 from comhe_ext.projections import AdversarialProjection, GroupProjection, RandomProjection
 from comhe_ext.testing import relative_error
 
@@ -64,6 +65,21 @@ def test_auto_asks_whether_one_pass_does_it():
         net = nn.Sequential(nn.Linear(24, 600), nn.Linear(600, 6)).to(dtype)
         comhe = CoMHE(net, fixed(), method="auto", output_layer="1")
         assert [layer.sampled for layer in comhe.layers] == [sampled, False]
+
+
+def test_the_size_of_blocks_follows_the_rows_unless_it_is_given():
+    sizes = {150: 64, 768: 64, 1024: 85, 1536: 128, 10**6: 128}
+    assert {n: Partitions("sampled").samples_of(n) for n in sizes} == sizes
+    assert {Partitions("sampled", 10).samples_of(n) for n in sizes} == {10}
+    hidden = {150: False, 300: True}
+    for size, sampled in hidden.items():
+        comhe = CoMHE(network(size), fixed(), method="auto", output_layer="3")
+        assert [layer.sampled for layer in comhe.layers] == [sampled, False, False]
+        given = CoMHE(network(size), fixed(), method="auto", output_layer="3", samples=64)
+        assert torch.equal(draw(comhe), draw(given))
+    # two blocks of the default save nothing
+    comhe = CoMHE(network(128), fixed(), method="sampled", output_layer="3")
+    assert not any(layer.sampled for layer in comhe.layers)
 
 
 def test_layers_whose_moments_would_cost_more_than_they_save_are_exact():
