@@ -39,7 +39,8 @@ bool valid(int64_t columns, int32_t dtype) {
 bool valid(const Call &call, const Sample &sample) {
     if (call.cross || call.second_order || call.nearest || call.dtype != FLOAT32) return false;
     const int64_t n = call.sets ? call.sizes[0] : 0;
-    if (call.sets && !(sample.order && sample.energy && sample.parts >= 1 && sample.parts <= n)) return false;
+    // every part has a pair
+    if (call.sets && !(sample.order && sample.energy && sample.parts >= 1 && sample.parts <= n / 2)) return false;
     for (int64_t s = 0; s < call.sets; s++) {
         if (call.sizes[s] != n) return false;
         for (int64_t i = s * n; i < (s + 1) * n; i++)

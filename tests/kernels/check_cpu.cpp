@@ -46,6 +46,7 @@ int main() {
 #else
 
 extern "C" int comhe_sweep(const Call *call, int isa);
+extern "C" int comhe_distance(const DistanceCall *call, int isa);
 
 namespace {
 
@@ -149,22 +150,38 @@ template <class T> T meet(const Pair &pair, Rows<T> &a, size_t i, Rows<T> &b, si
     return scale * e;
 }
 
+// A row and its antipode.
+template <class T> T meet_antipode(const Pair &pair, Rows<T> &rows, size_t i, double scale) {
+    T first;
+    const T energy = scale * one_end(pair, 4 - 2 * rows.deficit[i], 2 * rows.deficit[i], first);
+    const T outward = -2 * scale * first * rows.deficit[i] * rows.inverse[i];
+    for (int q = 0; q < rows.k; q++) {
+        T &gradient = rows.gradient[i * rows.k + q];
+        gradient = gradient + outward * rows.v[i * rows.k + q];
+    }
+    return energy;
+}
+
 // Of one set: the energy, and the gradient inside of `rows`.
 template <class T> T energy_of_set(const Pair &pair, Rows<T> &rows, double scale) {
     T energy = 0;
     const double both = pair.half_space ? 2 * scale : scale;  // each pair and its mirror image
     for (size_t i = 0; i < rows.count(); i++) {
         for (size_t j = 0; j < i; j++) energy = energy + meet(pair, rows, j, rows, i, both);
-        if (!pair.half_space) continue;
-        T first;
-        energy = energy + scale * one_end(pair, 4 - 2 * rows.deficit[i], 2 * rows.deficit[i], first);
-        const T outward = -2 * scale * first * rows.deficit[i] * rows.inverse[i];
-        for (int q = 0; q < rows.k; q++) {
-            T &gradient = rows.gradient[i * rows.k + q];
-            gradient = gradient + outward * rows.v[i * rows.k + q];
-        }
+        if (pair.half_space) energy = energy + meet_antipode(pair, rows, i, scale);
     }
     return energy;
+}
+
+// The polynomial a c + b c^2 of a pair.
+double meet_polynomial(const double (&coefficients)[2], Rows<double> &rows, size_t i, size_t j, double scale) {
+    double near, far;
+    squares(rows, i, rows, j, near, far);
+    const double c = 1 - near / 2, slope = scale * (coefficients[0] + 2 * coefficients[1] * c);
+    const bool close = near < far;
+    push(rows, i, rows, j, slope, close ? near : far, close ? 1 : -1);
+    push(rows, j, rows, i, slope, close ? near : far, close ? 1 : -1);
+    return scale * (coefficients[0] + coefficients[1] * c) * c;
 }
 
 // --- rows ------------------------------------------------------------------------------------------
@@ -231,12 +248,13 @@ std::vector<char> stored(std::vector<float> &x, int dtype) {
 
 int isa;
 
-void run(const Call &call) {
-    const int status = comhe_sweep(&call, isa);
+void require(int status) {
     if (status == OK) return;
     fprintf(stderr, "refused: %d\n", status);
     exit(2);
 }
+
+void run(const Call &call) { require(comhe_sweep(&call, isa)); }
 
 // Sizes and errors of a result's parts: Euclidean, of many sets the worst error.
 struct Part {
@@ -406,6 +424,127 @@ void check_nearest(std::string name, Call call, int kind, int64_t n, int64_t m) 
     report(name, distances, {}, {});
 }
 
+// Two sets side by side, of which rows meet within parts alone.
+void check_sampled(std::string name, Call call, int kind, int64_t n, int64_t parts, double a, double b) {
+    const int64_t sets = 2, k = call.k, sizes[] = {n, n};
+    const double scale = 2.0 / (n * (n - 1.0)), scales[] = {scale, scale};
+    std::vector<float> x(sets * n * k), gradient(x.size());
+    std::vector<int64_t> order;
+    for (int64_t s = 0; s < sets; s++) {
+        const std::vector<float> some = make_rows(kind, n, k);
+        for (int64_t i = 0; i < n; i++) memcpy(&x[(i * sets + s) * k], &some[i * k], k * sizeof(float));
+        for (int64_t i = 0; i < n; i++) {  // each to a random place among those before it
+            order.push_back(i);
+            std::swap(order.back(), order[s * n + int64_t((uniform() + 1) / 2 * i)]);
+        }
+    }
+    double energy[2];
+    const Sample sample = {order.data(), parts, sets * k, k, sets * k, k, {a, b}, energy};
+    call.points = x.data();
+    call.sets = sets;
+    call.sizes = sizes;
+    call.scales = scales;
+    call.gradient = gradient.data();
+    call.sample = &sample;
+    call.dtype = FLOAT32;
+    run(call);
+    double pairs = 0;
+    for (int64_t part = 0; part < parts; part++) {
+        const double size = n / parts + (part < n % parts);
+        pairs += size * (size - 1) / 2;
+    }
+    const double both = call.pair.half_space ? 2 * scale : scale, weight = n * (n - 1.0) / 2 / pairs;
+    Part energies = {}, gradients = {};
+    for (int64_t s = 0; s < sets; s++) {
+        std::vector<double> p;
+        std::vector<float> result;
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t q = 0; q < k; q++) {
+                p.push_back(x[(i * sets + s) * k + q]);
+                result.push_back(gradient[(i * sets + s) * k + q]);
+            }
+        Rows<double> rows(p, k, call.eps);
+        double e = 0;
+        for (int64_t i = 0; i < n; i++) {
+            for (int64_t j = 0; j < i; j++) e += meet_polynomial(sample.coefficients, rows, j, i, both);
+            if (call.pair.half_space) e += meet_antipode(call.pair, rows, i, scale);
+        }
+        for (int64_t part = 0, first = 0, end; part < parts; part++, first = end) {
+            end = first + n / parts + (part < n % parts);
+            for (int64_t at = first; at < end; at++)
+                for (int64_t before = first; before < at; before++) {
+                    const int64_t i = order[s * n + before], j = order[s * n + at];
+                    e += meet(call.pair, rows, i, rows, j, both * weight);
+                    e += meet_polynomial(sample.coefficients, rows, i, j, -both * weight);
+                }
+        }
+        const float found = float(energy[s]);
+        energies.add(&found, {e}, 1e-30);
+        gradients.add(result.data(), rows.gradient, 1e-6 * fabs(e) + 1e-30);
+    }
+    report(name, energies, gradients, {});
+}
+
+// Distances from one other row each, or of m others, and the gradient of their weighted sum.
+void check_distance(std::string name, const Call &settings, int kind, int64_t n, int64_t m) {
+    const int64_t k = settings.k, others = m ? m : n;
+    std::vector<float> x = make_rows(kind, n, k), y = make_rows(kind, m, k);
+    const std::vector<char> rows = stored(x, settings.dtype), columns = stored(y, settings.dtype);
+    std::vector<int64_t> index;
+    std::vector<float> weights, distance(n), to_rows(x.size()), to_columns(y.size());
+    for (int64_t i = 0; i < n; i++) {
+        // of `paired` rows the second half has twins in the first one
+        const int64_t other = i < n / 2 ? i + 1 + int64_t((uniform() + 1) / 2 * (n / 2 - 1)) : i - n / 2;
+        index.push_back(i % 7 ? other % others : -1);
+        weights.push_back(0.5f + i % 3);
+    }
+    DistanceCall call = {};
+    call.rows = rows.data();
+    call.columns = m ? columns.data() : nullptr;
+    call.index = index.data();
+    call.n = n;
+    call.m = m;
+    call.k = k;
+    call.eps = settings.eps;
+    call.dtype = settings.dtype;
+    call.half_space = settings.pair.half_space;
+    call.angular = settings.pair.angular;
+    call.threads = settings.threads;
+    DistanceCall backward = call;
+    call.distance = distance.data();
+    require(comhe_distance(&call, isa));
+    backward.weights = weights.data();
+    backward.to_rows = to_rows.data();
+    backward.to_columns = m ? to_columns.data() : nullptr;
+    require(comhe_distance(&backward, isa));
+    Rows<double> a({x.begin(), x.end()}, k, call.eps), b({y.begin(), y.end()}, k, call.eps), &c = m ? b : a;
+    std::vector<float> found;
+    std::vector<double> truth;
+    for (int64_t i = 0; i < n; i++) {
+        if (index[i] < 0) {
+            found.push_back(distance[i] == INFINITY ? 1 : NAN);
+            truth.push_back(1);
+            continue;
+        }
+        const size_t j = index[i];
+        double near, far;
+        squares(a, i, c, j, near, far);
+        const bool close = near <= far, from_row = close || !call.half_space;  // orthogonal rows as the kernel does
+        const double x = from_row ? near : far, sine = sqrt(near * far) / 2;
+        const double t = call.angular ? 2 * atan2(sqrt(x), sqrt(4 - x)) : sqrt(x);
+        found.push_back(distance[i]);
+        truth.push_back(t);
+        const double slope = call.angular ? sine : t, first = slope > 0 ? (from_row ? -1 : 1) / slope : 0;
+        push(a, i, c, j, weights[i] * first, close ? near : far, close ? 1 : -1);
+        push(c, j, a, i, weights[i] * first, close ? near : far, close ? 1 : -1);
+    }
+    Part distances = {}, gradients = {};
+    distances.add(found.data(), truth, 1e-30);
+    gradients.add(to_rows.data(), a.gradient, 1e-30);
+    gradients.add(to_columns.data(), b.gradient, 1e-30);
+    report(name, distances, gradients, {});
+}
+
 Pair pair_of(int function, double parameter, double shift, double at, bool half_space, bool angular) {
     Pair pair = {};
     pair.function = function;
@@ -463,12 +602,20 @@ int main(int argc, char **argv) {
                     const bool blocks = kind == RANDOM;  // 330 rows make two
                     check_sets(name, call, kind, blocks ? sizes_of_blocks : sizes_of_sets);
                     check_cross("cross-" + name, call, kind, 57, 90);
-                    if (f.function != RIESZ || f.parameter || form & 2) continue;
+                    if (call.dtype == FLOAT32)
+                        check_sampled("sampled-" + name, call, kind, 131, 1 + number / 8 % 4, number / 3 % 3 * 0.2,
+                                      number / 5 % 3 * 0.3);
+                    if (f.function != RIESZ || f.parameter) continue;
+                    check_distance("distance-" + name, call, kind, 130, 0);
+                    check_distance("distance-cross-" + name, call, kind, 57, 90);
+                    if (form & 2) continue;
                     check_nearest("nearest-" + name, call, kind, 330, 0);
                     check_nearest("nearest-cross-" + name, call, kind, 57, 90);
                 }
     usual.k = 300;  // columns are summed in parts, and rows are shared by threads
     usual.threads = 2;
     check_sets("large", usual, RANDOM, {400});
+    usual.k = 37;
+    check_sampled("sampled-large", usual, RANDOM, 620, 2, 0.2, 0.5);  // parts of two blocks
 }
 #endif

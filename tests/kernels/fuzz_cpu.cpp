@@ -9,6 +9,7 @@
 
 extern "C" int comhe_best_isa();
 extern "C" int comhe_sweep(const Call *call, int isa);
+extern "C" int comhe_distance(const DistanceCall *call, int isa);
 
 namespace {
 
@@ -80,6 +81,90 @@ bool bounded(const float *p, size_t count) {
     for (size_t i = 0; i < count; i++)
         if (!(fabsf(p[i]) < 1e15f)) return false;
     return true;
+}
+
+// Sets of one size, with gaps between their rows, of which rows meet within parts alone.
+void sample(Bytes &bytes, Call call, bool wild, bool finite) {
+    const int64_t n = 2 + (bytes.next(6) ? bytes.next(90) : 700 + bytes.next(200)), sets = bytes.next(4);
+    const bool beside = bytes.next(2), gradient = bytes.next(4);
+    const int64_t gap = bytes.next(4), set_stride = beside ? call.k : n * (call.k + gap);
+    const int64_t stride = beside ? sets * call.k + gap : call.k + gap;
+    const size_t count = sets ? (sets - 1) * set_stride + (n - 1) * stride + call.k : 0;
+    float *points = (float *)malloc(count * sizeof(float) + !count);
+    fill(bytes, points, count, 1, FLOAT32, wild);
+    int64_t *order = (int64_t *)malloc(sets * n * sizeof(int64_t) + !sets);
+    int64_t *sizes = (int64_t *)malloc(sets * sizeof(int64_t) + !sets);
+    double *scales = (double *)malloc(sets * sizeof(double) + !sets);
+    double *energy = (double *)malloc(sets * sizeof(double) + !sets);
+    for (int64_t s = 0; s < sets; s++) {
+        sizes[s] = n;
+        scales[s] = 1e-6;
+        for (int64_t i = 0; i < n; i++) {  // each to a random place among those before it
+            const int64_t other = s * n + bytes.next(unsigned(i + 1));
+            order[s * n + i] = order[other];
+            order[other] = i;
+        }
+    }
+    const double values[] = {0, 0.3, -0.7}, a = values[bytes.next(3)], b = values[bytes.next(3)];
+    const int64_t parts = 1 + bytes.next(bytes.next(2) ? unsigned(n / 2) : 2) % (n / 2);
+    const Sample sample = {order, parts, stride, set_stride, stride, set_stride, {a, b}, energy};
+    call.points = points;
+    call.sets = sets;
+    call.sizes = sizes;
+    call.scales = scales;
+    call.sample = &sample;
+    for (int isa = 0; isa <= comhe_best_isa(); isa++) {
+        call.gradient = gradient ? poisoned(count) : nullptr;
+        for (int64_t s = 0; s < sets; s++) energy[s] = NAN;
+        require(comhe_sweep(&call, isa) == OK);
+        for (int64_t s = 0; s < sets; s++) {
+            require(!finite || !isnan(energy[s]));
+            for (int64_t i = 0; gradient && i < n; i++)
+                written(call.gradient + s * set_stride + i * stride, call.k, finite);
+        }
+        free(call.gradient);
+    }
+    free(points);
+    free(order);
+    free(sizes);
+    free(scales);
+    free(energy);
+}
+
+// Each row's distance from one other, or from a column, and the gradient of their weighted sum.
+void measure(Bytes &bytes, const Call &settings, const void *rows, int64_t n, const void *columns, int64_t m,
+             const float *weights, bool finite) {
+    const int64_t others = columns ? m : n;
+    int64_t *index = (int64_t *)malloc(n * sizeof(int64_t) + !n);
+    for (int64_t i = 0; i < n; i++) index[i] = int64_t(bytes.next(unsigned(others + 1))) - 1;
+    DistanceCall call = {};
+    call.rows = rows;
+    call.columns = columns;
+    call.index = index;
+    call.n = n;
+    call.m = columns ? m : 0;
+    call.k = settings.k;
+    call.eps = settings.eps;
+    call.dtype = settings.dtype;
+    call.half_space = settings.pair.half_space;
+    call.angular = settings.pair.angular;
+    call.threads = settings.threads;
+    for (int isa = 0; isa <= comhe_best_isa(); isa++) {
+        DistanceCall forward = call, backward = call;
+        forward.distance = poisoned(n);
+        require(comhe_distance(&forward, isa) == OK);
+        written(forward.distance, n, finite);
+        backward.weights = weights;
+        backward.to_rows = poisoned(n * call.k);
+        backward.to_columns = columns ? poisoned(m * call.k) : nullptr;
+        require(comhe_distance(&backward, isa) == OK);
+        written(backward.to_rows, n * call.k, finite);
+        if (columns) written(backward.to_columns, m * call.k, finite);
+        free(forward.distance);
+        free(backward.to_rows);
+        free(backward.to_columns);
+    }
+    free(index);
 }
 
 }  // namespace
@@ -178,6 +263,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         free(call.columns_gradient);
         free(call.row_energies);
     }
+    measure(bytes, call, points, first, columns, second, weights, !wild);
+    if (call.dtype == FLOAT32 && !cross) sample(bytes, call, wild, finite);
     free(points);
     free(columns);
     free(ids);
