@@ -163,7 +163,7 @@ INLINE vf sign_of(vi near, vf c) { return near ? (c < 0.0f ? all(-1.0f) : all(1.
 template <class Phi, bool TO_ROWS, bool WHOLE>
 void tile_of_slopes(const Differences &all, TwoScratches &scratch, const Block &a, const Block &b, int i, int j,
                     int rows, Energy &energy) {
-    const int vectors = WHOLE || b.n - j > VL ? NV : 1;
+    const int vectors = WHOLE ? NV : vectors_of_tile(b, j);
     alignas(64) float row_sign[MR][NR], sign[MR][NR];
     vi near_ones = {};
     vf total = {};

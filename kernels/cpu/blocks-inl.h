@@ -28,7 +28,7 @@ template <int M, int V, int W> INLINE void multiply(vf (&acc)[M][V], const float
 template <int M, int V>
 INLINE void multiply(const Sweep &sweep, vf (&acc)[M][V], const Block &block, const float *u, const float *ut,
                      int i0, int j0, int q0, int q1) {
-    ut += int64_t(j0) * sweep.k;
+    ut += int64_t(j0 / NR * NR) * sweep.k + j0 % NR;
     for (int q = q0, w; q < q1; q += w) {
         w = width(sweep.kp, q);
         const int n = q1 - q < w ? q1 - q : w;
@@ -245,8 +245,11 @@ INLINE void whole_tile(const F &f, float *c, int rows, Energy &energy, ByRow<F> 
     if (!BY_ROW) energy.add(total.result());
 }
 
+// How many vectors of columns the tile from j on has: of `b`, and not of the next tile.
+INLINE int vectors_of_tile(const Block &b, int j) { return j % NR == 0 && b.n - j > VL ? NV : 1; }
+
 // Which pairs count of row i and the columns from j on, whose cosines are x: those inside of the
-// blocks, above the diagonal, of different ids, and not near. Near ones get their sign, others a 0.
+// blocks, above the diagonal, of different ids, and not near. Near ones get their sign, the others keep their 0.
 template <class F>
 INLINE vi counted(const Sweep &sweep, const Block &a, const Block &b, int i, int j, vf x, float *sign,
                   vi &near_ones) {
@@ -257,8 +260,7 @@ INLINE vi counted(const Sweep &sweep, const Block &a, const Block &b, int i, int
     if (i >= a.n) counts = vi{};
     const vi near = counts & ((F::TWO_ENDED ? magnitude(x) : x) > sweep.near_cosine);
     near_ones |= near;
-    const vi turned = F::TWO_ENDED ? x < 0.0f : vi{};
-    store(sign, near ? (turned ? all(-1.0f) : all(1.0f)) : vf{});
+    if (any(near)) store(sign, near ? (F::TWO_ENDED && x < 0.0f ? all(-1.0f) : all(1.0f)) : vf{});
     return counts & ~near;
 }
 
@@ -267,8 +269,8 @@ INLINE vi counted(const Sweep &sweep, const Block &a, const Block &b, int i, int
 template <class F, bool BY_ROW>
 bool ragged_tile(const F &f, const Sweep &sweep, Scratch &scratch, const Block &a, const Block &b, int i, int j,
                  int rows, float *c, Energy &energy, ByRow<F> by_row) {
-    const int vectors = b.n - j > VL ? NV : 1;
-    alignas(64) float sign[MR][NR];
+    const int vectors = vectors_of_tile(b, j);
+    alignas(64) float sign[MR][NR] = {};
     vi near_ones = {}, others = {};
     typename F::Energies total;
     for (int m = 0; m < rows; m++) {
@@ -294,13 +296,14 @@ bool ragged_tile(const F &f, const Sweep &sweep, Scratch &scratch, const Block &
     return any(others);
 }
 
-// Walks over the tiles of two blocks, of a block with itself over those that reach above the diagonal:
-// tile(i, j, rows, wide).
+// Walks over the tiles of two blocks, of a block with itself over those that reach above the diagonal, and
+// over half of them where the other half does not: tile(i, j, rows, wide).
 template <class Tile> INLINE void each_tile(const Block &a, const Block &b, Tile tile) {
     for (int j = 0; j < b.n; j += NR)
         for (int i = 0, rows; i < a.n && !(&a == &b && i >= j + NR); i += rows) {
             rows = tile_rows(a.n - i);
-            tile(i, j, rows, b.n - j > VL);
+            const int first = &a == &b && i >= j + VL ? j + VL : j;
+            tile(i, first, rows, vectors_of_tile(b, first) > 1);
         }
 }
 

@@ -63,8 +63,8 @@ void cosine_dots(const Sweep &sweep, const Block &a, const Block &b, int i0, int
 template <class F, bool WHOLE>
 bool tile_twice(const F &f, const Sweep &sweep, Scratch &scratch, const Block &a, const Block &b, int i, int j,
                 int rows) {
-    const int vectors = WHOLE || b.n - j > VL ? NV : 1;
-    alignas(64) float sign[MR][NR];
+    const int vectors = WHOLE ? NV : vectors_of_tile(b, j);
+    alignas(64) float sign[MR][NR] = {};
     vi near_ones = {}, others = {};
     vf col_sums[NV] = {};
     for (int m = 0; m < rows; m++) {

@@ -91,8 +91,8 @@ template <bool HALF> struct Ends {
 // set meets itself, and first: they have the lower indices.
 template <bool HALF, bool SYMMETRIC, bool WHOLE, int M>
 void nearest_of_tile(const Sweep &sweep, Scratch &scratch, Block &a, Block &b, int i, int j, float *c) {
-    const int vectors = WHOLE || b.n - j > VL ? NV : 1;
-    alignas(64) float sign[MR][NR];
+    const int vectors = WHOLE ? NV : vectors_of_tile(b, j);
+    alignas(64) float sign[MR][NR] = {};
     vi near_ones = {};
     uint32_t larger = 0;  // which rows find a larger one
     vf top[NV];
