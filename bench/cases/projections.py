@@ -22,21 +22,23 @@ from comhe_ext import CoMHE
 from comhe_ext.operators.rows import project
 from comhe_ext.projections import RandomProjection
 
-Method = tuple[str, int, int]  # the kind, C, and the rows of a block, 0 of exact energies
+# the kind, C, and the rows of a block: None for those that CoMHE chooses, 0 for exact energies
+Method = tuple[str, int, int | None]
 STEP, PROJECTIONS, ERROR = "step", "projections", "error"
 DRAWS, REFERENCE = 8, 30  # of a method, and of 20 Gaussian projections
 SEED, SEED_OF_REFERENCE = 1, 2
 
 
 def named(*methods: Method) -> dict[str, Method]:
-    return {f"{k} {c}" + f", blocks of {n}" * (n > 0): (k, c, n) for k, c, n in methods}
+    how = {0: "", None: ", sampled"}
+    return {f"{k} {c}" + how.get(n, f", blocks of {n}"): (k, c, n) for k, c, n in methods}
 
 
 TWO = named(("gaussian", 20, 0), ("fourier", 20, 0))
 # with fewer projections, those that are as near to the mean as 20 Gaussian ones
 KINDS = named(("gaussian", 20, 0), ("sparse", 20, 0), ("hadamard", 20, 0), ("fourier", 20, 0))
 KINDS |= named(("fourier", 16, 0), ("fourier", 12, 0))
-SAMPLED = named(*((kind, 20, n) for kind in ("gaussian", "fourier") for n in (64, 128, 256)))
+SAMPLED = named(*((kind, 20, n) for kind in ("gaussian", "fourier") for n in (None, 64, 128)))
 # models, and layers as neurons x inputs, for which kinds are compared, and sampled with exact ones
 OF_KINDS = ("resnet50", "vit-b", "2048 x 512", "3072 x 768", "2048 x 2048")
 OF_SAMPLES = ("resnet50", "vit-b", "llama", "512 x 512", "1024 x 512", "2048 x 512", "8192 x 256")
@@ -56,7 +58,7 @@ def regularized(name: str, method: Method) -> tuple[nn.Module, CoMHE]:
 def regularizer(model: nn.Module, method: Method, seed: int, output: str | None) -> CoMHE:
     kind, count, samples = method
     projection = RandomProjection(count, kind=kind, seed=seed)  # type: ignore[arg-type]
-    options: dict[str, Any] = {"method": "sampled", "samples": samples} if samples else {}
+    options: dict[str, Any] = {} if samples == 0 else {"method": "sampled", "samples": samples}
     return CoMHE(model, projection, output_layer=output, **options)
 
 
