@@ -244,7 +244,7 @@ class CoMHE(nn.Module):
         self._check_structure()
         energies = Energies()
         for layer in self._layers:
-            rows, shard = self._rows_of(layer, layer.weight, None)
+            rows, shard = sharded_rows(layer, layer.weight, None)
             shard = ShardedRows(rows) if shard is None else shard
             settings = self._settings_of(layer)
             energy = shard.energies(settings).mean()
@@ -368,22 +368,13 @@ class CoMHE(nn.Module):
             if key not in read:
                 read[key] = layer.weight
             projection = self.projection if self._is_projected(layer) else None
-            rows[layer.name], shard = self._rows_of(layer, read[key], projection)
+            rows[layer.name], shard = sharded_rows(layer, read[key], projection)
             if shard is not None:
                 shards[layer.name] = shard
         if not rows and not self._warned_of_frozen:
             self._warned_of_frozen = True
             warnings.warn(ALL_FROZEN, stacklevel=2)
         return rows, shards
-
-    def _rows_of(
-        self, layer: Layer, weight: Tensor, projection: Projection | None
-    ) -> tuple[Tensor, ShardedRows | None]:
-        if not torch.compiler.is_compiling():
-            layer.check(weight)
-            if weight.is_inference() and not torch.is_inference_mode_enabled():
-                weight = weight.clone()  # such a tensor cannot be kept for a backward
-        return sharded_rows(layer, weight, projection)
 
     def _projected(
         self, rows: Mapping[str, Tensor], shards: Mapping[str, ShardedRows] | None = None

@@ -28,12 +28,16 @@ if TYPE_CHECKING:
 def sharded_rows(
     layer: Layer, weight: Tensor, projection: Projection | None
 ) -> tuple[Tensor, ShardedRows | None]:
-    """View the neurons of a layer as [V, n, d], for a projection or None.
+    """Check the weight of a layer, and view its neurons as [V, n, d], for a projection or None.
 
     Those on this rank where the weight is a DTensor of which that is enough, and who has the others
     and what is not here of these; else all neurons, and None. Projections of users, which may look
     at the neurons, and learned ones that cannot do with shards, get all of them.
     """
+    if not torch.compiler.is_compiling():
+        layer.check(weight)
+        if weight.is_inference() and not torch.is_inference_mode_enabled():
+            weight = weight.clone()  # such a tensor cannot be kept for a backward
     if not is_dtensor(weight):
         return layer.rows(weight), None
     shard, learns = None, projection is not None and projection.learns_from_shards(layer)
