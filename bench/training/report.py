@@ -48,8 +48,6 @@ def summary(last: pd.DataFrame) -> pd.DataFrame:
             "training error, %": groups.train_error.mean(),
             "energy": groups.energies.mean(),
             "row norm": groups.norms.mean(),
-            "step, ms": groups.step_ms.median(),
-            "of it the method, ms": groups.penalty_ms.median(),
             "lr": groups.lr.first(),
             "weight decay": groups.weight_decay.first(),
             "weights": groups.weight.first().map("{:g}".format)
