@@ -36,7 +36,7 @@ def tune(plan: Plan, run: Run) -> Chosen:
 
 def _try(plan: Plan, settings: Sequence[Setting], run: Run) -> Tried:
     runs = [
-        replace(setting, seed=seed, test=False)
+        replace(setting, seed=seed, test=False, epochs=plan.tuning_epochs or setting.epochs)
         for setting in settings
         for seed in plan.tuning_seeds
     ]
