@@ -343,7 +343,7 @@ def parts(folder: Path) -> dict[str, str]:
     for name, (table, make) in BLOCKS.items():
         rows = newest(table, folder, "cpu")
         texts[name] = make(rows) if len(rows) else NOTHING
-    for plan in ("small", "paper"):  # of `python -m bench.training`, which writes its own tables
+    for plan in ("small", "cnn9"):  # of `python -m bench.training`, which writes its own tables
         report = folder / "training" / plan / "report.md"
         texts[f"training {plan}"] = report.read_text().strip() if report.exists() else NOTHING
     return texts

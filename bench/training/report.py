@@ -107,7 +107,8 @@ def report(folder: Path) -> None:
     """Print the tables of the runs in `folder`, and write them and the pictures into it."""
     frame = load(folder / "runs")
     last = last_epochs(frame)
-    parts = [as_text(summary(last)), as_text(differences(last))]
+    # there are differences from the second seed on
+    parts = [as_text(table) for table in (summary(last), differences(last)) if len(table)]
     if (cost := folder / "cost.csv").exists():
         found = pd.read_csv(cost)
         where = ", ".join(str(found[name][0]) for name in ("machine", "torch", "commit"))
