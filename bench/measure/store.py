@@ -21,7 +21,7 @@ FIGURES = (
 # the columns that hold words; empty where there is none, while a number would be NaN
 WORDS = (
     *("machine", "device", "torch", "comhe_ext", "commit", "date", "status", "note"),
-    *("method", "mode", "case", "loss", "shape", "model", "kind", "what", "of"),
+    *("method", "mode", "case", "loss", "shape", "model", "kind", "what", "of", "plan"),
 )
 
 

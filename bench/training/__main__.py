@@ -18,9 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.measure import machine
+from bench.measure.study import Options
 from bench.training import report, tuning
-from bench.training.cost import costs
+from bench.training.cost import STUDY
 from bench.training.methods import METHODS
 from bench.training.plans import PLANS
 from bench.training.pool import images, run_all
@@ -52,10 +52,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def cost(options: argparse.Namespace) -> None:
-    found, folder = costs(PLANS[options.plan].base), options.results / options.plan
-    folder.mkdir(parents=True, exist_ok=True)
-    found.assign(**machine.stamp("cpu", 1)).to_csv(folder / "cost.csv", index=False)
-    print(report.as_text(found))
+    STUDY.measure(Options("cpu", 1, options.results), [options.plan])
 
 
 def one(options: argparse.Namespace) -> None:

@@ -1,55 +1,78 @@
-"""What a step of each method costs, beside the same written by hand with N x N matrices."""
+"""A study of what a step of each method costs, beside the same by hand with N x N matrices."""
 
-import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import torch
-from torch import Tensor
+from pandas import DataFrame
+from torch import Tensor, nn
 
 from bench.cases.models import NaiveCoMHE
+from bench.measure.contest import Entry
+from bench.measure.study import Case, Options, Study
+from bench.measure.worker import Call, Result
+from bench.report import tables
 from bench.training.data import CLASSES
-from bench.training.methods import METHODS, Strength
+from bench.training.methods import METHODS, WITHOUT_WEIGHT, Strength
 from bench.training.networks import network
+from bench.training.plans import PLANS
 from bench.training.runs import Setting
 
 NAIVE = {"half-space MHE, naive": None, "RP-CoMHE, naive": "random"}
-WITHOUT = "loss of the task"
+TASK = "loss of the task"
 
 
-def costs(setting: Setting, rounds: int = 7) -> pd.DataFrame:
-    """Time the loss of the task and each method's penalty, with their gradients, in turns.
+def task_loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(images), labels)
 
-    Milliseconds of processor time on one thread: the median over the rounds.
-    """
+
+def make_step(setting: Setting, method: str) -> Call:
+    """Make the loss of the task or a method's penalty, with its gradient."""
     torch.manual_seed(0)
     model = network(setting.network, setting.size, setting.width)
     images = torch.randn(setting.batch, 3, setting.size, setting.size)
     images = images.contiguous(memory_format=torch.channels_last)  # as they come in training
     labels = torch.randint(CLASSES, (setting.batch,))
+    strength = Strength(dim=setting.dim, num_projections=setting.num_projections)
+    loss: Callable[[], Any]
+    if method == TASK:
+        loss = partial(task_loss, model, images, labels)
+    elif method in NAIVE:
+        loss = NaiveCoMHE(model, NAIVE[method], "auto")
+    else:
+        loss = METHODS[method](model, strength)
 
-    losses: dict[str, Callable[[], Tensor | None]] = {
-        WITHOUT: lambda: torch.nn.functional.cross_entropy(model(images), labels)
-    }
-    for name, make in METHODS.items():
-        losses[name] = make(model, Strength(dim=setting.dim, num_projections=20))
-    losses |= {name: NaiveCoMHE(model, kind, "auto") for name, kind in NAIVE.items()}
-
-    def once(loss: Callable[[], Tensor | None]) -> float:
+    def step() -> Result:
         model.zero_grad(set_to_none=True)
-        begin = time.process_time()
-        value = loss()
-        if value is not None:
-            value.backward()
-        return 1e3 * (time.process_time() - begin)
+        loss().backward()
+        return ()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = [{name: once(loss) for name, loss in losses.items()} for _ in range(rounds + 1)]
-    finally:
-        torch.set_num_threads(threads)
-    times = pd.DataFrame(rows[1:]).median()  # without the first, which loads and allocates
-    table = pd.DataFrame({"ms": times, "of the task's": times / times[WITHOUT]})
-    known = ~table.index.isin(("none", "norms held"))  # they have no penalty
-    return table[known].rename_axis("method").reset_index()
+    return step
+
+
+def entries(case: Case, options: Options) -> dict[str, Entry]:
+    names = [TASK, *(name for name in METHODS if name not in WITHOUT_WEIGHT), *NAIVE]
+    setting = PLANS[case["plan"]].base
+    return {name: Entry(partial(make_step, setting, name)) for name in names}
+
+
+STUDY = Study(
+    *("cost", "what a step of each method costs", 1),
+    key=("plan",),
+    groups=lambda device, quick: {plan: [{"plan": plan}] for plan in PLANS},
+    entries=entries,
+    devices=("cpu",),
+)
+
+
+def table(folder: Path, plan: str) -> str:
+    """Write the newest times of a plan beside the time of the task; nothing if there are none."""
+    rows = tables.newest(STUDY.table, folder, "cpu")
+    rows = rows[rows.plan == plan]
+    if rows.empty:
+        return ""
+    times = rows.set_index("method").ms
+    shown = DataFrame({"a step, ms": times, "of the task's": times / times[TASK]})
+    return tables.block(rows, shown.map(tables.number).reset_index())

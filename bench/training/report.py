@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from bench.report.theme import save
+from bench.training import cost
 from bench.training.plans import HELD, NONE
 from bench.training.runs import read_lines
 
@@ -109,11 +110,8 @@ def report(folder: Path) -> None:
     last = last_epochs(frame)
     # there are differences from the second seed on
     parts = [as_text(table) for table in (summary(last), differences(last)) if len(table)]
-    if (cost := folder / "cost.csv").exists():
-        found = pd.read_csv(cost)
-        where = ", ".join(str(found[name][0]) for name in ("machine", "torch", "commit"))
-        parts.append(f"Processor time of a step on one thread; {where}:")
-        parts.append(as_text(found[["method", "ms", "of the task's"]]))
+    if costs := cost.table(folder.parent, folder.name):
+        parts.append(f"Processor time of a step; {costs}")
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     print("\n\n".join(parts))
     pictures = {
