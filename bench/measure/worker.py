@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -93,6 +94,7 @@ def _serve(
 ) -> None:
     """Serve as the process: make calls until it is ended."""
     os.setsid()
+    end_with_parent()
     # compilers write much, which would break the progress bar on the screen
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -115,6 +117,18 @@ def _serve(
                 note = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 connection.send(Lost("out of memory" if short else "failed", note))
                 return
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that began it has ended, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _clocks() -> tuple[float, float]:

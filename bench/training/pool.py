@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench.measure.worker import end_with_parent
 from bench.training import data
 from bench.training.runs import Setting, train
 
@@ -33,10 +34,11 @@ def run_all(
     settings: Sequence[Setting], source: Path, folder: Path, jobs: int, device: str
 ) -> list[list[dict[str, Any]]]:
     """Train in all `settings`, `jobs` at a time, with a progress bar; return the lines of each."""
+    context = multiprocessing.get_context("spawn")
     bar = tqdm(total=len(settings), unit="run", disable=None, desc=folder.name)
     with (
         bar,
-        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool,
     ):
         runs = [pool.submit(_run, setting, source, folder, device) for setting in settings]
         for run in runs:

@@ -1,11 +1,15 @@
 """The benchmark measures what it says it measures, survives what fails, and keeps what it wrote."""
 
+import contextlib
 import operator
 import signal
+import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -90,6 +94,29 @@ def test_slow_calls_have_fewer_rounds():
     rounds = {0.02: 9, 0.9: 9, 2.0: 9, 3.0: 6, 5.1: 3, 45.0: 3}
     assert Rules(budget=1.0).number_of_rounds(0.9) == 5
     assert {seconds: rules.number_of_rounds(seconds) for seconds in rounds} == rounds
+
+
+ALONE = """
+import signal
+from functools import partial
+from bench.measure.worker import Turn, Worker
+
+if __name__ == "__main__":
+    worker = Worker(partial(partial, signal.pause), "cpu", 1, {})
+    print(worker.process.pid, flush=True)
+    worker.ask(Turn(), 1e6)
+"""
+
+
+def test_a_worker_ends_with_the_process_that_began_it(tmp_path):
+    script = tmp_path / "alone.py"
+    script.write_text(f"import sys\nsys.path.append({sys.path[-1]!r})\n{ALONE}")
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE) as process:
+        worker = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while worker.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.05)
 
 
 # --- studies --------------------------------------------------------------------------------------
