@@ -216,7 +216,9 @@ def of_methods(figures: DataFrame) -> DataFrame:
 def errors(rows: DataFrame) -> str:
     off = rows.pivot(index="method", columns="case", values="gradient_error")
     off = off.reindex(index=list(METHODS), columns=CLOSE[:-1]).dropna(how="all")
-    energies = rows[rows.case == DUPLICATES].set_index("method").value
+    equal = rows[rows.case == DUPLICATES].set_index("method")
+    # a result that is not a number leaves no number in the file
+    energies = equal.value.mask(equal.value.isna() & (equal.status == "ok"), math.inf)
     return block(rows, of_methods(off.assign(**{"energy with duplicates": energies})))
 
 

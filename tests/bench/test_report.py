@@ -1,5 +1,6 @@
 """The tables and pictures show what the results say, also where others are faster."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_tables_show_where_others_are_faster(results):
     assert parts["speed cuda"] == tables.NOTHING
     assert "| naive PyTorch | 839 | 839 | 839 | 839 | 1 | 1e-08 | 3e-07 |" in parts["methods"]
     assert "| naive PyTorch | 1e-06 | 1e-06 | 1e-06 | 1e-06 | not finite |" in parts["accuracy"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_energy_that_is_no_number_is_not_finite(results, tmp_path, value):
+    rows = sweep.ACCURACY.table.read(results)
+    sweep.ACCURACY.table.upsert(tmp_path, rows.assign(value=value).to_dict("records"))
+    text = squeezed(tables.parts(tmp_path)["accuracy"])
+    assert "| naive PyTorch | 1e-06 | 1e-06 | 1e-06 | 1e-06 | not finite |" in text
 
 
 def test_the_table_shows_how_much_faster_two_threads_are(results, tmp_path):
