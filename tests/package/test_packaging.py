@@ -40,6 +40,10 @@ def copy_sources(folder):
 def wheel(tmp_path_factory):
     sources, output = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("wheel")
     copy_sources(sources)
+    # a quarter of the time: whether optimized code is right is the question of the kernel's tests
+    setup = (sources / "setup.py").read_text()
+    assert '"-O3"' in setup
+    (sources / "setup.py").write_text(setup.replace('"-O3"', '"-O0"'))
     result = subprocess.run(
         [*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", str(output), str(sources)],
         capture_output=True,
