@@ -1,7 +1,7 @@
 """From the layers and projections of a model to the sets of one sweep."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class Partitions:
             step, stream, part.num_sets, rows.shape[1], rows.device
         )
         samples = self.samples_of(rows.shape[1])
-        return replace(part, permutation=permutation, samples=samples)
+        return Part(rows, matrices, factor, permutation, samples)
 
 
 def set_energies(rows: Tensor, options: SweepOptions) -> Tensor:

@@ -231,7 +231,7 @@ class RandomProjection(Projection):
             kind = (layer.sizes[2], torch.promote_types(layer.dtype, torch.float32), layer.device)
             by_kind.setdefault(kind, []).append(layer)
         for layers in by_kind.values():
-            yield layers, max(map(self._count, layers))
+            yield layers, max([self._count(layer) for layer in layers])
 
     def _sketches(self) -> dict[str, Sketch]:
         """Draw what is not a dense matrix, for the layers that learn."""

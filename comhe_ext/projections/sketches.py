@@ -91,7 +91,7 @@ def draw_sketch(
     if kind == "sparse":
         blocks, inputs = _blocks(dim, width)
         shape = (blocks, inputs, count, dim // blocks)
-        numbers = normal(torch.Size(shape).numel() + width)
+        numbers = normal(blocks * inputs * count * (dim // blocks) + width)
         # sorting independent numbers gives every order the same chance
         return Sketch(_signs(numbers[width:]).view(shape), numbers[:width].argsort(), kind)
     # in one order of all coordinates no projection meets another; those that are too many for it

@@ -13,7 +13,8 @@ offers that (fused.py), and made of differentiable operators elsewhere. The swee
 is one of these: it raises at a third derivative, of the whole sum then.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -211,16 +212,13 @@ def listed_residuals(
     # each chunk has a gradient as large as the rows: not too many of them
     step = max(CHUNK // rows.shape[0], rows.shape[1] // 8, 1)
 
-    def residuals(i: Tensor, j: Tensor) -> Callable[[Tensor], Tensor]:
-        def of(rows: Tensor) -> Tensor:
-            near, far = squared_distances(select(rows, i), select(rows, j), pair.half_space, eps)
-            value = _function_of_squares(near, far.detach(), pair)
-            return value if polynomial is None else value - polynomial.at(1.0 - near / 2.0)
-
-        return of
+    def residuals(rows: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        near, far = squared_distances(select(rows, i), select(rows, j), pair.half_space, eps)
+        value = _function_of_squares(near, far.detach(), pair)
+        return value if polynomial is None else value - polynomial.at(1.0 - near / 2.0)
 
     chunks = zip(listed.i.split(step), listed.j.split(step), strict=True)
-    return torch.cat([recomputed(residuals(i, j), rows) for i, j in chunks], dim=1)
+    return torch.cat([recomputed(partial(residuals, i=i, j=j), rows) for i, j in chunks], dim=1)
 
 
 def _antipodes(rows: Tensor, pair: PairFunction, eps: float) -> Tensor:

@@ -13,11 +13,10 @@ from comhe_ext.progress import bar
 from comhe_ext.sampled.near_list import NearList, find_near
 from comhe_ext.sampled.polynomials import (
     MAX_DEGREE,
-    Numbers,
     Polynomial,
+    Polynomials,
     fit,
     histogram_of,
-    remembered,
 )
 
 # random pairs that a polynomial is fitted to
@@ -45,7 +44,7 @@ class SamplingPlan:
         self.cosines = cosines
         self.listed = listed
         self.num_rows = num_rows
-        self._fitted: dict[Any, Numbers] = {}
+        self._fitted = Polynomials()
 
     @classmethod
     def from_rows(
@@ -102,7 +101,7 @@ class SamplingPlan:
 
     def polynomial(self, pair: PairFunction) -> Polynomial | None:
         """Fit the polynomial that stands for a pair function; None for degree 0."""
-        return remembered(self._fitted, pair, lambda: fit(pair, self.cosines, self.degree))
+        return self._fitted.get(pair, lambda: fit(pair, self.cosines, self.degree))
 
     def on(self, device: torch.device) -> NearList:
         """Return the list on a device, and keep it there."""

@@ -96,7 +96,7 @@ def histogram_of(cosines: Tensor) -> Tensor:
 
 def uniform_polynomial(pair: PairFunction, dim: int, degree: int = DEGREE) -> Polynomial | None:
     """Fit to independent random directions in `dim` dimensions: unbiased whatever the rows."""
-    return remembered(_UNIFORM, (pair, dim, degree), lambda: fit(pair, _density(dim), degree))
+    return _UNIFORM.get((pair, dim, degree), lambda: fit(pair, _density(dim), degree))
 
 
 def _density(dim: int) -> Tensor:
@@ -106,31 +106,43 @@ def _density(dim: int) -> Tensor:
 
 # what a polynomial is kept as: numbers, which belong to no mode or transform that made them
 Numbers: TypeAlias = tuple[tuple[int, ...], list[float]] | None
-_UNIFORM: dict[Any, Numbers] = {}
 MOST_REMEMBERED = 256
 
 
-def remembered(
-    known: dict[Any, Numbers], key: Any, make: Callable[[], Polynomial | None]
-) -> Polynomial | None:
-    """Make a polynomial once for each key: a fit takes longer than the blocks of a small layer.
+class Polynomials:
+    """Those that were fitted: a fit takes longer than the blocks of a small layer."""
 
-    Under torch.compile and the transforms of torch.func, whose tensors have no numbers to keep, it
-    is made anew.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return make()
-    if key not in known:
-        if len(known) >= MOST_REMEMBERED:
-            known.clear()
-        made = make()
-        known[key] = None if made is None else (made.powers, [float(x) for x in made.coefficients])
-    numbers = known[key]
-    if numbers is None:
-        return None
-    powers, coefficients = numbers
-    tensor = torch.tensor(coefficients, dtype=torch.float32, device="cpu")
-    return Polynomial(powers, tensor.unbind())
+    def __init__(self) -> None:
+        self._known: dict[Any, Numbers] = {}
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._known.clear()
+
+    def get(self, key: Any, make: Callable[[], Polynomial | None]) -> Polynomial | None:
+        """Make a polynomial once for each key.
+
+        Under torch.compile, which in PyTorch 2.6 cannot even look at such keys, and under the
+        transforms of torch.func, whose tensors have no numbers to keep, it is made anew.
+        """
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return make()
+        if key not in self._known:
+            if len(self._known) >= MOST_REMEMBERED:
+                self.clear()
+            made = make()
+            self._known[key] = (
+                None if made is None else (made.powers, [float(x) for x in made.coefficients])
+            )
+        numbers = self._known[key]
+        if numbers is None:
+            return None
+        powers, coefficients = numbers
+        tensor = torch.tensor(coefficients, dtype=torch.float32, device="cpu")
+        return Polynomial(powers, tensor.unbind())
+
+
+_UNIFORM = Polynomials()
 
 
 # --- sums over pairs ------------------------------------------------------------------------------
