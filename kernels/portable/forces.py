@@ -87,13 +87,16 @@ def forces(pairing: Pairing, pair: PairFunction, eps: float, gradient: bool) -> 
         left[:, -1] = 2.0
         v = right[:, :-1]
         rows = rows._replace(v=v)
-    weighted = v if weights is None else (v * weights).to(dtype)
     sums = torch.zeros_like(rows.deficit)
     # most of G lies along v_i and is projected away: hence float64 between tiles
     force = torch.zeros_like(v, dtype=torch.float64) if gradient else None
     axial, clamped = torch.zeros_like(sums), torch.zeros_like(sums)
     bound = near_below(pair, dtype)
     clean = pair.clean_above(bound)
+
+    def weighted(tile: Tile) -> Tensor:
+        some = rows_of(v, tile)
+        return some if weights is None else (some * rows_of(weights, tile)).to(dtype)
 
     def masked_tile(tile: Tile) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x = torch.bmm(rows_of(left, tile), cols_of(right, tile).mT)
@@ -130,7 +133,7 @@ def forces(pairing: Pairing, pair: PairFunction, eps: float, gradient: bool) -> 
             if push_rows:
                 rows_of(force, tile).add_(torch.bmm(slope, cols_of(v, tile)), alpha=factor)
             if push_columns and not tile.diagonal:
-                part = torch.bmm(slope.mT, rows_of(weighted, tile))
+                part = torch.bmm(slope.mT, weighted(tile))
                 cols_of(force, tile).add_(part, alpha=factor)
         repairs.add(tile, near)
     repairs.finish()
