@@ -132,6 +132,7 @@ def error_picture(last: pd.DataFrame) -> Figure:
         axes.plot(errors, [place] * len(errors), "o", alpha=0.5, color="C0")
         axes.plot(errors.mean(), place, "|", markersize=18, color="black")
     axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(-0.5, len(order) - 0.5)
     axes.set_xlabel("test error, %: each run, and the mean")
     return figure
 
