@@ -135,8 +135,13 @@ def main() -> None:
                 # unlike ==, this is not satisfied by builds of other names: 2.13.0+cpu asks for no
                 # Triton
                 torch = f"torch==={version.torch}"
-                programs = make_environment(folder / "environment", version.python, torch)
-                run(programs / "pip", "install", "-q", wheel, *PACKAGES)
+                try:
+                    programs = make_environment(folder / "environment", version.python, torch)
+                    run(programs / "pip", "install", "-q", wheel, *PACKAGES)
+                except (OSError, subprocess.CalledProcessError) as error:
+                    # no such Python, no such PyTorch: the other versions can still be tried
+                    failed.append(f"{version.torch}: {error}")
+                    continue
                 outcome = test(programs, version, options.tests or CORE, folder)
             print(" | ".join(outcome.cells), flush=True)
             failed += [f"{version.torch}: {name}" for name in outcome.failed]

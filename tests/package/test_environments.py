@@ -8,7 +8,7 @@ import pytest
 # the folder tools/ belongs to the checkout and is not installed
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools import environments, install
+from tools import environments, install, versions
 
 PAGE = """# Which versions work
 
@@ -54,6 +54,31 @@ def test_the_page_has_both_tables(tmp_path, monkeypatch):
     for table in ("versions", "installs"):
         environments.write_row(table, ("0.0", "written"), key=(0,))
     assert page.read_text().count("| 0.0 | written |") == 2
+
+
+def test_a_version_that_cannot_be_made_leaves_the_others(monkeypatch):
+    def run(*command):
+        if "wheel" in command:
+            folder = Path(command[command.index("--wheel-dir") + 1])
+            (folder / "comhe_ext-0.whl").touch()
+
+    def make_environment(folder, python, torch):
+        if python == "no-such-python":
+            raise FileNotFoundError(python)
+        return folder
+
+    def outcome(programs, version, tests, folder):
+        return versions.Outcome(version.torch, "3.7.1", "3.11.7", "yes", 1, [], 0)
+
+    rows = []
+    monkeypatch.setattr(versions, "run", run)
+    monkeypatch.setattr(versions, "make_environment", make_environment)
+    monkeypatch.setattr(versions, "test", outcome)
+    monkeypatch.setattr(versions, "write_row", lambda table, cells, key: rows.append(cells[0]))
+    monkeypatch.setattr(sys, "argv", ["versions", "2.8.0:no-such-python", "2.13.0"])
+    with pytest.raises(SystemExit, match=r"2\.8\.0: no-such-python"):
+        versions.main()
+    assert rows == ["2.13.0"]
 
 
 def test_the_example_imports_all_it_uses():
