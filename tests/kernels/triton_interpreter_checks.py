@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
@@ -885,15 +886,15 @@ def one_row_tile(monkeypatch):
 
 def gradient_of_first_rows(points, count, pair):
     """dE/dp of the first rows, float64; eps = 0."""
-    v = torch.nn.functional.normalize(points.double())
+    v = normalize(points.double())
     rows = points[:count].double().requires_grad_()
     parts = []
     for i in range(count):
-        near = (torch.nn.functional.normalize(rows[i], dim=0) - v).square().sum(1)
-        near = torch.cat([near[:i], near[i + 1 :]])
-        value = function_of(pair)(near.sqrt()).sum()
+        u, others = normalize(rows[i], dim=0), torch.cat([v[:i], v[i + 1 :]])
+        value = function_of(pair)((u - others).norm(dim=1)).sum()
         if pair.half_space:
-            value = 2 * (value + function_of(pair)((4.0 - near).sqrt()).sum())
+            # 4 - |u - v|^2 would lose the digits of nearly opposite rows
+            value = 2 * (value + function_of(pair)((u + others).norm(dim=1)).sum())
         parts.append(value)
     (gradient,) = torch.autograd.grad(torch.stack(parts).sum(), rows)
     return gradient
